@@ -1,0 +1,46 @@
+"""philens: see where a sequence model is thinking hard."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are imported where they are first used, so that `philens --help` does not wait for torch.
+_HOME = {
+    "PHiConfig": "layer",
+    "PHiLayer": "layer",
+    "PHiModel": "model",
+    "attach": "model",
+    "load": "adapter",
+    "load_run": "training.run",
+    "score_documents": "scoring.documents",
+    "LSTMConfig": "lstm",
+    "LSTMForCausalLM": "lstm",
+    "character_tokenizer": "tokenizer",
+    "PhilensError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from philens.adapter import load as load
+    from philens.errors import PhilensError as PhilensError
+    from philens.layer import PHiConfig as PHiConfig
+    from philens.layer import PHiLayer as PHiLayer
+    from philens.lstm import LSTMConfig as LSTMConfig
+    from philens.lstm import LSTMForCausalLM as LSTMForCausalLM
+    from philens.model import PHiModel as PHiModel
+    from philens.model import attach as attach
+    from philens.scoring.documents import score_documents as score_documents
+    from philens.tokenizer import character_tokenizer as character_tokenizer
+    from philens.training.run import load_run as load_run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"philens.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'philens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

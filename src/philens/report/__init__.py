@@ -1,0 +1,1 @@
+"""What people see: tables in a terminal, figures, and HTML pages."""

@@ -1,0 +1,275 @@
+"""Findings and training as matplotlib figures: functions from results to a Figure; `write_finding` saves it.
+
+Figures are 8 inches wide at 150 dpi and are drawn on Agg without pyplot, so nothing global is touched and no
+display is needed. Colours are Okabe and Ito's for tasks (with a marker each) and viridis for ordered bins.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
+
+from philens.errors import InputError
+from philens.findings.complexity import PARTS
+from philens.findings.tasks import INTERESTING
+from philens.report.terminal import task_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TASK_STYLES = {  # colour (Okabe-Ito; grey for random), marker
+    "memorized_sequences": ("#0072B2", "s"),
+    "memorized_programs": ("#56B4E9", "D"),
+    "new_vocabulary": ("#009E73", "^"),
+    "in_context_language": ("#D55E00", "o"),
+    "random": ("#5F5F5F", "X"),
+    "copy": ("#CC79A7", "v"),
+}
+_OTHER_STYLE = ("#000000", "o")
+PHI_LABEL = "PHi loss (nats per token)"
+SURPRISAL_LABEL = "surprisal (nats per token)"
+_FONT = 9
+# Where a point's label may go: distance in points, then the side (right, left, above, below, corners).
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+_PLACES = [(distance, *side) for distance in (8, 12, 17, 23, 30) for side in _SIDES]
+
+
+def figure_tasks(results: Mapping[str, Any]) -> Figure:
+    """phi against surprisal, one point per task with both 95 % intervals, and beside it phi as bars."""
+    tasks = results["tasks"]
+    figure = _figure(height=3.9)
+    scatter, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(tasks)
+    points = [(tasks[name]["surprisal"]["mean"], tasks[name]["phi"]["mean"]) for name in names]
+    for name, point in zip(names, points, strict=True):
+        colour, marker = TASK_STYLES.get(name, _OTHER_STYLE)
+        scatter.errorbar(
+            *point,
+            xerr=_error(tasks[name]["surprisal"]),
+            yerr=_error(tasks[name]["phi"]),
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            elinewidth=1.5,
+        )
+    scatter.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
+    scatter.margins(0.15)
+    scatter.set_ylim(bottom=0)
+
+    places = np.arange(len(names))[::-1]
+    for place, name in zip(places, names, strict=True):
+        colour, _ = TASK_STYLES.get(name, _OTHER_STYLE)
+        faint = name != INTERESTING
+        bars.barh(
+            place,
+            tasks[name]["phi"]["mean"],
+            xerr=_error(tasks[name]["phi"]),
+            color=colour,
+            alpha=0.75 if faint else 1.0,
+            capsize=3,
+            height=0.7,
+        )
+    bars.set_yticks(places, [_short_label(name) for name in names])
+    bars.set(xlabel=PHI_LABEL)
+    for label, name in zip(bars.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == INTERESTING else "normal")
+    scatter.set_title("phi against surprisal, 95 % intervals", fontsize=_FONT + 1, loc="left")
+    bars.set_title("phi", fontsize=_FONT + 1, loc="left")
+    _set_fonts(figure)
+    _label_points(figure, scatter, points, [task_label(name) for name in names])
+    return figure
+
+
+def figure_complexity(results: Mapping[str, Any]) -> Figure:
+    """Mean phi against surprisal for each bin of description length, and the correlations beside it."""
+    figure = _figure(height=4.2)
+    curves_axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves = results["curves"]
+    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(curves), 2)))  # pale yellow is hard to see
+    for curve, colour in zip(curves, colours, strict=False):
+        points = curve["points"]
+        surprisal = [point["surprisal"]["mean"] for point in points]
+        phi = [point["phi"]["mean"] for point in points]
+        span = curve["description_length"]
+        label = f"{span['low']:.0f} to {span['high']:.0f}"
+        curves_axes.plot(surprisal, phi, marker="o", markersize=4, color=colour, label=label)
+        # A cell with one document has a mean but no interval: no band there.
+        intervals = [[np.nan if bound is None else bound for bound in point["phi"]["ci95"]] for point in points]
+        low, high = np.array(intervals).reshape(-1, 2).T
+        curves_axes.fill_between(surprisal, low, high, color=colour, alpha=0.18, linewidth=0)
+    curves_axes.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
+    curves_axes.set_title("in-context language, tokens", fontsize=_FONT + 1, loc="left")
+    curves_axes.legend(
+        title="description length (nats)",
+        fontsize=_FONT - 1,
+        title_fontsize=_FONT - 1,
+        ncols=2,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.18),
+        frameon=False,
+    )
+
+    kinds = (
+        ("spearman", "phi (Spearman)", "#56B4E9"),
+        ("partial_given_surprisal", "phi given surprisal", "#D55E00"),
+        ("partial_given_surprisal_and_square", "phi given surprisal, surprisal²", "#E69F00"),
+        ("spearman_of_surprisal", "surprisal (Spearman)", "#999999"),
+    )
+    groups = [(level, part) for level in ("token_wise", "document_means") for part in PARTS]
+    height = 0.8 / len(kinds)
+    for number, (name, label, colour) in enumerate(kinds):
+        places, values, errors = [], [], []
+        for group, (level, part) in enumerate(groups):
+            found = results[level][part][name]
+            if found["value"] is None:
+                continue
+            places.append(-group - (number - (len(kinds) - 1) / 2) * height)
+            values.append(found["value"])
+            errors.append(_error(found, "value"))
+        bars.barh(
+            places,
+            values,
+            xerr=np.concatenate(errors, axis=1) if errors else None,
+            height=height,
+            color=colour,
+            label=label,
+            error_kw={"elinewidth": 0.8},
+        )
+    headings = {"token_wise": "tokens", "document_means": "document\nmeans"}
+    labels = [
+        headings[level] + "\nwhole" if part == "whole" else part.replace("_", " ") for level, part in groups
+    ]
+    bars.set_yticks(-np.arange(len(groups)), labels)
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.axhline(-len(PARTS) + 0.5, color="#BBBBBB", linewidth=0.8)
+    bars.set(xlabel="correlation with description length")
+    bars.set_title("95 % intervals over documents", fontsize=_FONT + 1, loc="left")
+    bars.legend(fontsize=_FONT - 1, loc="upper right", bbox_to_anchor=(1, -0.18), frameon=False)
+    _set_fonts(figure)
+    return figure
+
+
+def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training curves from log records: losses per step, and phi and surprisal per task per evaluation.
+
+    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/TASK/phi`, `eval/TASK/surprisal`.
+    """
+    if not history:
+        raise InputError("There is no training history to draw; train for at least one logged step.")
+    figure = _figure(height=5.4)
+    (losses, train_phi), (task_surprisal, task_phi) = figure.subplots(2, 2, sharex=True)
+    _line(losses, history, "loss", color="#000000", label="loss")
+    _line(losses, history, "surprisal", color="#0072B2", label="surprisal")
+    losses.set(ylabel="nats per token")
+    losses.set_title("training loss", fontsize=_FONT + 1, loc="left")
+    _line(train_phi, history, "phi", color="#D55E00", label="phi")
+    train_phi.set(ylabel=PHI_LABEL)
+    train_phi.set_title("training phi", fontsize=_FONT + 1, loc="left")
+    keys = dict.fromkeys(key for record in history for key in record if key.startswith("eval/"))
+    tasks = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
+    for axes, quantity, label in (
+        (task_surprisal, "surprisal", SURPRISAL_LABEL),
+        (task_phi, "phi", PHI_LABEL),
+    ):
+        for task in tasks:
+            colour, marker = TASK_STYLES.get(task, _OTHER_STYLE)
+            style = {"color": colour, "marker": marker, "markersize": 4}
+            _line(axes, history, f"eval/{task}/{quantity}", label=task_label(task), **style)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_title(f"{quantity} per task", fontsize=_FONT + 1, loc="left")
+    for axes in (train_phi, task_phi):
+        _log_if_wide(axes)
+    if losses.get_legend_handles_labels()[1]:
+        losses.legend(fontsize=_FONT - 1, frameon=False)
+    handles, labels = task_phi.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=_FONT - 1, frameon=False)
+    _set_fonts(figure)
+    return figure
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _set_fonts(figure: Figure) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=_FONT)
+        axes.xaxis.label.set_size(_FONT)
+        axes.yaxis.label.set_size(_FONT)
+
+
+def _short_label(task: str) -> str:
+    return task_label(task).replace(" ", "\n", 1)
+
+
+def _error(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
+    """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
+    value, bounds = estimate[name], estimate["ci95"]
+    if value is None or None in bounds:
+        return np.full((2, 1), np.nan)
+    # A percentile interval need not contain the estimate; matplotlib takes no negative distances.
+    return np.maximum([[value - bounds[0]], [bounds[1] - value]], 0.0)
+
+
+def _line(axes: "Axes", history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+    records = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+    if records:
+        steps, values = zip(*records, strict=True)
+        axes.plot(steps, values, linewidth=1.3, **style)
+
+
+def _log_if_wide(axes: "Axes") -> None:
+    """phi falls from thousands of nats to a few while a fresh layer learns: show that on a log scale."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] or [[1.0]])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+
+
+def _label_points(
+    figure: Figure,
+    axes: "Axes",
+    points: Sequence[tuple[float | None, float | None]],
+    texts: Sequence[str],
+) -> None:
+    """Write each text beside its point, where it covers no point and no text already placed."""
+    figure.draw_without_rendering()  # fixes the layout, so that pixels can be compared
+    figure.set_layout_engine("none")
+    frame = axes.get_window_extent()
+    unit = figure.dpi / 72
+    known = [(point, text) for point, text in zip(points, texts, strict=True) if None not in point]
+    pixels = [axes.transData.transform(np.array(point, dtype=float)) for point, _ in known]
+    taken = [_box(x, y, (0, 0), 10 * unit, 10 * unit) for x, y in pixels]
+    for (point, text), (x, y) in zip(known, pixels, strict=True):
+        note = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=_FONT)
+        size = note.get_window_extent()
+
+        def cost(place: tuple[int, int, int], x=x, y=y, size=size) -> int:
+            distance, *side = place
+            centre = [at + way * distance * unit for at, way in zip((x, y), side, strict=True)]
+            box = _box(*centre, side, size.width, size.height)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            return sum(box.overlaps(other) for other in taken) + 10 * (not inside)
+
+        distance, horizontal, vertical = min(_PLACES, key=cost)  # of equals the first, that is the nearest
+        note.set(ha=("center", "left", "right")[horizontal], va=("center", "bottom", "top")[vertical])
+        note.xyann = (horizontal * distance, vertical * distance)
+        taken.append(note.get_window_extent())
+
+
+def _box(x: float, y: float, side: Sequence[int], width: float, height: float) -> Bbox:
+    """The box whose middle (side 0), left or bottom (1), right or top (-1) is at x, y."""
+    left, bottom = x + (side[0] - 1) * width / 2, y + (side[1] - 1) * height / 2
+    return Bbox.from_extents(left, bottom, left + width, bottom + height)

@@ -1,0 +1,148 @@
+"""Findings as tables for a terminal: functions from results to rich renderables; print them with a Console."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from philens.findings.complexity import CORRELATIONS, PARTS
+from philens.findings.tasks import INTERESTING
+
+CORRELATION_LABELS = {
+    "spearman": "phi (Spearman)",
+    "spearman_of_surprisal": "surprisal (Spearman)",
+    "partial_given_surprisal": "phi given surprisal",
+    "partial_given_surprisal_and_square": "phi given surprisal & its square",
+}
+LEVELS = {"token_wise": "tokens", "document_means": "document means"}
+
+
+def tasks_table(results: Mapping[str, Any]) -> Table:
+    """Per task: phi and surprisal with their intervals, and in-context language's phi over the task's."""
+    tasks = results["tasks"].values()
+    documents, tokens = (_counts([task[key] for task in tasks], key) for key in ("documents", "tokens"))
+    table = _table(
+        "phi and surprisal per task",
+        f"Nats per token with 95 % intervals over documents; {documents} and {tokens} a task.\n"
+        + _verdict_on_tasks(results)
+        + ("\nfalse positive: copying raises phi, and is known to." if results["known_false_positives"] else ""),
+    )
+    table.add_column("task", no_wrap=True)
+    for heading in ("phi", "surprisal", "in-context phi ÷"):
+        table.add_column(heading, justify="right")
+    for name, task in results["tasks"].items():
+        against = results["ratios"].get(name)
+        ratio = "" if against is None else _estimate(against["ratio"], against["ci95"])
+        if name in results["known_false_positives"]:
+            ratio = "false positive"
+        table.add_row(
+            Text(task_label(name), style="bold" if name == INTERESTING else ""),
+            Text(_estimate(task["phi"]["mean"], task["phi"]["ci95"])),
+            Text(_estimate(task["surprisal"]["mean"], task["surprisal"]["ci95"])),
+            Text(ratio),
+        )
+    return table
+
+
+def complexity_table(results: Mapping[str, Any]) -> Table:
+    """Correlations of phi with description length, over tokens and over document means."""
+    verdict = "above zero" if results["holds"] else "not above zero"
+    table = _table(
+        "Correlation with description length, in-context language",
+        f"95 % intervals over {results['documents']:,} documents with {results['tokens']:,} tokens.\n"
+        f"phi given surprisal, over tokens of whole documents: {verdict}.",
+    )
+    table.add_column("over", no_wrap=True)
+    for name in CORRELATIONS:
+        table.add_column(CORRELATION_LABELS[name], justify="right")
+    for level, label in LEVELS.items():
+        table.add_row(Text(label.replace(" ", "\n"), style="bold"))
+        for part in PARTS:
+            found = results[level][part]
+            cells = [_estimate(found[name]["value"], found[name]["ci95"], 3) for name in CORRELATIONS]
+            # The interval on its own line: four columns must fit 80 characters.
+            row = [Text(cell.replace(" [", "\n[")) for cell in cells]
+            table.add_row(Text(part.replace("_", " ")), *row, end_section=part == PARTS[-1])
+    return table
+
+
+def spread_table(spread: Mapping[str, Any]) -> Table:
+    """What `philens.findings.combine_seeds` made of either finding, as mean, sd and range over seeds."""
+    sections: dict[str, dict[str, Any]] = {}
+    if "tasks" in spread:
+        for key in ("phi", "surprisal"):
+            sections[f"{key} (nats per token)"] = {
+                task_label(name): task[key]["mean"] for name, task in spread["tasks"].items() if key in task
+            }
+        sections["phi of in-context language over its"] = {
+            task_label(name): item["ratio"] for name, item in spread.get("ratios", {}).items()
+        }
+    else:
+        for level, label in LEVELS.items():
+            for part, found in spread.get(level, {}).items():
+                sections[f"{label}, {part.replace('_', ' ')}"] = {
+                    CORRELATION_LABELS[name]: found[name]["value"] for name in CORRELATIONS if name in found
+                }
+    holds = spread.get("holds")
+    title = "Over seeds" if "tasks" in spread else "Correlation with description length, over seeds"
+    table = _table(
+        title, f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
+    )
+    table.add_column("", max_width=40)
+    for heading in ("mean", "sd", "lowest", "highest", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading, lines in sections.items():
+        if lines:
+            table.add_row(Text(heading, style="bold"))
+        for number, (label, item) in enumerate(lines.items(), start=1):
+            values = [_value(item[key], 3) for key in ("mean", "sd", "min", "max")]
+            table.add_row(Text(label), *values, str(item["seeds"]), end_section=number == len(lines))
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    # Text, not str: rich would read square brackets as markup.
+    return Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )
+
+
+def _counts(numbers: list[int], unit: str) -> str:
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
+
+
+def task_label(name: str) -> str:
+    """A task's name as DESIGN spells it: `in_context_language` becomes `in-context language`."""
+    return name.replace("in_context", "in-context").replace("_", " ")
+
+
+def _verdict_on_tasks(results: Mapping[str, Any]) -> str:
+    if not results["ratios"]:
+        return "Nothing to compare."
+    ours = task_label(INTERESTING)
+    if results["holds"]:
+        return f"The phi of {ours} stands above every boring task's, and surprisal orders them otherwise."
+    beaten = [task_label(n) for n, item in results["ratios"].items() if item["ratio"] > 1 and item["separated"]]
+    if len(beaten) == len(results["ratios"]):
+        return f"The phi of {ours} stands above every boring task's, but surprisal orders them the same way."
+    return f"The phi of {ours} stands clearly above {len(beaten)} of {len(results['ratios'])} boring tasks'."
+
+
+def _estimate(value: float | None, interval: list[float | None], digits: int = 2) -> str:
+    low, high = interval
+    between = "" if low is None or high is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+    return _value(value, digits) + between
+
+
+def _value(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:z.{digits}f}"

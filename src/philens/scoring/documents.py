@@ -1,0 +1,73 @@
+"""Phi and surprisal of every token of a batch of documents."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from philens.errors import InputError
+from philens.model import PHiModel
+from philens.tasks.automata import Documents
+from philens.tasks.packing import pad
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Scores of the N tokens of n documents, in the order of `docs.tokens`.
+
+    Attributes:
+        docs: the documents.
+        phi: (N,) PHi loss in nats, known once the token has been read; NaN where the layer is disabled.
+        surprisal: (N,) negative log-probability of the token given those before it, in nats; NaN on a
+            document's first token.
+        document: (N,) index of the token's document.
+    """
+
+    docs: Documents
+    phi: NDArray[np.float32]
+    surprisal: NDArray[np.float32]
+    document: NDArray[np.int64]
+
+
+def token_surprisal(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """(B, T, V) logits, (B, T) tokens -> (B, T) surprisal in nats of each token, NaN on the first, float32."""
+    surprisal = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+    return F.pad(surprisal, (1, 0), value=torch.nan)
+
+
+@torch.no_grad()
+def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> TokenTable:
+    """Read documents, each by itself, and return phi and surprisal of their tokens.
+
+    Args:
+        lens: a model with a PHi layer; its mode (training or evaluation) is restored.
+        docs: documents whose tokens are ids of the model.
+        batch_size: documents read at once; documents of like length go together.
+
+    Raises:
+        InputError: there is no document, or an empty one.
+    """
+    if not len(docs) or (docs.lengths < 1).any():
+        raise InputError("There is an empty document; every document needs at least one token.")
+    phi = np.full(len(docs.tokens), np.nan, np.float32)
+    surprisal = phi.copy()
+    was_training, device = lens.training, next(lens.base.parameters()).device
+    lens.eval()
+    order = np.argsort(docs.lengths, kind="stable")
+    try:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            rows = pad(docs.select(chosen))
+            input_ids, mask = rows["input_ids"].to(device), rows["attention_mask"]
+            output = lens(input_ids=input_ids, attention_mask=mask.to(device))
+            real = mask.numpy() == 1
+            place = (docs.offsets[chosen][:, None] + np.arange(mask.shape[1]))[real]
+            surprisal[place] = token_surprisal(output.logits, input_ids).cpu().numpy()[real]
+            if output.phi is not None:
+                phi[place] = output.phi.cpu().numpy()[real]
+    finally:
+        lens.train(was_training)
+    return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
