@@ -9,6 +9,12 @@ from torch.utils.hooks import RemovableHandle
 from philens.errors import InsertionError
 
 
+def text_config(base: nn.Module) -> Any:
+    """The config of a model, or of its language part where it has several; None where it has none."""
+    config: Any = getattr(base, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of a model's blocks, found by structure and not by a table of architectures.
 
@@ -18,10 +24,7 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         InsertionError: there is none, or more than one.
     """
-    config = getattr(base, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = getattr(text_config(base), "num_hidden_layers", None)
     found = [
         (path, module)
         for path, module in base.named_modules()
@@ -59,7 +62,7 @@ def find_insertion_point(base: nn.Module, layer: int | None, module: str | None)
         modules = dict(base.named_modules())
         if module not in modules or not module:
             near = [path for path in modules if path.endswith("." + module.rsplit(".", 1)[-1])][:3]
-            hint = f"did you mean {', '.join(near)}" if near else "see base.named_modules() for those there are"
+            hint = f"did you mean {', '.join(near)}" if near else "see base.named_modules()"
             raise InsertionError(f"There is no module {module!r} in {type(base).__name__}; {hint}.")
         return module, modules[module]
     if layer is None:
@@ -86,7 +89,8 @@ def transform_output(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
             return (function(output[0]), *output[1:])
         raise InsertionError(
-            f"{type(module).__name__} returns {type(output).__name__}, not hidden states; choose another module."
+            f"{type(module).__name__} returns {type(output).__name__}, not hidden states; "
+            "choose another module."
         )
 
     return module.register_forward_hook(hook)

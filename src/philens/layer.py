@@ -67,17 +67,22 @@ class PHiConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in get_args(field.type):
-                choices = ", ".join(map(repr, get_args(field.type)))
-                raise ConfigError(f"{field.name} must be one of {choices}, not {value!r}.")
+            value, kind = getattr(self, field.name), field.type
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    choices = ", ".join(map(repr, get_args(kind)))
+                    raise ConfigError(f"{field.name} must be one of {choices}, not {value!r}.")
+            elif not isinstance(value, int | float if kind is float else kind):  # pyright: ignore[reportArgumentType]
+                expected = kind.__name__ if isinstance(kind, type) else kind
+                raise ConfigError(f"{field.name} must be of type {expected}, not {value!r}.")
         for name in ("latent_size", "prior_heads", "prior_depth", "prior_mlp_size", "samples", "init_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value!r}.")
         for name in ("phi_weight", "contrastive_weight"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
         if not self.logvar_min < self.logvar_max:
             raise ConfigError("logvar_min must be below logvar_max.")
         if self.samples > 1 and self.inference != "sample":
@@ -97,7 +102,8 @@ class PHiOutput:
     Attributes:
         hidden_states: (B, T, D) decoded latents, which replace the base's hidden states.
         phi: (B, T) PHi loss in nats, float32, 0 on padding.
-        contrastive: (B, T) contrastive loss in nats, 0 on padding; None where its weight is 0.
+        contrastive: (B, T) contrastive loss in nats, 0 on padding; None where its weight is 0 or there
+            is no bottleneck.
         latent: (B, T, L) the latents z.
         posterior_mean, posterior_logvar: (B, T, L) of q(z_t | h_t).
         prior_mean, prior_logvar: (B, T, L) of p(z_t | z_<t).
@@ -175,7 +181,8 @@ class PriorAttention(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size, bias=False) for _ in range(4))
+        projections = (nn.Linear(size, size, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         rows, length, size = x.shape
@@ -226,17 +233,19 @@ class Prior(nn.Module):
             heads = config.prior_heads or max(1, size // 64)
             if size % (2 * heads):
                 raise ConfigError(
-                    f"latent_size {size} must be a multiple of twice the prior's {heads} heads; set prior_heads."
+                    f"latent_size {size} must be a multiple of twice the prior's {heads} heads; "
+                    "set prior_heads."
                 )
             if config.prior_depth > 1:
-                self.blocks = nn.ModuleList(PriorBlock(size, heads, width) for _ in range(config.prior_depth - 1))
+                blocks = (PriorBlock(size, heads, width) for _ in range(config.prior_depth - 1))
+                self.blocks = nn.ModuleList(blocks)
             self.attention = PriorAttention(size, heads)
         self.norm = nn.RMSNorm(size, eps=1e-5)
         self.mlp = SwiGLU(size, width, out)
         nn.init.normal_(self.start, std=0.02)
 
     def forward(self, z: Tensor, starts: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, L) latents, (B, T) document starts -> (B, T, out) prediction of each from those before it."""
+        """(B, T, L) latents, (B, T) document starts -> (B, T, out) what earlier latents predict of each."""
         x = torch.where(starts[..., None], self.start.to(z.dtype), torch.roll(z, 1, dims=1))
         if self.attention is not None:
             x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
@@ -291,10 +300,12 @@ class PHiLayer(nn.Module):
         mean, logvar = x.float().chunk(2, -1)
         return mean, logvar.clamp(self.config.logvar_min, self.config.logvar_max)
 
-    def _predict(self, z: Tensor, starts: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, z: Tensor, starts: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.prior is None:
             return torch.zeros_like(z), torch.zeros_like(z)
-        return self._statistics(self.prior(z, starts, positions, mask))
+        return self._statistics(self.prior(z.to(self.decoder.weight.dtype), starts, positions, mask))
 
     def _divergence(self, mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
         if self.config.detach_targets:
@@ -348,7 +359,7 @@ class PHiLayer(nn.Module):
             error = None if error is None else error.masked_fill(padding, 0.0)
             contrastive = None if contrastive is None else contrastive.masked_fill(padding, 0.0)
         return PHiOutput(
-            hidden_states=self.decoder(z).to(hidden_states.dtype),
+            hidden_states=self.decoder(z.to(self.decoder.weight.dtype)).to(hidden_states.dtype),
             phi=phi,
             contrastive=contrastive,
             latent=z,
@@ -359,7 +370,9 @@ class PHiLayer(nn.Module):
             phi_standard_error=error,
         )
 
-    def _check(self, hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> None:
+    def _check(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+    ) -> None:
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise InputError(
                 f"Hidden states must have shape (B, T, {self.hidden_size}), not {tuple(hidden_states.shape)}."
@@ -388,10 +401,11 @@ def document_structure(
     if attention_mask is None and document_ids is None:
         return (index == 0).expand(rows, length), index, None, None
     padding = None if attention_mask is None else attention_mask == 0
-    documents = torch.zeros(rows, length, dtype=torch.long, device=index.device) if document_ids is None else document_ids
+    documents = torch.zeros_like(index).expand(rows, length) if document_ids is None else document_ids
     if padding is not None:
         documents = documents.masked_fill(padding, -1)
-    starts = torch.cat((torch.ones_like(documents[:, :1], dtype=torch.bool), documents[:, 1:] != documents[:, :-1]), 1)
+    first = torch.ones_like(documents[:, :1], dtype=torch.bool)
+    starts = torch.cat((first, documents[:, 1:] != documents[:, :-1]), 1)
     positions = index - torch.where(starts, index, 0).cummax(1).values
     # Documents are contiguous, so a token may look back exactly as far as its own document's start.
     distance = index[0][:, None] - index[0][None, :]

@@ -164,6 +164,8 @@ class LSTMBlock(GradientCheckpointingLayer):
         self.lstm = nn.LSTM(config.hidden_size, config.intermediate_size, batch_first=True)
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    # Each batch's documents have other lengths, for which a compiler would make a new program each time.
+    @torch.compiler.disable()
     def forward(
         self, hidden_states: Tensor, segments: Segments, past_key_values: Cache | None = None
     ) -> Tensor:
@@ -365,6 +367,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         )
 
 
+@torch.compiler.disable()
 def _find_segments(
     hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Segments:

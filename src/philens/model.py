@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from philens.errors import ConfigError, InputError, InsertionError
-from philens.insertion import find_insertion_point, transform_output
+from philens.insertion import find_insertion_point, text_config, transform_output
 from philens.layer import PHiConfig, PHiLayer, PHiOutput
 
 
@@ -20,7 +20,8 @@ class PHiModelOutput:
 
     Attributes:
         loss: scalar, next-token cross-entropy + phi_weight * phi / L + contrastive_weight * contrastive loss
-            (phi itself with `reduction="sum"`), each averaged over the tokens that carry a label. None without labels.
+            (phi itself with `reduction="sum"`), each averaged over the tokens that carry a label. None
+            without labels.
         logits: (B, T, V).
         phi: (B, T) PHi loss in nats, float32, 0 on padding. None while the layer is disabled.
         losses: means over labelled tokens, detached: `surprisal` and `phi` in nats per token, `contrastive`.
@@ -127,21 +128,28 @@ class PHiModel(nn.Module):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T), 0 on padding, on either side.
+            attention_mask: (B, T), 0 on padding, on either side; on the left, a base with absolute positions
+                needs position_ids, as in transformers.
             position_ids: (B, T). Where they do not go up by one, a new document starts (the convention of
                 transformers for packs); padding in a pack is then a document of its own.
-            labels: (B, T), -100 on tokens that do not count. A token's own id, not the next one's; a document's
-                first token is never predicted from the document before it.
+            labels: (B, T), -100 on tokens that do not count. A token's own id, not the next one's; a
+                document's first token is never predicted from the document before it.
             kwargs: passed to the base model.
 
         Raises:
             InputError: shapes that do not fit.
         """
         if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise InputError(f"input_ids must have shape (B, T) with at least one token, not {tuple(input_ids.shape)}.")
-        for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids), ("labels", labels)):
+            raise InputError(
+                f"input_ids must have shape (B, T) with at least one token, not {tuple(input_ids.shape)}."
+            )
+        others = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+        for name, value in others.items():
             if value is not None and value.shape != input_ids.shape:
-                raise InputError(f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, not {tuple(value.shape)}.")
+                raise InputError(
+                    f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, "
+                    f"not {tuple(value.shape)}."
+                )
         if kwargs.get("past_key_values") is not None:
             raise InputError("The prior keeps no cache: give the whole text, without past_key_values.")
         documents = None if position_ids is None else document_ids(position_ids)
@@ -154,7 +162,9 @@ class PHiModel(nn.Module):
         logits = self.base(input_ids=input_ids, use_cache=False, **kwargs).logits
         output, self._output, self._structure = self._output, None, (None, None)
         if self.enabled and output is None:
-            raise InsertionError(f"{self.module_path} did not run in the forward pass; choose another insertion point.")
+            raise InsertionError(
+                f"{self.module_path} did not run in the forward pass; choose another insertion point."
+            )
         result = PHiModelOutput(None, logits, None if output is None else output.phi, layer_output=output)
         if labels is not None:
             self._add_losses(result, output, labels, attention_mask, documents)
@@ -177,7 +187,8 @@ class PHiModel(nn.Module):
         elif attention_mask is not None:
             predicted = predicted & (attention_mask[:, :-1] != 0)
         targets = labels[:, 1:].masked_fill(~predicted, -100)
-        surprisal = F.cross_entropy(result.logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        logits = result.logits[:, :-1].flatten(0, 1).float()
+        surprisal = F.cross_entropy(logits, targets.flatten(), reduction="sum")
         surprisal = surprisal / predicted.sum().clamp(min=1)
         loss, result.losses = surprisal, {"surprisal": surprisal.detach()}
         if output is not None:
@@ -194,25 +205,24 @@ class PHiModel(nn.Module):
 
 
 def document_ids(position_ids: Tensor) -> Tensor:
-    """(B, T) positions -> (B, T) documents, counted from 0; one starts where positions do not go up by one."""
+    """(B, T) positions -> (B, T) documents from 0 on; one starts where positions do not go up by one."""
     jumps = torch.diff(position_ids, dim=1) != 1
     return F.pad(jumps.long().cumsum(1), (1, 0))
 
 
 def hidden_width(base: nn.Module, module: nn.Module) -> int:
-    """D of what leaves `module`: by the base's config, else by the module's own.
+    """D of what leaves `module`: of a linear map its own, else the base's by its config.
 
     Raises:
         InsertionError: neither says.
     """
-    config = getattr(base, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    for owner, name in ((config, "hidden_size"), (module, "hidden_size"), (module, "out_features")):
+    owners = ((module, "out_features"), (text_config(base), "hidden_size"), (module, "hidden_size"))
+    for owner, name in owners:
         if isinstance(getattr(owner, name, None), int):
             return getattr(owner, name)
     raise InsertionError(
-        f"The width of the hidden states of {type(base).__name__} is not known; give the model a config with hidden_size."
+        f"The width of the hidden states of {type(base).__name__} is not known; "
+        "give the model a config with hidden_size."
     )
 
 

@@ -111,9 +111,9 @@ def write_atomically(path: str | os.PathLike[str], content: Callable[[BinaryIO],
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"Cannot write {path}: {reason}; free some space or give another folder.") from error
+        raise OutputError(f"Cannot write {path}: {reason}; free some space or choose another.") from error
     finally:
-        with suppress(OSError):  # gone after the move; and nothing more can be done where it can't be removed
+        with suppress(OSError):  # after the move it is gone
             temporary.unlink()
     return path
 

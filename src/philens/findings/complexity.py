@@ -1,4 +1,4 @@
-"""Finding 2: with surprisal held fixed, phi grows with what there is to infer (section 4.1 of the paper).
+"""Finding 2: with surprisal held fixed, phi grows with what there is to infer.
 
 Measured on in-context language alone, where the description length of the automaton behind a document says
 how much a model can learn from it.
@@ -60,7 +60,7 @@ def measure_complexity(
     lengths = docs.description_length
     if np.isfinite(lengths[measured]).sum() < 2:
         raise InputError(
-            f"Complexity is measured on at least two scored documents of {INTERESTING}; generate more of them."
+            f"Complexity needs at least two scored documents of {INTERESTING}; generate more of them."
         )
     phi, surprisal = table.phi[usable].astype(np.float64), table.surprisal[usable].astype(np.float64)
     options = {"resamples": resamples, "seed": seed}

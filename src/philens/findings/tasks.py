@@ -1,4 +1,4 @@
-"""Finding 1: phi tells interesting tasks from boring ones (section 4.1 of the paper, synthetic tasks).
+"""Finding 1: phi tells interesting tasks from boring ones.
 
 A model does new computation where it must infer a new automaton from the text itself (in-context language),
 and not where it recites (memorized sequences), applies what its weights hold (memorized programs), or where
@@ -30,10 +30,10 @@ def measure_tasks(
     (`tokens_without_surprisal`). `ratios` hold in-context language's mean phi over each boring task's;
     `separated` says that the two means' intervals do not overlap. `phi_order` and `surprisal_order` name the
     tasks from high to low. `holds` says that in-context language lies above every boring task measured,
-    separated, and that surprisal puts these tasks in another order. Raises InputError for a table without phi.
+    separated, and that surprisal puts these tasks in another order. Raises InputError where there is no phi.
     """
     if not np.isfinite(table.phi).any():
-        raise InputError("There is no token with a phi; score at least one document with the PHi layer enabled.")
+        raise InputError("There is no token with a phi; score documents with the PHi layer enabled.")
     task_of_token = table.docs.task[table.document]
     phi: dict[str, statistics.Estimate] = {}
     surprisal: dict[str, statistics.Estimate] = {}

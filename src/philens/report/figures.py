@@ -4,13 +4,14 @@ Figures are 8 inches wide at 150 dpi and are drawn on Agg without pyplot, so not
 display is needed. Colours are Okabe and Ito's for tasks (with a marker each) and viridis for ordered bins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
@@ -36,7 +37,7 @@ SURPRISAL_LABEL = "surprisal (nats per token)"
 _FONT = 9
 # Where a point's label may go: distance in points, then the side (right, left, above, below, corners).
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-_PLACES = [(distance, *side) for distance in (8, 12, 17, 23, 30) for side in _SIDES]
+_PLACES = [(distance, *side) for distance in (8, 12, 17, 23, 30, 40, 52, 66) for side in _SIDES]
 
 
 def figure_tasks(results: Mapping[str, Any]) -> Figure:
@@ -59,7 +60,7 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
         )
     scatter.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
     scatter.margins(0.15)
-    scatter.set_ylim(bottom=0)
+    scatter.set_ylim(0, 1.12 * max([scatter.dataLim.y1, 1e-3]))
 
     places = np.arange(len(names))[::-1]
     for place, name in zip(places, names, strict=True):
@@ -99,8 +100,7 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
         label = f"{span['low']:.0f} to {span['high']:.0f}"
         curves_axes.plot(surprisal, phi, marker="o", markersize=4, color=colour, label=label)
         # A cell with one document has a mean but no interval: no band there.
-        intervals = [[np.nan if bound is None else bound for bound in point["phi"]["ci95"]] for point in points]
-        low, high = np.array(intervals).reshape(-1, 2).T
+        low, high = np.array([point["phi"]["ci95"] for point in points], dtype=float).T  # None becomes NaN
         curves_axes.fill_between(surprisal, low, high, color=colour, alpha=0.18, linewidth=0)
     curves_axes.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
     curves_axes.set_title("in-context language, tokens", fontsize=_FONT + 1, loc="left")
@@ -203,8 +203,8 @@ def _set_fonts(figure: Figure) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=_FONT)
-        axes.xaxis.label.set_size(_FONT)
-        axes.yaxis.label.set_size(_FONT)
+        axes.xaxis.label.set_fontsize(_FONT)
+        axes.yaxis.label.set_fontsize(_FONT)
 
 
 def _short_label(task: str) -> str:
@@ -252,21 +252,27 @@ def _label_points(
     known = [(point, text) for point, text in zip(points, texts, strict=True) if None not in point]
     pixels = [axes.transData.transform(np.array(point, dtype=float)) for point, _ in known]
     taken = [_box(x, y, (0, 0), 10 * unit, 10 * unit) for x, y in pixels]
+    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4}
     for (point, text), (x, y) in zip(known, pixels, strict=True):
-        note = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=_FONT)
-        size = note.get_window_extent()
+        note = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=_FONT, arrowprops=line)
+        size = Text.get_window_extent(note)  # of the text alone, without the line
 
-        def cost(place: tuple[int, int, int], x=x, y=y, size=size) -> int:
+        def box_at(place: tuple[int, int, int], x: float = x, y: float = y, size: Bbox = size) -> Bbox:
             distance, *side = place
-            centre = [at + way * distance * unit for at, way in zip((x, y), side, strict=True)]
-            box = _box(*centre, side, size.width, size.height)
+            reach = distance * unit
+            return _box(x + side[0] * reach, y + side[1] * reach, side, size.width, size.height)
+
+        def cost(place: tuple[int, int, int], box_at: Callable[..., Bbox] = box_at) -> int:
+            box = box_at(place)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             return sum(box.overlaps(other) for other in taken) + 10 * (not inside)
 
-        distance, horizontal, vertical = min(_PLACES, key=cost)  # of equals the first, that is the nearest
+        place = distance, horizontal, vertical = min(_PLACES, key=cost)  # of equals the first: the nearest
         note.set(ha=("center", "left", "right")[horizontal], va=("center", "bottom", "top")[vertical])
         note.xyann = (horizontal * distance, vertical * distance)
-        taken.append(note.get_window_extent())
+        taken.append(box_at(place))
+        if distance < 20 and note.arrow_patch is not None:
+            note.arrow_patch.set_visible(False)  # beside its point a label needs no line
 
 
 def _box(x: float, y: float, side: Sequence[int], width: float, height: float) -> Bbox:

@@ -1,7 +1,7 @@
 """A page to read: every piece of a text coloured by phi and, beside it, by surprisal.
 
-One HTML file that loads nothing: no script, no font, no image from elsewhere. It follows the reader's light or
-dark theme; both colour scales change lightness steadily, so they can be told without seeing hue, and every
+One HTML file that loads nothing: no script, no font, no image from elsewhere. It follows the reader's light
+or dark theme; both colour scales change lightness steadily, so they can be told without seeing hue, and every
 colour carries text of at least 4.5:1 contrast. Values are shown on hover.
 """
 
@@ -47,8 +47,8 @@ def write_page(
     Each quantity has one colour scale over all documents, from 0 (or the lowest value, if negative) to the
     99th percentile; values above have the last colour. A piece without a value is drawn grey.
     `summary_html` is put above the documents as it is: it must be HTML that the caller made, with anything
-    foreign in it escaped. Raises InputError where a document's pieces and values differ in number, OutputError
-    where the file cannot be written.
+    foreign in it escaped. Raises InputError where a document's pieces and values differ in number,
+    OutputError where the file cannot be written.
     """
     values = [_values(document) for document in documents]
     scales = {name: _Scale.of([item[name] for item in values]) for name, _ in _QUANTITIES}
@@ -78,9 +78,8 @@ class _Scale:
         """Each value's colour, 0 to LEVELS - 1; None where there is no value."""
         share = np.nan_to_num((values - self.low) / (self.high - self.low), posinf=1.0, neginf=0.0)
         numbers = np.clip((share * LEVELS).astype(np.int64), 0, LEVELS - 1)
-        return [
-            None if missing else int(number) for number, missing in zip(numbers, np.isnan(values), strict=True)
-        ]
+        missing = np.isnan(values)
+        return [None if none else int(number) for number, none in zip(numbers, missing, strict=True)]
 
 
 def _values(document: PageDocument) -> dict[str, Floats]:
@@ -114,7 +113,8 @@ def _page(
     if summary_html:
         yield f'<div class="summary">{summary_html}</div>\n'
     yield '<div class="legends">' + "".join(_legend(label, scales[name]) for name, label in _QUANTITIES)
-    yield '<p class="hint"><span class="none">Grey, dotted</span>: no value. Hover over a piece to read its values.</p></div>\n'
+    yield '<p class="hint"><span class="none">Grey, dotted</span>: no value. '
+    yield "Hover over a piece to read its values.</p></div>\n"
     for document, numbers in zip(documents, values, strict=True):
         yield f"<section>\n<h2>{_clean(document.name)}</h2>\n<p>{_clean(document.description)}</p>\n"
         titles = [
@@ -178,17 +178,15 @@ def _mean(values: Floats) -> str:
 
 
 def _style() -> str:
-    return (
-        _STYLE
-        + ":root{" + _colours(_LIGHT) + "}"
-        + "@media (prefers-color-scheme: dark){:root{" + _colours(_DARK) + "}}"
-        + "".join(f".c{level}{{background:var(--b{level});color:var(--t{level})}}" for level in range(LEVELS))
-    )
+    light, dark = _colours(_LIGHT), _colours(_DARK)
+    themes = f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    classes = (f".c{level}{{background:var(--b{level});color:var(--t{level})}}" for level in range(LEVELS))
+    return _STYLE + themes + "".join(classes)
 
 
 def _colours(anchors: Sequence[str]) -> str:
     """Background and text colour of each level as CSS variables, background interpolated between anchors."""
-    corners = np.array([[int(anchor[at : at + 2], 16) for at in (1, 3, 5)] for anchor in anchors], dtype=float)
+    corners = np.array([list(bytes.fromhex(anchor[1:])) for anchor in anchors], dtype=float)
     places = np.linspace(0, len(anchors) - 1, LEVELS)
     mixed = np.stack([np.interp(places, np.arange(len(anchors)), channel) for channel in corners.T], axis=1)
     parts = []

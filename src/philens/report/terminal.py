@@ -1,4 +1,4 @@
-"""Findings as tables for a terminal: functions from results to rich renderables; print them with a Console."""
+"""Findings as tables for a terminal: functions from results to rich tables, to print with a Console."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +23,11 @@ def tasks_table(results: Mapping[str, Any]) -> Table:
     """Per task: phi and surprisal with their intervals, and in-context language's phi over the task's."""
     tasks = results["tasks"].values()
     documents, tokens = (_counts([task[key] for task in tasks], key) for key in ("documents", "tokens"))
-    table = _table(
-        "phi and surprisal per task",
-        f"Nats per token with 95 % intervals over documents; {documents} and {tokens} a task.\n"
-        + _verdict_on_tasks(results)
-        + ("\nfalse positive: copying raises phi, and is known to." if results["known_false_positives"] else ""),
-    )
+    caption = [f"Nats per token with 95 % intervals over documents; {documents} and {tokens} a task."]
+    caption.append(_verdict_on_tasks(results))
+    if results["known_false_positives"]:
+        caption.append("false positive: copying is known to raise phi.")
+    table = _table("phi and surprisal per task", "\n".join(caption))
     table.add_column("task", no_wrap=True)
     for heading in ("phi", "surprisal", "in-context phi ÷"):
         table.add_column(heading, justify="right")
@@ -132,10 +131,10 @@ def _verdict_on_tasks(results: Mapping[str, Any]) -> str:
     ours = task_label(INTERESTING)
     if results["holds"]:
         return f"The phi of {ours} stands above every boring task's, and surprisal orders them otherwise."
-    beaten = [task_label(n) for n, item in results["ratios"].items() if item["ratio"] > 1 and item["separated"]]
-    if len(beaten) == len(results["ratios"]):
+    beaten = sum(item["ratio"] > 1 and item["separated"] for item in results["ratios"].values())
+    if beaten == len(results["ratios"]):
         return f"The phi of {ours} stands above every boring task's, but surprisal orders them the same way."
-    return f"The phi of {ours} stands clearly above {len(beaten)} of {len(results['ratios'])} boring tasks'."
+    return f"The phi of {ours} stands clearly above {beaten} of {len(results['ratios'])} boring tasks'."
 
 
 def _estimate(value: float | None, interval: list[float | None], digits: int = 2) -> str:
@@ -145,4 +144,4 @@ def _estimate(value: float | None, interval: list[float | None], digits: int = 2
 
 
 def _value(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:z.{digits}f}"
+    return "none" if value is None else f"{value:z.{digits}f}"

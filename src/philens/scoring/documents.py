@@ -33,7 +33,7 @@ class TokenTable:
 
 
 def token_surprisal(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """(B, T, V) logits, (B, T) tokens -> (B, T) surprisal in nats of each token, NaN on the first, float32."""
+    """(B, T, V) logits, (B, T) tokens -> (B, T) surprisal in nats, float32, NaN on the first."""
     surprisal = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
     return F.pad(surprisal, (1, 0), value=torch.nan)
 
@@ -48,9 +48,13 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
         batch_size: documents read at once; documents of like length go together.
 
     Raises:
-        InputError: there is no document, or an empty one.
+        InputError: there is no document, or an empty one, or batch_size is below 1.
     """
-    if not len(docs) or (docs.lengths < 1).any():
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}.")
+    if not len(docs):
+        raise InputError("There is nothing to score; give at least one document.")
+    if (docs.lengths < 1).any():
         raise InputError("There is an empty document; every document needs at least one token.")
     phi = np.full(len(docs.tokens), np.nan, np.float32)
     surprisal = phi.copy()

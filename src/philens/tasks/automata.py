@@ -5,7 +5,7 @@ A document is one task: strings of letters separated by spaces. Document i of a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,14 @@ from scipy.special import gammaln
 from philens.errors import ConfigError, InputError
 from philens.tasks.random_streams import Keys, below, between, derive, uniform
 
-TASKS = ("memorized_sequences", "memorized_programs", "new_vocabulary", "in_context_language", "random", "copy")
+TASKS = (
+    "memorized_sequences",
+    "memorized_programs",
+    "new_vocabulary",
+    "in_context_language",
+    "random",
+    "copy",
+)
 MEMORIZED_SEQUENCES, MEMORIZED_PROGRAMS, NEW_VOCABULARY, IN_CONTEXT_LANGUAGE, RANDOM, COPY = range(len(TASKS))
 
 _FIRST_LETTER, _SPACE = ord("a"), ord(" ")
@@ -70,7 +77,7 @@ class TaskConfig:
         if not 1 <= self.letters <= 26:
             raise ConfigError(f"letters must lie between 1 and 26, not {self.letters}.")
         if self.alphabet[1] > self.letters:
-            raise ConfigError(f"alphabet {self.alphabet} asks for more than the {self.letters} letters there are.")
+            raise ConfigError(f"alphabet {self.alphabet} asks for more than the {self.letters} letters.")
         if self.edges[1] > min(self.states[0], self.alphabet[0]):
             raise ConfigError(
                 f"{self.edges[1]} edges per state need as many states and letters: raise the lower bound of "
@@ -103,7 +110,8 @@ class Automata(NamedTuple):
 def draw_automata(config: TaskConfig, keys: Keys) -> Automata:
     """One automaton for each key."""
     count, most_states, most_edges = len(keys), config.states[1] + 1, config.edges[1]
-    state_key, degree_key, target_key, alphabet_key, letter_key, size_key = derive(keys, np.arange(6)[:, None])
+    streams = derive(keys, np.arange(6)[:, None])
+    state_key, degree_key, target_key, alphabet_key, letter_key, size_key = streams
     states = 1 + between(state_key, config.states)
     alphabet_size = between(size_key, config.alphabet)
     index = np.arange(most_states)
@@ -111,7 +119,8 @@ def draw_automata(config: TaskConfig, keys: Keys) -> Automata:
     degree[index >= states[:, None]] = 0
 
     # Sorting random numbers, those of what may not be chosen put last, draws without replacement.
-    order = uniform(derive(target_key[:, None], np.arange(most_states**2))).reshape(count, most_states, most_states)
+    order = uniform(derive(target_key[:, None], np.arange(most_states**2)))
+    order = order.reshape(count, most_states, most_states)
     order += 2 * ((index == 0) | (index >= states[:, None]))[:, None, :]
     target = np.argsort(order, axis=-1)[..., :most_edges]
     alphabet = np.argsort(uniform(derive(alphabet_key[:, None], np.arange(config.letters))), axis=-1)
@@ -132,7 +141,7 @@ def draw_automata(config: TaskConfig, keys: Keys) -> Automata:
 
 @dataclass(frozen=True)
 class Documents:
-    """A batch of n documents with N tokens in all, laid end to end; a token is a character, its id its ASCII code.
+    """A batch of n documents with N tokens in all, end to end; a token is a character, its id its ASCII code.
 
     Attributes:
         tokens: (N,) uint8.
@@ -172,9 +181,16 @@ class Documents:
         lengths = self.lengths[indices]
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         source = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        values = {f.name: getattr(self, f.name) for f in fields(Documents)}
-        chosen = {n: v[source] if n in ("tokens", "perturbed") else v[indices] for n, v in values.items() if n != "offsets"}
+        values = {f.name: getattr(self, f.name) for f in fields(Documents) if f.name != "offsets"}
+        chosen = {n: v[source if n in ("tokens", "perturbed") else indices] for n, v in values.items()}
         return Documents(offsets=offsets, **chosen)
+
+    def cut(self, length: int) -> "Documents":
+        """The same documents, those longer than `length` tokens cut to it."""
+        lengths = np.minimum(self.lengths, length)
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        source = np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return replace(self, tokens=self.tokens[source], perturbed=self.perturbed[source], offsets=offsets)
 
     def per_token(self, name: str) -> NDArray:
         """(N,) a label of the documents, such as `task` or `description_length`, for each token."""
@@ -208,21 +224,24 @@ def generate(config: TaskConfig, seed: int, task: str | ArrayLike, indices: Arra
 
     Raises:
         ConfigError: there is no such task.
-        InputError: no index is given.
+        InputError: no index is given, or a negative one.
     """
     indices = np.atleast_1d(np.asarray(indices, np.int64))
     if not len(indices):
         raise InputError("There is no document to make: give at least one index.")
+    if indices.min() < 0:
+        raise InputError(f"Documents are counted from 0; there is none at {indices.min()}.")
     tasks = np.broadcast_to(task_index(task) if isinstance(task, str) else np.asarray(task), indices.shape)
+    if not ((tasks >= 0) & (tasks < len(TASKS))).all():
+        raise ConfigError(f"Tasks are numbered 0 to {len(TASKS) - 1}, not {tasks.min()} to {tasks.max()}.")
     # One stream for each task, so that two tasks never share their random strings.
     document = derive(derive(derive(0, seed), tasks), indices)
     fixed = derive(1, config.memorized_seed)
 
     has_automaton = tasks <= IN_CONTEXT_LANGUAGE
     memorized = below(derive(document, _CHOICE), config.memorized_automata)
-    automaton_key = np.where(
-        tasks <= NEW_VOCABULARY, derive(fixed, memorized), np.where(has_automaton, derive(document, _AUTOMATON), 0)
-    )
+    automaton_key = np.where(has_automaton, derive(document, _AUTOMATON), 0)
+    automaton_key = np.where(tasks <= NEW_VOCABULARY, derive(fixed, memorized), automaton_key)
     unique, which = np.unique(automaton_key, return_inverse=True)
     automata = draw_automata(config, unique)
 
@@ -238,7 +257,8 @@ def generate(config: TaskConfig, seed: int, task: str | ArrayLike, indices: Arra
 
     letters = _emit(config, automata, which[owner], has_automaton[owner], derive(key, 1), length)
     if (tasks == NEW_VOCABULARY).any():
-        new = np.argsort(uniform(derive(derive(document, _ALPHABET)[:, None], np.arange(config.letters))), axis=-1)
+        order = uniform(derive(derive(document, _ALPHABET)[:, None], np.arange(config.letters)))
+        new = np.argsort(order, axis=-1)
         rows = owner_task == NEW_VOCABULARY
         letters[rows] = np.take_along_axis(new[owner[rows]], letters[rows], -1)
     noise_key = derive(derive(document, _NOISE)[owner], number)
@@ -275,7 +295,7 @@ def _emit(
     keys: Keys,
     length: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """(strings, longest) letters: a walk through each string's automaton, or random ones where it has none."""
+    """(strings, longest) letters: walks through the strings' automata, random where there is none."""
     longest = int(length.max())
     noise = derive(keys[:, None], np.arange(longest))
     letters = below(noise, config.letters)

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from philens.errors import ConfigError
+from philens.errors import ConfigError, InputError
 from philens.tasks.automata import Documents, TaskConfig, generate, task_index
 from philens.tasks.random_streams import derive, uniform
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An endless stream of documents of several tasks; document i is a pure function of (config, weights, seed, i).
+    """An endless stream of documents of several tasks; document i is set by (config, weights, seed, i) alone.
 
     Attributes:
         config: sizes of the tasks.
@@ -35,7 +35,7 @@ class Mixture:
         for name, weight in self.weights.items():
             task_index(name)
             if not (weight >= 0 and np.isfinite(weight)):
-                raise ConfigError(f"The weight of {name} must be a finite number of at least 0, not {weight}.")
+                raise ConfigError(f"The weight of {name} must be finite and at least 0, not {weight}.")
         if not sum(self.weights.values()) > 0:
             raise ConfigError("At least one task needs a weight above 0.")
 
@@ -48,7 +48,7 @@ class Mixture:
 
 
 def pack(lengths: NDArray[np.int64], rows: int, capacity: int) -> NDArray[np.int64] | None:
-    """Row of each piece by best fit, longest first; None if they do not fit into `rows` of `capacity` tokens."""
+    """Row of each piece by best fit, longest first; None if `rows` of `capacity` tokens do not hold them."""
     free = np.full(rows, capacity)
     placed = np.empty(len(lengths), np.int64)
     for piece in np.argsort(-lengths, kind="stable"):
@@ -99,8 +99,14 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             self._cache = (number, self._make(number))
         return {name: value[place] for name, value in self._cache[1].items()}
 
-    def group_documents(self, number: int) -> tuple[Documents, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Documents drawn for a group; length, start in the tokens, and row of each piece that is placed."""
+    def group_documents(
+        self, number: int
+    ) -> tuple[Documents, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Documents drawn for a group; length, start in the tokens, and row of each piece that is placed.
+
+        Raises:
+            InputError: a document is longer than a whole group.
+        """
         capacity = self.group * self.length
         first, count = number * capacity, self._guess
         while True:
@@ -110,12 +116,16 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             count *= 2
         fitting = int(np.searchsorted(batch.offsets, capacity, side="right")) - 1
         self._guess = fitting + 2  # what the next group will most likely need; never changes what is placed
-        while True:
+        while fitting > 0:
             starts, lengths = _pieces(batch.offsets[: fitting + 1], self.length)
             placed = pack(lengths, self.group, self.length)
             if placed is not None:
                 return batch, lengths, starts, placed
             fitting -= 1
+        raise InputError(
+            f"A document of {batch.lengths[0]} tokens does not fit into {self.group} rows of {self.length}; "
+            "raise the length of rows or the number packed together."
+        )
 
     def _make(self, number: int) -> dict[str, Tensor]:
         batch, lengths, starts, placed = self.group_documents(number)
@@ -125,7 +135,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         before = ends - lengths
         row_begin = np.searchsorted(placed, placed, side="left")
         column = before - before[row_begin]
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(before, lengths)
+        within = np.arange(ends[-1]) - np.repeat(before, lengths)
         target = np.repeat(placed * self.length + column, lengths) + within
         size = self.group * self.length
         input_ids, mask = np.zeros(size, np.int64), np.zeros(size, np.int64)
@@ -142,11 +152,13 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 class SingleRows(Dataset[dict[str, Tensor]]):
     """A training set with one document in each row, cut or padded to `length`; row r is document r.
 
-    A causal model needs no mask then, which is faster than packing where documents are about as long as a row.
+    A causal model needs no mask then: faster than packing where documents are about as long as a row.
     A row has, each (length,): `input_ids`, `labels` (-100 on padding).
     """
 
-    def __init__(self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16):
+    def __init__(
+        self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16
+    ) -> None:
         self.documents, self.length, self.rows, self.group = documents, length, rows, group
         self._cache: tuple[int, dict[str, Tensor]] | None = None
 
@@ -175,7 +187,8 @@ def pad(documents: Documents, length: int | None = None) -> dict[str, Tensor]:
     mask = place < documents.lengths[:, None]
     source = np.minimum(documents.offsets[:-1, None] + place, len(documents.tokens) - 1)
     input_ids = np.where(mask, documents.tokens[source], 0).astype(np.int64)
-    arrays = {"input_ids": input_ids, "labels": np.where(mask, input_ids, -100), "attention_mask": mask.astype(np.int64)}
+    labels = np.where(mask, input_ids, -100)
+    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
     return {name: torch.from_numpy(a) for name, a in arrays.items()}
 
 

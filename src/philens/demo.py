@@ -1,0 +1,52 @@
+"""What the shipped model sees: the tasks measured, a figure, and a page of coloured documents."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from philens.findings.reproduce import measure, write
+from philens.findings.tasks import measure_tasks
+from philens.report.page import PageDocument, write_page
+from philens.scoring.documents import TokenTable
+from philens.tasks.automata import TASKS
+from philens.training.run import load_run, versions
+
+SHIPPED = Path(__file__).parent / "shipped" / "small"
+
+EXPLANATIONS = {
+    "memorized_sequences": "Strings known by heart: the model recites.",
+    "memorized_programs": "New strings of automata known by heart: the model runs a program that its weights hold.",
+    "new_vocabulary": "Automata known by heart, their letters renamed: only the renaming must be found out.",
+    "in_context_language": "A new automaton: the model must work out the program from the text itself.",
+    "random": "Random letters: much surprise and nothing to find out.",
+    "copy": "Random strings, each said twice: the known false positive, copying raises phi.",
+}
+
+
+def demo(output: Path, documents: int = 64) -> dict[str, Any]:
+    """Measure the shipped model on every task; write `results.json`, the figure and `page.html` into `output`."""
+    lens, recipe = load_run(SHIPPED)
+    table = measure(lens, recipe, documents=documents)
+    results = measure_tasks(table, seed=recipe.seed)
+    run = {"finding": "tasks", "scale": "small", "seed": recipe.seed, "versions": versions(), "recipe": asdict(recipe)}
+    write("tasks", output, results, run)
+    write_page(output / "page.html", "Where a small model thinks", page_documents(table))
+    return run | results
+
+
+def page_documents(table: TokenTable) -> list[PageDocument]:
+    """The first document of each task in a table."""
+    documents = []
+    for number, name in enumerate(TASKS):
+        index = int((table.docs.task == number).argmax())
+        rows = slice(int(table.docs.offsets[index]), int(table.docs.offsets[index + 1]))
+        documents.append(
+            PageDocument(
+                name.replace("_", " "),
+                EXPLANATIONS[name],
+                list(table.docs.text(index)),
+                table.phi[rows],
+                table.surprisal[rows],
+            )
+        )
+    return documents

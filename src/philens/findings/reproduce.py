@@ -1,0 +1,160 @@
+"""From a scale to a finding: train what is not trained yet, measure, write."""
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from philens.errors import ConfigError
+from philens.findings import combine_seeds, write_finding
+from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
+from philens.model import PHiModel
+from philens.scoring.documents import TokenTable, score_documents
+from philens.tasks.automata import TASKS, concatenate, generate
+from philens.training.recipe import Recipe, load_recipe
+from philens.training.run import ADAPTER_FOLDER, load_run, versions
+
+logger = logging.getLogger(__name__)
+
+FINDINGS = ("tasks", "complexity")
+# Documents of each task that are measured, and the recipe, at each scale and architecture.
+DOCUMENTS = {"smoke": 16, "small": 500, "paper": 1000}
+RECIPES = {
+    ("smoke", "transformer"): "smoke",
+    ("smoke", "lstm"): "smoke_lstm",
+    ("small", "transformer"): "small",
+    ("small", "lstm"): "small_lstm",
+    ("paper", "transformer"): "transformer_pfa",
+    ("paper", "lstm"): "lstm_pfa",
+}
+# Findings are measured on documents that neither training nor its evaluations read.
+MEASURING_SEED = 2**41
+
+
+def measure(
+    lens: PHiModel, recipe: Recipe, tasks: tuple[str, ...] = TASKS, documents: int = 500
+) -> TokenTable:
+    """Score fresh documents of some tasks, made as the recipe makes them and cut to its rows."""
+    docs = concatenate(
+        [generate(recipe.data.tasks, MEASURING_SEED, task, np.arange(documents)) for task in tasks]
+    ).cut(recipe.data.length)
+    return score_documents(lens, docs)
+
+
+def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, Any]:
+    """The results of one finding on one model."""
+    if finding == "tasks":
+        return measure_tasks(measure(lens, recipe, documents=documents), seed=recipe.seed)
+    # Description lengths need more automata than means of tasks do.
+    return measure_complexity(measure(lens, recipe, (INTERESTING,), 4 * documents), seed=recipe.seed)
+
+
+def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write one model's results with tables and figures."""
+    from philens.report.figures import figure_complexity, figure_tasks
+
+    if finding == "tasks":
+        tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
+    else:
+        tables = {
+            "complexity_curves": curve_rows(results),
+            "complexity_correlations": correlation_rows(results),
+        }
+        figures = {"complexity": figure_complexity(results)}
+    write_finding(folder, results, tables, figures, run)
+
+
+def reproduce(
+    finding: str,
+    scale: str,
+    output: Path,
+    architecture: str = "transformer",
+    model: Path | None = None,
+    seeds: int = 1,
+    documents: int | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Reproduce a finding of the paper.
+
+    `output/seed-K` are training runs, made or resumed as needed and shared by the findings; `output/FINDING` holds
+    the results (of the first seed, and with several seeds `seeds`: each one's, and `spread`: what they have in common).
+
+    Args:
+        finding: `tasks` or `complexity`.
+        scale: `smoke`, `small` or `paper`.
+        output: folder of runs and results.
+        architecture: `transformer` or `lstm`.
+        model: a finished run to measure instead of training.
+        seeds: how many models, with seeds 0, 1, ...
+        documents: measured of each task; None takes the scale's number.
+        overrides: recipe keys to replace.
+
+    Raises:
+        ConfigError: an unknown finding or scale, or options that exclude each other.
+    """
+    if finding not in FINDINGS:
+        raise ConfigError(f"There is no finding {finding!r}; there are {', '.join(FINDINGS)}.")
+    if (scale, architecture) not in RECIPES:
+        raise ConfigError(
+            f"There is no scale {scale!r} for {architecture!r}; scales are {', '.join(DOCUMENTS)}."
+        )
+    if seeds < 1 or (documents is not None and documents < 2):
+        raise ConfigError("seeds must be at least 1 and documents at least 2.")
+    if model is not None and (seeds > 1 or overrides):
+        raise ConfigError(
+            "A finished run has one seed and its own recipe; leave out seeds and recipe keys with model."
+        )
+    documents = documents or DOCUMENTS[scale]
+    every: list[dict[str, Any]] = []
+    run: dict[str, Any] = {}
+    for seed in range(seeds):
+        if model is not None:
+            lens, recipe = load_run(model)
+        else:
+            recipe = load_recipe(RECIPES[scale, architecture], overrides)
+            recipe = replace(recipe, seed=recipe.seed + seed)
+            lens = trained(recipe, output / f"seed-{recipe.seed}")
+            if lens is None:
+                raise KeyboardInterrupt
+        results = find(finding, lens, recipe, documents)
+        lens.detach()
+        one = {
+            "finding": finding,
+            "scale": scale,
+            "seed": recipe.seed,
+            "versions": versions(),
+            "recipe": asdict(recipe),
+        }
+        run = run or one
+        every.append({"seed": recipe.seed, **results})
+        if seeds > 1:
+            write(finding, output / finding / f"seed-{recipe.seed}", results, one)
+    results = {k: v for k, v in every[0].items() if k != "seed"}
+    if seeds > 1:
+        results |= {
+            "seeds": every,
+            "spread": combine_seeds([{k: v for k, v in r.items() if k != "seed"} for r in every]),
+        }
+    write(finding, output / finding, results, run)
+    return run | results
+
+
+def trained(recipe: Recipe, folder: Path) -> PHiModel | None:
+    """The model a recipe trains: loaded if its run is finished, else trained or resumed. None if the user stopped it."""
+    from philens.training.trainer import train
+
+    if (folder / ADAPTER_FOLDER).is_dir():
+        lens, found = load_run(folder)
+        if (
+            replace(found, train=recipe.train, name=recipe.name) != recipe
+            or found.train.steps != recipe.train.steps
+        ):
+            raise ConfigError(
+                f"{folder} holds a run of another recipe; choose another --output, or the same recipe keys."
+            )
+        logger.info("Using the finished run in %s.", folder)
+        return lens
+    return train(recipe, folder, resume=folder.exists() and any(folder.iterdir()))

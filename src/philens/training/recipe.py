@@ -1,0 +1,324 @@
+"""The typed recipe: everything that decides what a training run is."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from philens.errors import ConfigError, RecipeError
+from philens.layer import PHiConfig
+from philens.tasks.automata import TaskConfig, task_index
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass
+class ModelRecipe:
+    """The base model, made from its configuration with fresh weights.
+
+    Attributes:
+        architecture: `transformer` (Llama-shaped) or `lstm`.
+        hidden_size: D.
+        intermediate_size: width of the MLP (Transformer) or of the LSTM inside a block.
+        layers: number of blocks.
+        heads: attention heads (Transformer).
+        rope_theta: base of the rotary position embedding (Transformer).
+    """
+
+    architecture: Literal["transformer", "lstm"] = "transformer"
+    hidden_size: int = 128
+    intermediate_size: int = 344
+    layers: int = 4
+    heads: int = 4
+    rope_theta: float = 500_000.0
+
+
+@dataclass
+class DataRecipe:
+    """What the model reads.
+
+    Attributes:
+        mixture: weight of each task among the documents.
+        tasks: sizes of the tasks.
+        length: T, tokens in a row.
+        packing: several whole documents in a row; otherwise one, cut or padded.
+        group: rows made together.
+        workers: processes that make them ahead.
+    """
+
+    mixture: dict[str, float] = field(default_factory=lambda: {"in_context_language": 1.0})
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    length: int = 2048
+    packing: bool = True
+    group: int = 16
+    workers: int = 0
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: peak.
+        schedule: after the warm-up: constant, decaying, or constant and then decaying over the last
+            `decay` of the steps (`wsd`).
+        warmup_steps: linear warm-up from 0.
+        decay: share of the steps that `wsd` decays over.
+        weight_decay, beta1, beta2: of AdamW.
+        clip: largest gradient norm; 0 does not clip.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup_steps: int = 500
+    decay: float = 0.3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0
+
+
+@dataclass
+class PhiSchedule:
+    """When the PHi layer enters, and how fast its weights rise.
+
+    Attributes:
+        start_step: until this step the layer is out of the path: learn first.
+        warmup_steps: over so many steps from there, the weights of phi and of the contrastive loss rise from 0.
+    """
+
+    start_step: int = 0
+    warmup_steps: int = 0
+
+
+@dataclass
+class TrainRecipe:
+    """How long, how fast, and what is kept.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: rows in a forward pass.
+        accumulate: forward passes in a step.
+        precision: `auto` is bfloat16 autocast where the device has it.
+        compile: `torch.compile` the training forward pass.
+        checkpoint_activations: recompute activations in the backward pass to save memory.
+        log_every, eval_every, save_every: in steps; 0 switches evaluation or saving off (the end is always both).
+        keep: number of checkpoints kept.
+        evaluation_documents: of each task, at every evaluation.
+        report_to: names of experiment trackers beside `metrics.jsonl`.
+        collapse_threshold: mean phi in nats below which training warns that the layer has collapsed.
+    """
+
+    steps: int = 30_000
+    batch_size: int = 16
+    accumulate: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    log_every: int = 10
+    eval_every: int = 1000
+    save_every: int = 1000
+    keep: int = 2
+    evaluation_documents: int = 64
+    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    collapse_threshold: float = 0.05
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Attributes:
+        name: of the run.
+        seed: of weights, noise and training documents.
+        model, phi, phi_schedule, data, optimizer, train: its parts.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    phi: PHiConfig = field(default_factory=lambda: PHiConfig(layer=0))
+    phi_schedule: PhiSchedule = field(default_factory=PhiSchedule)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+
+# These may differ between a run and its resumption: they do not change what is computed.
+FREE_ON_RESUME = frozenset(
+    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep", "evaluation_documents", "report_to")
+) | {"name", "data.workers", "train.collapse_threshold"}
+
+
+def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
+    """Every key of a recipe, dotted, sections included."""
+    keys = []
+    for entry in fields(kind):
+        keys.append(prefix + entry.name)
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            keys += recipe_keys(entry.type, f"{prefix}{entry.name}.")
+    return keys
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one with dotted keys; `data.mixture` stays a dict."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name != "data.mixture":
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _check_key(key: str, source: str) -> None:
+    keys = recipe_keys()
+    if key in keys or key.startswith("data.mixture."):
+        return
+    last = key.rsplit(".", 1)[-1]
+    # A right name in the wrong section, or with a typing error in it.
+    near = [k for k in keys if k.rsplit(".", 1)[-1] == last]
+    near = near or difflib.get_close_matches(key, keys, 1, 0.0)
+    raise RecipeError(f"{source} has an unknown key {key!r}; the nearest valid one is {near[0]!r}.")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe's path, or the path of one that comes with philens, by its name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{path.stem}.yaml"
+    if str(path) in (path.stem, f"{path.stem}.yaml") and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise RecipeError(f"There is no recipe {name}; give a YAML file or one of {names}.")
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file, by its path or name, with some keys replaced.
+
+    Args:
+        path: None takes the defaults.
+        overrides: dotted keys to values, or to text that is read as YAML.
+
+    Raises:
+        RecipeError: the file cannot be read, or a key is unknown or ill-typed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        path = find_recipe(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it.") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must hold keys and values, not {type(values).__name__}.")
+    flat = flatten(values)
+    for key in flat:
+        _check_key(key, str(path))
+    for key, value in (overrides or {}).items():
+        _check_key(key, "The command line")
+        if isinstance(value, str):
+            value = _read_yaml(key, value)
+        if key.startswith("data.mixture."):
+            flat["data.mixture"] = {**flat.get("data.mixture", {}), key.removeprefix("data.mixture."): value}
+        elif key in flat or not isinstance(value, dict):
+            flat[key] = value
+        else:
+            flat |= flatten(value, f"{key}.")
+    return _build(flat)
+
+
+def _read_yaml(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value {text!r} of {key} cannot be read; quote it as YAML.") from error
+
+
+def _build(flat: dict[str, Any]) -> Recipe:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, as_positional=False)
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"{section} is a section of keys, not {place!r}.")
+        place[last] = value
+    for key in flat:
+        # One key at a time, so that the message can name the one that is wrong.
+        try:
+            single: dict[str, Any] = {}
+            *sections, last = key.split(".")
+            place = single
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = flat[key]
+            parser.parse_object(single)
+        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+            raise RecipeError(f"{key} cannot be {flat[key]!r}: {_reason(error)}.") from error
+    try:
+        recipe = Recipe(**vars(parser.instantiate_classes(parser.parse_object(nested))))
+    except ConfigError:
+        raise
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise RecipeError(f"The recipe does not hold together: {_reason(error)}.") from error
+    check_recipe(recipe)
+    return recipe
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error.__cause__, ConfigError) or isinstance(error.__context__, ConfigError):
+        return str(error.__cause__ or error.__context__).rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:3]).rstrip(".")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise a RecipeError about the first value that cannot work."""
+    positive = {
+        "model": ("hidden_size", "intermediate_size", "layers", "heads", "rope_theta"),
+        "data": ("length", "group"),
+        "optimizer": ("learning_rate",),
+        "train": ("steps", "batch_size", "accumulate", "log_every", "keep", "evaluation_documents"),
+    }
+    not_negative = {
+        "data": ("workers",),
+        "optimizer": ("warmup_steps", "weight_decay", "clip", "decay"),
+        "phi_schedule": ("start_step", "warmup_steps"),
+        "train": ("eval_every", "save_every", "collapse_threshold"),
+    }
+    for sections, least, word in ((positive, False, "above 0"), (not_negative, True, "at least 0")):
+        for section, names in sections.items():
+            for name in names:
+                value = getattr(getattr(recipe, section), name)
+                if not (value > 0 or (least and value == 0)):
+                    raise RecipeError(f"{section}.{name} must be {word}, not {value}.")
+    for name, weight in recipe.data.mixture.items():
+        try:
+            task_index(name)
+        except ConfigError as error:
+            raise RecipeError(f"data.mixture: {error}") from error
+        if weight < 0:
+            raise RecipeError(f"data.mixture.{name} must be at least 0, not {weight}.")
+    if not sum(recipe.data.mixture.values()) > 0:
+        raise RecipeError("data.mixture needs at least one task with a weight above 0.")
+    if recipe.model.architecture == "transformer" and recipe.model.hidden_size % (2 * recipe.model.heads):
+        raise RecipeError(
+            f"model.hidden_size {recipe.model.hidden_size} must be a multiple of twice model.heads {recipe.model.heads}."
+        )
+    if recipe.optimizer.decay > 1:
+        raise RecipeError(f"optimizer.decay is a share of the steps, at most 1, not {recipe.optimizer.decay}.")

@@ -1,0 +1,310 @@
+"""Tables, figures and pages say what the results say, escape what they must and overlap nothing."""
+
+import io
+import re
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from rich.console import Console
+from rich.table import Table
+
+from philens.errors import InputError, OutputError
+from philens.report import page
+from philens.report.figures import TASK_STYLES, figure_complexity, figure_tasks, figure_training
+from philens.report.page import PageDocument, write_page
+from philens.report.terminal import complexity_table, spread_table, tasks_table
+from philens.tasks.automata import TASKS
+
+
+def estimate(value: float | None, name: str = "value", half: float = 0.05) -> dict[str, Any]:
+    return {name: value, "ci95": [None, None] if value is None else [value - half, value + half]}
+
+
+def tasks_results(points: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """Results with a surprisal and a phi for each task."""
+    return {
+        "tasks": {
+            name: {
+                "phi": estimate(phi, "mean"),
+                "surprisal": estimate(surprisal, "mean"),
+                "tokens": 1000,
+                "documents": 10,
+                "tokens_without_surprisal": 10,
+            }
+            for name, (surprisal, phi) in points.items()
+        },
+        "ratios": {"random": {**estimate(2.0, "ratio"), "separated": True}},
+        "phi_order": [],
+        "surprisal_order": [],
+        "orders_differ": True,
+        "holds": True,
+        "known_false_positives": {"copy": {**estimate(1.5, "ratio"), "over": "random", "note": ""}},
+    }
+
+
+SPREAD_OUT = {name: (number * 0.5, 6.0 - number) for number, name in enumerate(TASKS)}
+CROWDED = {name: (1.0 + 0.01 * number, 5.0 + 0.01 * (-1) ** number) for number, name in enumerate(TASKS)}
+
+
+def complexity_results(value: float | None = 0.1) -> dict[str, Any]:
+    names = (
+        "spearman",
+        "spearman_of_surprisal",
+        "partial_given_surprisal",
+        "partial_given_surprisal_and_square",
+    )
+    found = {**{name: estimate(value) for name in names}, "tokens": 100, "documents": 4}
+    parts = {part: found for part in ("whole", "first_half", "second_half")}
+    points = [
+        {
+            "surprisal": {"mean": step, "low": step - 0.5, "high": step + 0.5},
+            "phi": estimate(5.0 + step, "mean") if step < 3 else {"mean": 9.0, "ci95": [None, None]},
+            "tokens": 10,
+            "documents": 2,
+        }
+        for step in range(4)
+    ]
+    curves = [
+        {
+            "description_length": {"mean": low + 20, "low": low, "high": low + 40},
+            "tokens": 40,
+            "documents": 2,
+            "points": points,
+        }
+        for low in (25, 65)
+    ]
+    totals = {"task": "in_context_language", "tokens": 100, "documents": 4, "tokens_without_surprisal": 4}
+    return {**totals, "curves": curves, "token_wise": parts, "document_means": parts, "holds": True}
+
+
+def render(table: Table, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tasks_table_fits_a_terminal() -> None:
+    text = render(tasks_table(tasks_results(SPREAD_OUT)))
+    assert "in-context language 3.00 [2.95, 3.05] 1.50 [1.45, 1.55]" in " ".join(text.split())
+    assert "2.00 [1.95, 2.05]" in text
+    assert "false positive" in text
+    assert "stands above every boring task" in text
+    assert "…" not in text
+
+
+def test_tasks_table_says_what_does_not_hold() -> None:
+    results = tasks_results(SPREAD_OUT) | {"holds": False, "orders_differ": False}
+    assert "the same way" in render(tasks_table(results))
+    results["ratios"]["random"]["separated"] = False
+    assert "above 0 of 1" in render(tasks_table(results))
+    assert "Nothing to compare" in render(tasks_table(results | {"ratios": {}}))
+
+
+def test_complexity_table_fits_a_terminal() -> None:
+    text = render(complexity_table(complexity_results()))
+    assert text.count("0.100") == 24
+    assert text.count("[0.050, 0.150]") == 24
+    assert "above zero" in text
+    assert "…" not in text
+    assert "none" in render(complexity_table(complexity_results(None)))
+
+
+def test_spread_tables() -> None:
+    from philens.findings import combine_seeds
+
+    text = render(spread_table(combine_seeds([tasks_results(SPREAD_OUT)] * 2)))
+    assert "in-context language" in text
+    assert "holds for 2 of 2 seeds" in text
+    text = render(spread_table(combine_seeds([complexity_results()])))
+    assert "tokens, second half" in text
+    assert "none" in text  # one seed has no standard deviation
+
+
+def drawn(figure: Figure) -> None:
+    figure.savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.parametrize("points", [SPREAD_OUT, CROWDED], ids=["spread out", "crowded"])
+def test_labels_of_tasks_do_not_overlap(points: dict[str, tuple[float, float]]) -> None:
+    figure = figure_tasks(tasks_results(points))
+    drawn(figure)
+    axes = figure.axes[0]
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert set(boxes) == {name.replace("in_context", "in-context").replace("_", " ") for name in TASKS}
+    for (one, first), (other, second) in combinations(boxes.items(), 2):
+        assert not first.overlaps(second), (one, other)
+    frame = axes.get_window_extent()
+    for name, box in boxes.items():
+        assert frame.x0 <= box.x0, name
+        assert box.x1 <= frame.x1, name
+    assert "nats" in axes.get_xlabel()
+    assert "nats" in axes.get_ylabel()
+
+
+def test_every_task_has_its_colour_and_marker() -> None:
+    assert set(TASK_STYLES) == set(TASKS)
+    colours, markers = zip(*TASK_STYLES.values(), strict=True)
+    assert len(set(colours)) == len(set(markers)) == len(TASKS)
+
+
+def test_tasks_figure_takes_missing_intervals() -> None:
+    results = tasks_results(SPREAD_OUT)
+    results["tasks"]["copy"]["phi"]["ci95"] = [None, None]
+    drawn(figure_tasks(results))
+
+
+def test_complexity_figure() -> None:
+    figure = figure_complexity(complexity_results())
+    drawn(figure)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["25 to 65", "65 to 105"]
+    assert len(figure.axes[1].patches) == 24
+    drawn(figure_complexity(complexity_results(None)))
+
+
+def test_training_figure_draws_what_was_logged() -> None:
+    history: list[dict[str, Any]] = [
+        {"step": step, "loss": 3.0 / step, "surprisal": 2.0, "phi": 1000.0 / step} for step in range(1, 100)
+    ]
+    history[49] |= {"eval/copy/phi": 3.0, "eval/copy/surprisal": 1.0}
+    history.append({"step": 100, "eval/copy/phi": 2.0, "eval/copy/surprisal": 0.5, "loss": None})
+    figure = figure_training(history)
+    drawn(figure)
+    losses, phi, task_surprisal, task_phi = figure.axes
+    assert [len(line.get_xdata()) for line in losses.lines] == [99, 99]
+    assert phi.get_yscale() == "log"
+    assert list(task_phi.lines[0].get_ydata()) == [3.0, 2.0]
+    assert list(task_surprisal.lines[0].get_xdata()) == [50, 100]
+    drawn(figure_training([{"step": 1, "loss": 2.0}]))
+    with pytest.raises(InputError, match="no training history"):
+        figure_training([])
+
+
+class Spans(HTMLParser):
+    """Collects tags, and the class, title and text of each span within a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "span":
+            self.texts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.texts:
+            self.texts[-1] += data
+
+    def spans(self) -> list[tuple[str, str, str]]:
+        found = [attributes for tag, attributes in self.tags if tag == "span"]
+        joined = zip(found, self.texts, strict=True)
+        return [
+            (str(item.get("class")), str(item["title"]), text) for item, text in joined if "title" in item
+        ]
+
+
+def read_page(path: Path) -> Spans:
+    parser = Spans()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser
+
+
+PIECES = [
+    "def",
+    "<script>alert(1)</script>",
+    '" onmouseover="x',
+    "\n",
+    "\t",
+    "\x00\x1b",
+    "\u202e",
+    "é日😀",
+    "\ud800",
+    "",
+    "&amp;",
+]
+
+
+def test_page_shows_every_piece_twice_with_its_values(tmp_path: Path) -> None:
+    count = len(PIECES)
+    phi = np.linspace(0, 10, count)
+    surprisal = np.full(count, 1.0)
+    surprisal[0] = np.nan
+    document = PageDocument("a <b> & c", "made of <i>pieces</i>", PIECES, phi, surprisal)
+    path = write_page(tmp_path / "page.html", "title </title><script>", [document], "<table id=own></table>")
+    parser = read_page(path)
+    tags = [tag for tag, _ in parser.tags]
+    assert "script" not in tags
+    assert not {"b", "i"} & {tag for tag in tags[tags.index("section") :]}
+    assert all(not key.startswith("on") for _, attributes in parser.tags for key in attributes)
+    assert ("table", {"id": "own"}) in parser.tags
+    spans = parser.spans()
+    assert len(spans) == 2 * count
+    assert spans[0][:2] == ("c0", "def: phi 0.000 nats, surprisal none")
+    assert spans[count][0] == "none"
+    assert spans[count - 1][0] == f"c{page.LEVELS - 1}"
+    assert [text for _, _, text in spans[:10]] == [
+        *PIECES[:3],
+        "⏎\n",
+        "⇥",
+        "⟨U+0000⟩⟨U+001B⟩",
+        "⟨U+202E⟩",
+        "é日😀",
+        "⟨U+D800⟩",
+        "∅",
+    ]
+    assert spans[10][2].startswith("&amp;")
+    levels = [int(kind[1:]) for kind, _, _ in spans[:count]]
+    assert levels == sorted(levels)
+
+
+def test_page_loads_nothing_and_knows_both_themes(tmp_path: Path) -> None:
+    path = write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "abc", [1, 2, 3], [1, 2, 3])])
+    text = path.read_text()
+    assert not re.search(r"https?:|url\(|@import|<link|<script|src=", text)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "phi (PHi loss), nats" in text
+
+
+def test_page_without_values_or_documents(tmp_path: Path) -> None:
+    nothing = np.full(2, np.nan)
+    path = write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "ab", nothing, nothing)])
+    assert {kind for kind, _, _ in read_page(path).spans()} == {"none"}
+    write_page(tmp_path / "empty.html", "t", [])
+    write_page(tmp_path / "empty.html", "t", [PageDocument("n", "", [], [], [])])
+
+
+def test_infinite_and_negative_values_have_the_end_colours(tmp_path: Path) -> None:
+    document = PageDocument("n", "", "abc", [-1.0, 1.0, np.inf], [0.0, 0.0, 0.0])
+    spans = read_page(write_page(tmp_path / "page.html", "t", [document])).spans()
+    assert [kind for kind, _, _ in spans[:3]] == ["c0", f"c{page.LEVELS - 1}", f"c{page.LEVELS - 1}"]
+
+
+def test_page_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has 3 pieces but phi of shape"):
+        write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "abc", [1.0], [1, 2, 3])])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="Cannot write"):
+        write_page(tmp_path / "missing" / "page.html", "t", [])
+
+
+@pytest.mark.parametrize("anchors", [page._LIGHT, page._DARK], ids=["light", "dark"])
+def test_colours_have_contrast_and_steady_lightness(anchors: tuple[str, ...]) -> None:
+    found = re.findall(r"--b\d+:#(\w{6});--t\d+:#(\w)\w\w;", page._colours(anchors))
+    assert len(found) == page.LEVELS
+    lightness = []
+    for background, text in found:
+        ground = page._luminance(np.array(list(bytes.fromhex(background))))
+        lightness.append(ground)
+        ink = 1.0 if text == "f" else 0.0
+        low, high = sorted((ground, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+    steps = np.diff(lightness)
+    assert (steps < 0).all() or (steps > 0).all()
