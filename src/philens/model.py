@@ -50,7 +50,6 @@ class PHiModel(nn.Module):
 
     def __init__(self, base: nn.Module, config: PHiConfig) -> None:
         super().__init__()
-        self.module_path, self._block = None, None
         path, block = find_insertion_point(base, config.layer, config.module)
         parameter = next(iter(block.parameters()), None)
         self.base = base
@@ -60,12 +59,13 @@ class PHiModel(nn.Module):
         if parameter is not None:
             self.phi.to(parameter.device)
         self.register_buffer("weight_scale", torch.ones(()), persistent=False)
-        # Kept outside the module tree: it is the base's own and has its place there.
-        self.__dict__["_block"] = block
+        # From the base's outermost module to the block. A list, as the module tree has them already.
+        names = path.split(".")
+        self._path = [base.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
+        self._not_recomputed: list[nn.Module] = []
         self._structure: tuple[Tensor | None, Tensor | None] = (None, None)
         self._output: PHiOutput | None = None
         self._handle = transform_output(block, self._through_layer)
-        self._checkpointed = False
 
     def _through_layer(self, hidden_states: Tensor) -> Tensor:
         output = self.phi(hidden_states, *self._structure)
@@ -80,7 +80,7 @@ class PHiModel(nn.Module):
     def enable(self) -> None:
         """Put the layer into the path."""
         if self._handle is None:
-            self._handle = transform_output(self.__dict__["_block"], self._through_layer)
+            self._handle = transform_output(self._path[-1], self._through_layer)
 
     def disable(self) -> None:
         """Take the layer out of the path; the model is then exactly the base model."""
@@ -102,19 +102,21 @@ class PHiModel(nn.Module):
     def detach(self) -> nn.Module:
         """Remove the layer for good and return the base model as it was."""
         self.disable()
-        if self._checkpointed:
-            self.__dict__["_block"].gradient_checkpointing = True
+        if getattr(self.base, "is_gradient_checkpointing", False):
+            for module in self._not_recomputed:
+                module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         return self.base
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the base's activations in the backward pass, those of the block below the layer excepted.
-
-        A recomputed block would run its PHi layer twice.
-        """
+        """Recompute the base's activations in the backward pass, those of the layer's own block excepted."""
         self.base.gradient_checkpointing_enable(**kwargs)  # pyright: ignore[reportCallIssue]
-        if getattr(self.__dict__["_block"], "gradient_checkpointing", False):
-            self.__dict__["_block"].gradient_checkpointing = False
-            self._checkpointed = True
+
+    def _run_once(self) -> None:
+        """Take what the layer sits in out of activation checkpointing: recomputed, the layer would run twice."""
+        for module in self._path:
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+                self._not_recomputed.append(module)
 
     def forward(
         self,
@@ -152,6 +154,8 @@ class PHiModel(nn.Module):
                 )
         if kwargs.get("past_key_values") is not None:
             raise InputError("The prior keeps no cache: give the whole text, without past_key_values.")
+        if self.enabled:
+            self._run_once()
         documents = None if position_ids is None else document_ids(position_ids)
         self._structure, self._output = (attention_mask, documents), None
         if documents is None:
