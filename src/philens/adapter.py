@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import philens
-from philens.errors import AdapterError, ConfigError, OutputError
+from philens.errors import AdapterError, OutputError, PhilensError
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 
@@ -46,8 +46,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o755)
         if folder.exists():
-            if not folder.is_dir():
-                raise OutputError(f"Cannot write {folder}: it is a file; choose another folder.")
+            _check_replaceable(folder, staging)
             old = staging.with_name(staging.name + ".old")
             folder.rename(old)
             staging.rename(folder)
@@ -56,9 +55,22 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
             staging.rename(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"Cannot write {folder}: {reason}; free some space or choose another folder.") from error
+        raise OutputError(
+            f"Cannot write {folder}: {reason}; free some space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, staging: Path) -> None:
+    """Only what an earlier save left may be replaced: nothing else of the user's is ever deleted."""
+    if not folder.is_dir():
+        raise OutputError(f"Cannot write {folder}: it is a file; choose another folder.")
+    others = {path.name for path in folder.iterdir()} - {path.name for path in staging.iterdir()}
+    if others:
+        raise OutputError(
+            f"Cannot write {folder}: it holds other files ({min(others)}); choose another folder."
+        )
 
 
 @torch.no_grad()
@@ -72,7 +84,7 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.detach().reshape(-1)
         if flat.is_floating_point() and flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), device=flat.device).long()
+            places = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long().to(flat.device)
             digest.update(flat[places].to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -116,8 +128,12 @@ tags: [philens, interpretability]
 
 # PHi layer after `{description["module_path"]}` of a {base["class"]}
 
-Base model: {base["name_or_path"] or "not named"} (`{base["model_type"]}`, hidden size {description["hidden_size"]}).
-Prior: {phi["prior"]}; KL: {phi["kl"]}; weight of phi: {phi["phi_weight"]}; contrastive weight: {phi["contrastive_weight"]}.
+- base model: {base["name_or_path"] or "not named"} (`{base["model_type"]}`)
+- hidden size: {description["hidden_size"]}
+- prior: {phi["prior"]}
+- KL: {phi["kl"]}
+- weight of phi: {phi["phi_weight"]}
+- weight of the contrastive loss: {phi["contrastive_weight"]}
 
 ```python
 import philens
@@ -139,7 +155,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise AdapterError(f"There is no file {path}; check the path.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
-            f"{path} is not a whole safetensors file ({error}); it is damaged or something else: fetch or save it again."
+            f"{path} is not a whole safetensors file ({error}); it is damaged or something else: "
+            "fetch or save it again."
         ) from error
 
 
@@ -159,7 +176,9 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     ]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise AdapterError(f"{source} does not fit this model: it {sorted(problems)[0]}{more}; load what was saved for it.")
+        raise AdapterError(
+            f"{source} does not fit this model: it {min(problems)}{more}; load what was saved for it."
+        )
     module.load_state_dict(weights)
 
 
@@ -174,7 +193,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise AdapterError(f"There is no file {path}; give a folder that philens saved.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is not readable as JSON ({error}); it is damaged or something else.") from error
+        raise AdapterError(
+            f"{path} is not readable as JSON ({error}); it is damaged or something else."
+        ) from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} does not hold a JSON object; it is damaged or something else.")
     return value
@@ -191,31 +212,33 @@ def load(base: nn.Module, folder: str | os.PathLike[str]) -> PHiModel:
         AdapterError: the folder is missing, damaged, newer than this program, or made for another base.
     """
     folder = Path(folder)
-    description = read_json(folder / CONFIG_FILE)
-    if description.get("format") != FORMAT:
+    path = folder / CONFIG_FILE
+    description = read_json(path)
+    if "format" not in description:
+        raise AdapterError(f"{path} was not written by philens; give a folder that philens saved.")
+    if description["format"] != FORMAT:
         raise AdapterError(
-            f"{folder} has adapter format {description.get('format')!r} and this is philens {philens.__version__}, "
-            f"which reads format {FORMAT}; install the version that wrote it."
+            f"{folder} has adapter format {description['format']!r} and this is philens "
+            f"{philens.__version__}, which reads format {FORMAT}; install the version that wrote it."
         )
+    options, saved_in = description.get("phi"), description.get("base")
     known = {field.name for field in fields(PHiConfig)}
-    options = description.get("phi")
-    if not isinstance(options, dict) or set(options) != known:
-        raise AdapterError(f"{folder / CONFIG_FILE} does not hold the options of a PHi layer; it is damaged.")
-    wanted = (description.get("base") or {}).get("fingerprint")
-    if wanted != fingerprint(base):
+    if not isinstance(options, dict) or set(options) != known or not isinstance(saved_in, dict):
+        raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
+    wanted, found = str(saved_in.get("fingerprint")), fingerprint(base)
+    if wanted != found:
         raise AdapterError(
-            f"{folder} was trained in another base model ({(description.get('base') or {}).get('class')}, "
-            f"weights {str(wanted)[:12]}; these are {fingerprint(base)[:12]}); load that base first."
+            f"{folder} was trained in another base model ({saved_in.get('class')}, weights {wanted[:12]}; "
+            f"these are {found[:12]}); load that base first."
         )
     try:
         lens = attach(base, PHiConfig(**options))
-    except (ConfigError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} holds options that do not work ({error}); it is damaged.") from error
+    except (PhilensError, TypeError) as error:
+        raise AdapterError(f"{path} holds options that do not work ({error}); it is damaged.") from error
     try:
         if lens.module_path != description.get("module_path"):
-            raise AdapterError(
-                f"{folder} belongs after {description.get('module_path')}, not {lens.module_path}; it is damaged."
-            )
+            belongs = description.get("module_path")
+            raise AdapterError(f"{folder} belongs after {belongs}, not {lens.module_path}; it is damaged.")
         load_weights(lens.phi, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     except AdapterError:
         lens.detach()

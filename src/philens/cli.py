@@ -1,15 +1,17 @@
 """The command line: one typed function is one command."""
 
-import difflib
+import argparse
 import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from philens.errors import PhilensError
+import philens
+from philens.errors import ConfigError, PhilensError
+from philens.typed import convert, nearest
 
 # torch and transformers are imported inside the commands, so that help and errors come at once.
 
@@ -22,14 +24,14 @@ def demo(output: Path = Path("philens-demo"), documents: int = 64) -> None:
         documents: documents measured of each task.
     """
     from philens.demo import demo
-    from philens.errors import ConfigError
     from philens.report.terminal import tasks_table
 
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
     results = demo(output, documents)
     _console().print(tasks_table(results))
-    _say(f"Wrote {output / 'results.json'}, {output / 'tasks.png'} and {output / 'page.html'}; open the page in a browser.")
+    _say(f"Wrote {output / 'results.json'} and {output / 'tasks.png'}.")
+    _say(f"Open {output / 'page.html'} in a browser.")
 
 
 def train(
@@ -38,7 +40,7 @@ def train(
     """Train a model from nothing by a recipe. Any recipe key can be given as --key value.
 
     Args:
-        recipe: a YAML file, or the name of a recipe that comes with philens (small, smoke, transformer_pfa, ...).
+        recipe: a YAML file, or the name of a recipe that comes with philens (small, smoke, ...).
         output: run folder; by default runs/NAME.
         resume: go on from the last checkpoint in the run folder.
         print_config: print the whole recipe and stop.
@@ -71,7 +73,7 @@ def reproduce(
     documents: int | None = None,
     **keys: Any,
 ) -> None:
-    """Reproduce a finding of the paper, training the model first if that is not done. Any recipe key can be given.
+    """Reproduce a finding of the paper, training the model first. Any recipe key can be given as --key value.
 
     Args:
         finding: tasks (interesting ones have high phi) or complexity (phi follows the description length).
@@ -118,7 +120,12 @@ def env() -> None:
         _say(f"{name:14}{value}")
 
 
-COMMANDS: dict[str, Callable[..., int | None]] = {"demo": demo, "train": train, "reproduce": reproduce, "env": env}
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "demo": demo,
+    "train": train,
+    "reproduce": reproduce,
+    "env": env,
+}
 
 
 def _console() -> Any:
@@ -131,113 +138,134 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _takes_keys(command: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(command).parameters.values())
-
-
 def split_keys(command: Callable[..., Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Separate a command's own arguments from the recipe keys among them.
 
     Raises:
         ConfigError: an option that neither the command nor the recipe has.
     """
-    from philens.errors import ConfigError
-
-    own_names = {name.replace("_", "-"): name for name, p in inspect.signature(command).parameters.items()}
+    own_names = [_option(name) for name in _parameters(command)]
     own, keys = [], {}
     waiting = list(arguments)
     while waiting:
         word = waiting.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name.replace("_", "-") in own_names or name == "help":
-            own.append(word.replace("_", "-", word.count("_") if not equals else 0) if word.startswith("--") else word)
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or name.replace("_", "-") in (*own_names, "--help"):
+            own.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
             continue
-        valid = sorted(own_names)
+        key, valid = name.removeprefix("--"), [option.removeprefix("--") for option in own_names]
         if _takes_keys(command):
             from philens.training.recipe import recipe_keys
 
-            leaves = recipe_keys()
-            valid += leaves
-            if name in leaves or "." in name:
+            valid += recipe_keys()
+            if key in valid or "." in key:
                 if not equals:
-                    if not waiting:
-                        raise ConfigError(f"--{name} needs a value.")
+                    if not waiting or waiting[0].startswith("--"):
+                        raise ConfigError(f"{name} needs a value.")
                     value = waiting.pop(0)
-                keys[name] = value
+                keys[key] = value
                 continue
-        near = [key for key in valid if key.rsplit(".", 1)[-1] == name] or difflib.get_close_matches(name, valid, 1, 0.0)
-        raise ConfigError(f"There is no option --{name}; the nearest valid one is --{near[0]}.")
+        raise ConfigError(
+            f"There is no option {name}; the nearest valid one is --{nearest(key, [*valid, 'help'])}."
+        )
     return own, keys
 
 
-def _parser() -> Any:
-    import jsonargparse
+def _takes_keys(command: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(command).parameters.values())
 
-    import philens
 
-    parser = jsonargparse.ArgumentParser(
-        prog="philens", description="See where a sequence model is thinking hard.", exit_on_error=False
-    )
+def _parameters(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A command's own parameters by name."""
+    parameters = inspect.signature(command).parameters.items()
+    return {name: p for name, p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, not printed with the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="philens", description="See where a sequence model is thinking hard.")
     parser.add_argument("--version", action="version", version=f"philens {philens.__version__}")
-    commands = parser.add_subcommands(dest="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         lines = (inspect.getdoc(function) or "").splitlines()
-        sub = jsonargparse.ArgumentParser(description=lines[0], exit_on_error=False)
-        _add_arguments(sub, function)
-        commands.add_subcommand(name, sub, help=lines[0])
+        sub = commands.add_parser(name, description=lines[0], help=lines[0], allow_abbrev=False)
+        described = dict(line.strip().split(": ", 1) for line in lines if line.startswith("    "))
+        for option, parameter in _parameters(function).items():
+            about = described.get(option, "")
+            if parameter.annotation is bool:
+                sub.add_argument(_option(option), action="store_true", help=about)
+            elif parameter.default is parameter.empty:
+                sub.add_argument(option, help=about)
+            else:
+                shown = "" if parameter.default is None else f" Default: {parameter.default}."
+                choices = "|".join(get_args(parameter.annotation)) if _is_choice(parameter) else "VALUE"
+                sub.add_argument(
+                    _option(option), default=parameter.default, metavar=choices, help=about + shown
+                )
     return parser
 
 
-def _add_arguments(parser: Any, function: Callable[..., Any]) -> None:
-    """A function's parameters as arguments, described by its docstring."""
-    described = dict(
-        line.strip().split(": ", 1) for line in (inspect.getdoc(function) or "").splitlines() if line.startswith("    ")
-    )
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        options: dict[str, Any] = {"help": described.get(name)}
-        if parameter.annotation is bool:
-            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", **options)
-        elif parameter.default is parameter.empty:
-            parser.add_argument(name, type=parameter.annotation, **options)
-        else:
-            parser.add_argument(
-                f"--{name.replace('_', '-')}", type=parameter.annotation, default=parameter.default, **options
-            )
+def _is_choice(parameter: inspect.Parameter) -> bool:
+    return get_origin(parameter.annotation) is Literal
+
+
+def _typed(command: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Texts from the command line as what the command takes."""
+    typed = {}
+    for name, parameter in _parameters(command).items():
+        value, kind = options[name], parameter.annotation
+        if isinstance(value, str) and int in (kind, *get_args(kind)) and value.lstrip("-").isdecimal():
+            value = int(value)
+        shown = name if parameter.default is parameter.empty else _option(name)
+        # A default is what the command says it is.
+        typed[name] = value if value == parameter.default else convert(value, kind, shown)
+    return typed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 if the user stopped it."""
-    import jsonargparse
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("philens").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        keys: dict[str, str] = {}
-        if arguments and arguments[0] in COMMANDS:
-            own, keys = split_keys(COMMANDS[arguments[0]], arguments[1:])
-            arguments = [arguments[0], *own]
         parser = _parser()
         if not arguments:
-            parser.print_help()
+            parser.print_help(sys.stderr)
             return 2
-        config = parser.parse_args(arguments)
-        name = config.command
-        options = vars(getattr(config, name))
-        return COMMANDS[name](**{k: v for k, v in options.items() if k != "config"}, **keys) or 0
-    except (PhilensError, jsonargparse.ArgumentError) as error:
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"philens: error: {message}\n")
+        command, keys = COMMANDS.get(arguments[0]), {}
+        if command is not None:
+            own, keys = split_keys(command, arguments[1:])
+            arguments = [arguments[0], *own]
+        options = vars(parser.parse_args(arguments))
+        command = COMMANDS[options["command"]]
+        return command(**_typed(command, options), **keys) or 0
+    except (PhilensError, OSError) as error:
+        sys.stderr.write(f"philens: error: {_sentence(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("philens: stopped; the same command goes on from the last checkpoint.\n")
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; check the path and the space left there."
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

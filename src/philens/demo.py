@@ -15,7 +15,7 @@ SHIPPED = Path(__file__).parent / "shipped" / "small"
 
 EXPLANATIONS = {
     "memorized_sequences": "Strings known by heart: the model recites.",
-    "memorized_programs": "New strings of automata known by heart: the model runs a program that its weights hold.",
+    "memorized_programs": "New strings of automata known by heart: the model runs a program it holds.",
     "new_vocabulary": "Automata known by heart, their letters renamed: only the renaming must be found out.",
     "in_context_language": "A new automaton: the model must work out the program from the text itself.",
     "random": "Random letters: much surprise and nothing to find out.",
@@ -24,11 +24,17 @@ EXPLANATIONS = {
 
 
 def demo(output: Path, documents: int = 64) -> dict[str, Any]:
-    """Measure the shipped model on every task; write `results.json`, the figure and `page.html` into `output`."""
+    """Measure the shipped model on every task; write results, figure and `page.html` into `output`."""
     lens, recipe = load_run(SHIPPED)
     table = measure(lens, recipe, documents=documents)
     results = measure_tasks(table, seed=recipe.seed)
-    run = {"finding": "tasks", "scale": "small", "seed": recipe.seed, "versions": versions(), "recipe": asdict(recipe)}
+    run = {
+        "finding": "tasks",
+        "scale": "small",
+        "seed": recipe.seed,
+        "versions": versions(),
+        "recipe": asdict(recipe),
+    }
     write("tasks", output, results, run)
     write_page(output / "page.html", "Where a small model thinks", page_documents(table))
     return run | results

@@ -43,6 +43,7 @@ class PHiModel(nn.Module):
         phi: the `PHiLayer`.
         config: its `PHiConfig`.
         module_path: the insertion point.
+        enabled: whether the layer is in the path; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
     """
 
@@ -66,27 +67,25 @@ class PHiModel(nn.Module):
         self._structure: tuple[Tensor | None, Tensor | None] = (None, None)
         self._output: PHiOutput | None = None
         self._handle = transform_output(block, self._through_layer)
+        # By itself, as torch.compile cannot look at the handle.
+        self.enabled = True
 
     def _through_layer(self, hidden_states: Tensor) -> Tensor:
         output = self.phi(hidden_states, *self._structure)
         self._output = output
         return output.hidden_states
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the layer is in the path."""
-        return self._handle is not None
-
     def enable(self) -> None:
         """Put the layer into the path."""
-        if self._handle is None:
+        if not self.enabled:
             self._handle = transform_output(self._path[-1], self._through_layer)
+            self.enabled = True
 
     def disable(self) -> None:
         """Take the layer out of the path; the model is then exactly the base model."""
-        if self._handle is not None:
+        if self.enabled:
             self._handle.remove()
-            self._handle = None
+            self.enabled = False
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -102,7 +101,7 @@ class PHiModel(nn.Module):
     def detach(self) -> nn.Module:
         """Remove the layer for good and return the base model as it was."""
         self.disable()
-        if getattr(self.base, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             for module in self._not_recomputed:
                 module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         return self.base
@@ -112,7 +111,7 @@ class PHiModel(nn.Module):
         self.base.gradient_checkpointing_enable(**kwargs)  # pyright: ignore[reportCallIssue]
 
     def _run_once(self) -> None:
-        """Take what the layer sits in out of activation checkpointing: recomputed, the layer would run twice."""
+        """Take what holds the layer out of activation checkpointing: recomputed, it would run twice."""
         for module in self._path:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from philens.errors import ConfigError
 from philens.findings import combine_seeds, write_finding
@@ -15,7 +16,7 @@ from philens.model import PHiModel
 from philens.scoring.documents import TokenTable, score_documents
 from philens.tasks.automata import TASKS, concatenate, generate
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import ADAPTER_FOLDER, load_run, versions
+from philens.training.run import finished_model, load_run, versions
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Reproduce a finding of the paper.
 
-    `output/seed-K` are training runs, made or resumed as needed and shared by the findings; `output/FINDING` holds
-    the results (of the first seed, and with several seeds `seeds`: each one's, and `spread`: what they have in common).
+    `output/seed-K` are training runs, made or resumed as needed and shared by the findings. `output/FINDING`
+    holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
         finding: `tasks` or `complexity`.
@@ -94,6 +95,7 @@ def reproduce(
 
     Raises:
         ConfigError: an unknown finding or scale, or options that exclude each other.
+        KeyboardInterrupt: the user stopped the training; the same call goes on.
     """
     if finding not in FINDINGS:
         raise ConfigError(f"There is no finding {finding!r}; there are {', '.join(FINDINGS)}.")
@@ -109,52 +111,45 @@ def reproduce(
         )
     documents = documents or DOCUMENTS[scale]
     every: list[dict[str, Any]] = []
-    run: dict[str, Any] = {}
-    for seed in range(seeds):
+    runs: list[dict[str, Any]] = []
+    for number in range(seeds):
         if model is not None:
             lens, recipe = load_run(model)
         else:
             recipe = load_recipe(RECIPES[scale, architecture], overrides)
-            recipe = replace(recipe, seed=recipe.seed + seed)
+            recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
-            if lens is None:
-                raise KeyboardInterrupt
-        results = find(finding, lens, recipe, documents)
-        lens.detach()
-        one = {
-            "finding": finding,
-            "scale": scale,
-            "seed": recipe.seed,
-            "versions": versions(),
-            "recipe": asdict(recipe),
-        }
-        run = run or one
-        every.append({"seed": recipe.seed, **results})
+        if torch.accelerator.is_available():
+            lens.to(torch.accelerator.current_accelerator())
+        every.append(find(finding, lens, recipe, documents))
+        runs.append(
+            {
+                "finding": finding,
+                "scale": scale if model is None else recipe.name,
+                "seed": recipe.seed,
+                "versions": versions(),
+                "recipe": asdict(recipe),
+            }
+        )
         if seeds > 1:
-            write(finding, output / finding / f"seed-{recipe.seed}", results, one)
-    results = {k: v for k, v in every[0].items() if k != "seed"}
+            write(finding, output / finding / f"seed-{recipe.seed}", every[-1], runs[-1])
+    results = every[0]
     if seeds > 1:
-        results |= {
-            "seeds": every,
-            "spread": combine_seeds([{k: v for k, v in r.items() if k != "seed"} for r in every]),
-        }
-    write(finding, output / finding, results, run)
-    return run | results
+        by_seed = [{"seed": run["seed"], **one} for run, one in zip(runs, every, strict=True)]
+        results = {**results, "seeds": by_seed, "spread": combine_seeds(every)}
+    write(finding, output / finding, results, runs[0])
+    return runs[0] | results
 
 
-def trained(recipe: Recipe, folder: Path) -> PHiModel | None:
-    """The model a recipe trains: loaded if its run is finished, else trained or resumed. None if the user stopped it."""
-    from philens.training.trainer import train
-
-    if (folder / ADAPTER_FOLDER).is_dir():
-        lens, found = load_run(folder)
-        if (
-            replace(found, train=recipe.train, name=recipe.name) != recipe
-            or found.train.steps != recipe.train.steps
-        ):
-            raise ConfigError(
-                f"{folder} holds a run of another recipe; choose another --output, or the same recipe keys."
-            )
+def trained(recipe: Recipe, folder: Path) -> PHiModel:
+    """The model a recipe trains: loaded if its run is finished, else trained or resumed."""
+    lens = finished_model(folder, recipe)
+    if lens is not None:
         logger.info("Using the finished run in %s.", folder)
         return lens
-    return train(recipe, folder, resume=folder.exists() and any(folder.iterdir()))
+    from philens.training.trainer import train
+
+    lens = train(recipe, folder, resume=True)
+    if lens is None:
+        raise KeyboardInterrupt
+    return lens

@@ -64,10 +64,10 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         for name in ("states", "edges", "alphabet", "strings", "string_length"):
-            first, last = value = tuple(getattr(self, name))
-            setattr(self, name, value)
-            if not 1 <= first <= last:
+            value = getattr(self, name)
+            if not (isinstance(value, list | tuple) and len(value) == 2 and 1 <= value[0] <= value[1]):
                 raise ConfigError(f"{name} must be two numbers 1 <= first <= last, not {value}.")
+            setattr(self, name, tuple(value))
         for name in ("noise_probability", "noise_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
@@ -215,6 +215,19 @@ def task_index(name: str) -> int:
     return TASKS.index(name)
 
 
+def document_keys(seed: int, tasks: NDArray[np.int64], indices: NDArray[np.int64]) -> Keys:
+    """The key of each document: one stream for each task, so that two never share their random strings."""
+    return derive(derive(derive(0, seed), tasks), indices)
+
+
+def automaton_keys(config: TaskConfig, tasks: NDArray[np.int64], documents: Keys) -> Keys:
+    """What `draw_automata` makes each document's automaton from; 0 where there is none."""
+    memorized = below(derive(documents, _CHOICE), config.memorized_automata)
+    fixed = derive(derive(1, config.memorized_seed), memorized)
+    new = np.where(tasks == IN_CONTEXT_LANGUAGE, derive(documents, _AUTOMATON), 0)
+    return np.where(tasks <= NEW_VOCABULARY, fixed, new)
+
+
 def generate(config: TaskConfig, seed: int, task: str | ArrayLike, indices: ArrayLike) -> Documents:
     """Documents `indices` of the stream `seed`, each a pure function of (config, seed, its task, its index).
 
@@ -234,14 +247,9 @@ def generate(config: TaskConfig, seed: int, task: str | ArrayLike, indices: Arra
     tasks = np.broadcast_to(task_index(task) if isinstance(task, str) else np.asarray(task), indices.shape)
     if not ((tasks >= 0) & (tasks < len(TASKS))).all():
         raise ConfigError(f"Tasks are numbered 0 to {len(TASKS) - 1}, not {tasks.min()} to {tasks.max()}.")
-    # One stream for each task, so that two tasks never share their random strings.
-    document = derive(derive(derive(0, seed), tasks), indices)
-    fixed = derive(1, config.memorized_seed)
-
+    document = document_keys(seed, tasks, indices)
     has_automaton = tasks <= IN_CONTEXT_LANGUAGE
-    memorized = below(derive(document, _CHOICE), config.memorized_automata)
-    automaton_key = np.where(has_automaton, derive(document, _AUTOMATON), 0)
-    automaton_key = np.where(tasks <= NEW_VOCABULARY, derive(fixed, memorized), automaton_key)
+    automaton_key = automaton_keys(config, tasks, document)
     unique, which = np.unique(automaton_key, return_inverse=True)
     automata = draw_automata(config, unique)
 

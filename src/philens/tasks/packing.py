@@ -1,6 +1,6 @@
 """Rows of a fixed length out of documents of any length."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,37 @@ def pack(lengths: NDArray[np.int64], rows: int, capacity: int) -> NDArray[np.int
     return placed
 
 
-class PackedRows(Dataset[dict[str, Tensor]]):
+class _GroupedRows(Dataset[dict[str, Tensor]]):
+    """Rows that are made a group at a time; the last group is kept.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    def __init__(
+        self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16
+    ) -> None:
+        if min(length, rows, group) < 1:
+            raise ConfigError("length, rows and group must be at least 1.")
+        self.documents, self.length, self.rows, self.group = documents, length, rows, group
+        self._cache: tuple[int, dict[str, Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if not 0 <= row < self.rows:
+            raise IndexError(row)
+        number, place = divmod(int(row), self.group)
+        if self._cache is None or self._cache[0] != number:
+            self._cache = (number, self._make(number))
+        return {name: value[place] for name, value in self._cache[1].items()}
+
+    def _make(self, number: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class PackedRows(_GroupedRows):
     """A training set of rows of `length` tokens, any of which can be made by itself.
 
     Rows come in groups of `group`. Group g is filled with the documents g * group * length + 0, 1, 2, ...:
@@ -80,24 +110,21 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16
+        self,
+        documents: Callable[[NDArray[np.int64]], Documents],
+        length: int,
+        rows: int,
+        group: int = 16,
+        limits: Mapping[int, int] | None = None,
     ) -> None:
-        if min(length, rows, group) < 1:
-            raise ConfigError("length, rows and group must be at least 1.")
-        self.documents, self.length, self.rows, self.group = documents, length, rows, group
-        self._cache: tuple[int, dict[str, Tensor]] | None = None
+        super().__init__(documents, length, rows, group)
+        self.limits = dict(sorted((limits or {}).items()))
         self._guess = group
 
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        if not 0 <= row < self.rows:
-            raise IndexError(row)
-        number, place = divmod(int(row), self.group)
-        if self._cache is None or self._cache[0] != number:
-            self._cache = (number, self._make(number))
-        return {name: value[place] for name, value in self._cache[1].items()}
+    def limit(self, number: int) -> int | None:
+        """Tokens that documents of a group are cut to, if any."""
+        reached = [length for row, length in self.limits.items() if row <= number * self.group]
+        return reached[-1] if reached else None
 
     def group_documents(
         self, number: int
@@ -108,9 +135,10 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             InputError: a document is longer than a whole group.
         """
         capacity = self.group * self.length
-        first, count = number * capacity, self._guess
+        first, count, limit = number * capacity, self._guess, self.limit(number)
         while True:
             batch = self.documents(first + np.arange(count))
+            batch = batch if limit is None else batch.cut(limit)
             if batch.offsets[-1] > capacity:
                 break
             count *= 2
@@ -149,31 +177,16 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(a.reshape(self.group, self.length)) for name, a in arrays.items()}
 
 
-class SingleRows(Dataset[dict[str, Tensor]]):
+class SingleRows(_GroupedRows):
     """A training set with one document in each row, cut or padded to `length`; row r is document r.
 
     A causal model needs no mask then: faster than packing where documents are about as long as a row.
     A row has, each (length,): `input_ids`, `labels` (-100 on padding).
     """
 
-    def __init__(
-        self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16
-    ) -> None:
-        self.documents, self.length, self.rows, self.group = documents, length, rows, group
-        self._cache: tuple[int, dict[str, Tensor]] | None = None
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        if not 0 <= row < self.rows:
-            raise IndexError(row)
-        number, place = divmod(int(row), self.group)
-        if self._cache is None or self._cache[0] != number:
-            batch = self.documents(number * self.group + np.arange(self.group))
-            self._cache = (number, pad(batch, self.length))
-        rows = self._cache[1]
-        return {name: rows[name][place] for name in ("input_ids", "labels")}
+    def _make(self, number: int) -> dict[str, Tensor]:
+        rows = pad(self.documents(number * self.group + np.arange(self.group)), self.length)
+        return {name: rows[name] for name in ("input_ids", "labels")}
 
 
 def pad(documents: Documents, length: int | None = None) -> dict[str, Tensor]:

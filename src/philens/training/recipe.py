@@ -1,7 +1,7 @@
 """The typed recipe: everything that decides what a training run is."""
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import math
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import yaml
 from philens.errors import ConfigError, RecipeError
 from philens.layer import PHiConfig
 from philens.tasks.automata import TaskConfig, task_index
+from philens.typed import convert, nearest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -25,6 +26,8 @@ class ModelRecipe:
         layers: number of blocks.
         heads: attention heads (Transformer).
         rope_theta: base of the rotary position embedding (Transformer).
+        initializer_range: standard deviation of fresh weights (Transformer). transformers' 0.02 suits wide
+            models; narrow ones start sooner at 1 / sqrt(hidden_size).
     """
 
     architecture: Literal["transformer", "lstm"] = "transformer"
@@ -33,6 +36,7 @@ class ModelRecipe:
     layers: int = 4
     heads: int = 4
     rope_theta: float = 500_000.0
+    initializer_range: float = 0.02
 
 
 @dataclass
@@ -43,6 +47,8 @@ class DataRecipe:
         mixture: weight of each task among the documents.
         tasks: sizes of the tasks.
         length: T, tokens in a row.
+        document_lengths: from a step on, documents are cut to so many tokens. Short ones first make a
+            Transformer find in-context learning much sooner. Needs packing.
         packing: several whole documents in a row; otherwise one, cut or padded.
         group: rows made together.
         workers: processes that make them ahead.
@@ -51,6 +57,7 @@ class DataRecipe:
     mixture: dict[str, float] = field(default_factory=lambda: {"in_context_language": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     length: int = 2048
+    document_lengths: dict[int, int] = field(default_factory=dict)
     packing: bool = True
     group: int = 16
     workers: int = 0
@@ -58,9 +65,11 @@ class DataRecipe:
 
 @dataclass
 class OptimizerRecipe:
-    """AdamW and its schedule.
+    """The optimiser and its schedule.
 
     Attributes:
+        name: `adamw`; or `muon`, which orthogonalises the updates of weight matrices and leaves the rest to
+            AdamW, and learns small models in fewer steps.
         learning_rate: peak.
         schedule: after the warm-up: constant, decaying, or constant and then decaying over the last
             `decay` of the steps (`wsd`).
@@ -70,6 +79,7 @@ class OptimizerRecipe:
         clip: largest gradient norm; 0 does not clip.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: int = 500
@@ -86,7 +96,8 @@ class PhiSchedule:
 
     Attributes:
         start_step: until this step the layer is out of the path: learn first.
-        warmup_steps: over so many steps from there, the weights of phi and of the contrastive loss rise from 0.
+        warmup_steps: over so many steps from there, the weights of phi and of the contrastive loss rise to
+            their full values.
     """
 
     start_step: int = 0
@@ -100,11 +111,12 @@ class TrainRecipe:
     Attributes:
         steps: optimiser steps.
         batch_size: rows in a forward pass.
-        accumulate: forward passes in a step.
+        accumulate: forward passes in a step. The step's loss is the mean of the passes' means over their
+            tokens, and the contrastive loss compares the rows of one pass.
         precision: `auto` is bfloat16 autocast where the device has it.
         compile: `torch.compile` the training forward pass.
         checkpoint_activations: recompute activations in the backward pass to save memory.
-        log_every, eval_every, save_every: in steps; 0 switches evaluation or saving off (the end is always both).
+        log_every, eval_every, save_every: in steps; 0 switches evaluation or saving off, except at the end.
         keep: number of checkpoints kept.
         evaluation_documents: of each task, at every evaluation.
         report_to: names of experiment trackers beside `metrics.jsonl`.
@@ -147,9 +159,17 @@ class Recipe:
 
 
 # These may differ between a run and its resumption: they do not change what is computed.
-FREE_ON_RESUME = frozenset(
-    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep", "evaluation_documents", "report_to")
-) | {"name", "data.workers", "train.collapse_threshold"}
+FREE_ON_RESUME = {
+    "name",
+    "data.workers",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.evaluation_documents",
+    "train.report_to",
+    "train.collapse_threshold",
+}
 
 
 def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
@@ -162,12 +182,20 @@ def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
+# Keys whose values are dicts, not sections.
+_DICTS = ("data.mixture", "data.document_lengths")
+
+
+# An insertion point given on the command line takes the place of a recipe's.
+_ALTERNATIVES = {"phi.module": "phi.layer", "phi.layer": "phi.module"}
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one with dotted keys; `data.mixture` stays a dict."""
+    """A nested dict as one with dotted keys; values that are dicts themselves stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name != "data.mixture":
+        if isinstance(value, dict) and name not in _DICTS:
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
@@ -176,13 +204,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_key(key: str, source: str) -> None:
     keys = recipe_keys()
-    if key in keys or key.startswith("data.mixture."):
-        return
-    last = key.rsplit(".", 1)[-1]
-    # A right name in the wrong section, or with a typing error in it.
-    near = [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    near = near or difflib.get_close_matches(key, keys, 1, 0.0)
-    raise RecipeError(f"{source} has an unknown key {key!r}; the nearest valid one is {near[0]!r}.")
+    if key not in keys and not key.startswith("data.mixture."):
+        near = nearest(key, keys)
+        raise RecipeError(f"{source} has an unknown key {key!r}; the nearest valid one is {near!r}.")
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -220,21 +244,24 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             reason = " ".join(str(error).split())
             raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it.") from error
         if not isinstance(values, dict):
-            raise RecipeError(f"{path} must hold keys and values, not {type(values).__name__}.")
+            raise RecipeError(f"{path} must hold keys and values, such as \"seed: 1\", not {values!r:.40}.")
     flat = flatten(values)
     for key in flat:
         _check_key(key, str(path))
-    for key, value in (overrides or {}).items():
-        _check_key(key, "The command line")
+    for name, value in (overrides or {}).items():
         if isinstance(value, str):
-            value = _read_yaml(key, value)
-        if key.startswith("data.mixture."):
-            flat["data.mixture"] = {**flat.get("data.mixture", {}), key.removeprefix("data.mixture."): value}
-        elif key in flat or not isinstance(value, dict):
-            flat[key] = value
-        else:
-            flat |= flatten(value, f"{key}.")
-    return _build(flat)
+            value = _read_yaml(name, value)
+        for key, single in flatten({name: value}).items():
+            _check_key(key, "The command line")
+            mixture = flat.get("data.mixture", {})
+            if key.startswith("data.mixture.") and isinstance(mixture, dict):
+                key, single = "data.mixture", {**mixture, key.removeprefix("data.mixture."): single}
+            flat[key] = single
+            if key in _ALTERNATIVES and _ALTERNATIVES[key] not in (overrides or {}):
+                flat[_ALTERNATIVES[key]] = None
+    recipe: Recipe = _build(Recipe(), _nested(flat))
+    check_recipe(recipe)
+    return recipe
 
 
 def _read_yaml(key: str, text: str) -> Any:
@@ -244,53 +271,49 @@ def _read_yaml(key: str, text: str) -> Any:
         raise RecipeError(f"The value {text!r} of {key} cannot be read; quote it as YAML.") from error
 
 
-def _build(flat: dict[str, Any]) -> Recipe:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, as_positional=False)
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `flatten`."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, last = key.split(".")
         place = nested
-        for section in sections:
+        for depth, section in enumerate(sections):
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"{section} is a section of keys, not {place!r}.")
+                name = ".".join(sections[: depth + 1])
+                raise RecipeError(f"{name} must be a section of keys, not {place!r}.")
         place[last] = value
-    for key in flat:
-        # One key at a time, so that the message can name the one that is wrong.
-        try:
-            single: dict[str, Any] = {}
-            *sections, last = key.split(".")
-            place = single
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = flat[key]
-            parser.parse_object(single)
-        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-            raise RecipeError(f"{key} cannot be {flat[key]!r}: {_reason(error)}.") from error
+    return nested
+
+
+def _build(default: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """`default`, a dataclass, with some fields replaced by values of the right type."""
+    if isinstance(default, PHiConfig) and values.get("module") is not None:
+        values = {"layer": None, **values}  # a module path takes the default layer's place
+    options: dict[str, Any] = {}
     try:
-        recipe = Recipe(**vars(parser.instantiate_classes(parser.parse_object(nested))))
-    except ConfigError:
+        for entry in fields(default):
+            if entry.name not in values:
+                continue
+            key, value = prefix + entry.name, values[entry.name]
+            if not is_dataclass(entry.type):
+                options[entry.name] = convert(value, entry.type, key)
+            elif isinstance(value, dict):
+                options[entry.name] = _build(getattr(default, entry.name), value, f"{key}.")
+            else:
+                raise RecipeError(f"{key} must be a section of keys, not {value!r}.")
+        return replace(default, **options)
+    except RecipeError:
         raise
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise RecipeError(f"The recipe does not hold together: {_reason(error)}.") from error
-    check_recipe(recipe)
-    return recipe
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error.__cause__, ConfigError) or isinstance(error.__context__, ConfigError):
-        return str(error.__cause__ or error.__context__).rstrip(".")
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:3]).rstrip(".")
+    except ConfigError as error:
+        message = str(error)
+        raise RecipeError(message if message.startswith(prefix) else f"{prefix[:-1]}: {message}") from error
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a RecipeError about the first value that cannot work."""
     positive = {
-        "model": ("hidden_size", "intermediate_size", "layers", "heads", "rope_theta"),
+        "model": ("hidden_size", "intermediate_size", "layers", "heads", "rope_theta", "initializer_range"),
         "data": ("length", "group"),
         "optimizer": ("learning_rate",),
         "train": ("steps", "batch_size", "accumulate", "log_every", "keep", "evaluation_documents"),
@@ -305,20 +328,43 @@ def check_recipe(recipe: Recipe) -> None:
         for section, names in sections.items():
             for name in names:
                 value = getattr(getattr(recipe, section), name)
-                if not (value > 0 or (least and value == 0)):
+                if not (value > 0 or (least and value == 0)) or value == math.inf:
                     raise RecipeError(f"{section}.{name} must be {word}, not {value}.")
+    for step, length in recipe.data.document_lengths.items():
+        if step < 0 or length < 1:
+            raise RecipeError(
+                f"data.document_lengths maps steps to lengths of at least 1, not {step} to {length}."
+            )
+    if recipe.data.document_lengths and not recipe.data.packing:
+        raise RecipeError("data.document_lengths needs data.packing.")
     for name, weight in recipe.data.mixture.items():
         try:
             task_index(name)
         except ConfigError as error:
-            raise RecipeError(f"data.mixture: {error}") from error
+            raise RecipeError(f"data.mixture has an unknown task: {error}") from error
         if weight < 0:
             raise RecipeError(f"data.mixture.{name} must be at least 0, not {weight}.")
     if not sum(recipe.data.mixture.values()) > 0:
         raise RecipeError("data.mixture needs at least one task with a weight above 0.")
     if recipe.model.architecture == "transformer" and recipe.model.hidden_size % (2 * recipe.model.heads):
         raise RecipeError(
-            f"model.hidden_size {recipe.model.hidden_size} must be a multiple of twice model.heads {recipe.model.heads}."
+            f"model.hidden_size {recipe.model.hidden_size} must be a multiple of twice "
+            f"model.heads {recipe.model.heads}."
         )
-    if recipe.optimizer.decay > 1:
-        raise RecipeError(f"optimizer.decay is a share of the steps, at most 1, not {recipe.optimizer.decay}.")
+    optimizer, steps = recipe.optimizer, recipe.train.steps
+    for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= value < 1:
+            raise RecipeError(f"optimizer.{name} must be at least 0 and below 1, not {value}.")
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + round(optimizer.decay * steps) > steps:
+        raise RecipeError(
+            f"optimizer.warmup_steps {optimizer.warmup_steps} and optimizer.decay {optimizer.decay} "
+            f"do not fit into train.steps {steps}; lower one of them."
+        )
+    data = recipe.data
+    longest = data.tasks.strings[1] * (data.tasks.string_length[1] + 1) - 1
+    longest = min(longest, data.tasks.max_length or longest)
+    if data.packing and longest > data.group * data.length:
+        raise RecipeError(
+            f"A document may have {longest} tokens and does not fit into data.group {data.group} rows of "
+            f"data.length {data.length}; raise one of them."
+        )

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import sys
@@ -12,61 +11,58 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from philens.adapter import load_weights, read_json, read_safetensors, save_adapter, written_whole
+from philens.adapter import read_json, written_whole
 from philens.errors import OutputError, TrainingError
 from philens.model import PHiModel
-from philens.scoring.documents import score_documents
-from philens.tasks.automata import TASKS, generate
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
-from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten
+from philens.training.callbacks import (
+    Evaluation,
+    Interrupt,
+    Phases,
+    Progress,
+    Records,
+    draw_course,
+    require_trackers,
+)
+from philens.training.optimizer import make_optimizer
+from philens.training.recipe import Recipe
 from philens.training.run import (
-    ADAPTER_FOLDER,
     METRICS_FILE,
-    MODEL_FOLDER,
     RECIPE_FILE,
     VERSIONS_FILE,
     build_model,
+    check_same_recipe,
+    find_checkpoints,
+    finished_model,
+    load_model_weights,
+    load_run,
     read_metrics,
     recipe_yaml,
+    save_model,
     versions,
 )
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_RECIPE = "recipe.json"
-# Evaluation reads documents that no training stream of any run has.
-EVALUATION_SEED = 2**40
+CHECKPOINT_RECIPE, CHECKPOINT_LOGS = "recipe.json", "logs.json"
 
 
 def training_rows(recipe: Recipe) -> Dataset[dict[str, Tensor]]:
     """The rows a run reads, in order."""
     data, train = recipe.data, recipe.train
     documents = Mixture(data.tasks, data.mixture, recipe.seed).documents
-    rows = train.steps * train.batch_size * train.accumulate
-    return (PackedRows if data.packing else SingleRows)(documents, data.length, rows, data.group)
-
-
-def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, float]:
-    """Mean phi and surprisal of each task in nats per token, on documents that training never reads.
-
-    Documents are cut to the length of a training row.
-    """
-    metrics: dict[str, float] = {}
-    # Sampled latents must not draw from the generator that training resumes from.
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-        for task in TASKS:
-            docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents)).cut(recipe.data.length)
-            table = score_documents(lens, docs)
-            metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
-            if lens.enabled:
-                metrics[f"eval/{task}/phi"] = float(table.phi.mean())
-    return metrics
+    rows_per_step = train.batch_size * train.accumulate
+    rows = train.steps * rows_per_step
+    if not data.packing:
+        return SingleRows(documents, data.length, rows, data.group)
+    limits = {step * rows_per_step: length for step, length in data.document_lengths.items()}
+    return PackedRows(documents, data.length, rows, data.group, limits)
 
 
 @torch.no_grad()
@@ -82,12 +78,12 @@ def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
 
 
 class PHiTrainer(Trainer):
-    """A Trainer that logs every part of the loss, stops at a loss that is not finite, and writes each checkpoint
-    whole or not at all."""
+    """A Trainer that logs every part of the loss, stops at a loss that is not finite, and writes each
+    checkpoint whole or not at all."""
 
-    def __init__(self, recipe: Recipe, lens: PHiModel, **kwargs: Any) -> None:
-        self.recipe, self.lens = recipe, lens
-        self._parts: dict[str, list[Tensor]] = {}
+    def __init__(self, recipe: Recipe, lens: PHiModel, folder: Path, **kwargs: Any) -> None:
+        self.recipe, self.lens, self.folder = recipe, lens, folder
+        self._parts: dict[str, list[Tensor]] = {}  # of the loss, since the last record
         self._tokens, self._since = 0, time.monotonic()
         self._staging: Path | None = None
         super().__init__(model=lens, **kwargs)
@@ -97,16 +93,31 @@ class PHiTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # pyright: ignore[reportArgumentType]
 
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = _ignore_interrupt
+        return loader
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.lens, self.recipe.optimizer)
+        return self.optimizer
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         output = model(**inputs)
         for name, value in output.losses.items():
-            self._parts.setdefault(name, []).append(value)
+            self._parts.setdefault(name, []).append(value.float())
         if output.layer_output is not None and "information" not in self._parts:
-            layer = output.layer_output
-            information = latent_information(layer.posterior_mean, layer.posterior_logvar, inputs["labels"] != -100)
-            self._parts["information"] = [information]
+            layer, counted = output.layer_output, inputs["labels"] != -100
+            information = latent_information(layer.posterior_mean, layer.posterior_logvar, counted)
+            self._parts["information"] = [information.float()]
         self._tokens += inputs["input_ids"].numel()
         return output.loss
+
+    def information(self) -> float | None:
+        """What the latents could tell in the first batch since the last record, in nats per token."""
+        values = self._parts.get("information")
+        return float(values[0]) if values else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -114,30 +125,39 @@ class PHiTrainer(Trainer):
             logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
             logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
             self._parts, self._tokens, self._since = {}, 0, now
-            bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
-            if bad:
-                raise TrainingError(
-                    f"{bad[0]} is {logs[bad[0]]} at step {self.state.global_step}; {self._last_checkpoint()} is intact: "
-                    "lower optimizer.learning_rate or check the data, and start again or --resume."
-                )
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    self._fail(f"{name} is {logs[name]}")
         super().log(logs, start_time)
 
+    def pause_clock(self, since: float) -> None:
+        """Don't count the time from `since` until now in tokens per second."""
+        self._since += time.monotonic() - since
+
+    def check_weights(self) -> None:
+        """Raise a TrainingError if a weight is not finite."""
+        if not all(bool(torch.isfinite(value).all()) for value in self.lens.parameters()):
+            self._fail("a weight is not finite")
+
+    def _fail(self, what: str) -> None:
+        raise TrainingError(
+            f"Training failed, {what} at step {self.state.global_step}; {self._last_checkpoint()}: "
+            "lower optimizer.learning_rate, and start again with another --output."
+        )
+
     def _last_checkpoint(self) -> str:
-        found = find_checkpoints(Path(str(self.args.output_dir)))
-        return f"the checkpoint {found[-1].name}" if found else "no checkpoint was written yet; nothing"
+        found = find_checkpoints(self.folder)
+        return f"{found[-1].name} is intact" if found else "no checkpoint was written yet"
 
     # Checkpoints: a folder each with the base, the layer, and what Trainer itself keeps.
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
+        return str(self._staging or self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self.lens.parameters()):
-            raise TrainingError(
-                f"A weight is not finite at step {self.state.global_step}; {self._last_checkpoint()} is intact: "
-                "lower optimizer.learning_rate and start again or --resume."
-            )
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        begin = time.monotonic()
+        self.check_weights()
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         try:
             with written_whole(folder) as staging:
                 self._staging = staging
@@ -147,234 +167,95 @@ class PHiTrainer(Trainer):
                     entry.rename(staging / entry.name)
                 inner.rmdir()
                 (staging / CHECKPOINT_RECIPE).write_text(json.dumps(asdict(self.recipe)))
+                (staging / CHECKPOINT_LOGS).write_text(json.dumps(self._log_state()))
         except (OutputError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
             raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}); "
-                f"{self._last_checkpoint()} is intact: free some space and --resume."
+                f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
+                f"{self._last_checkpoint()}: free some space and --resume."
             ) from error
         finally:
             self._staging = None
-        for old in find_checkpoints(folder.parent)[: -self.recipe.train.keep]:
+        for old in find_checkpoints(self.folder)[: -self.recipe.train.keep]:
             shutil.rmtree(old, ignore_errors=True)
+        self.pause_clock(begin)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_model(self.lens, Path(output_dir or str(self.args.output_dir)))
+        save_model(self.lens, Path(output_dir or self.folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_model_weights(self.lens, Path(resume_from_checkpoint))
 
+    # A record may be a mean over several steps; a checkpoint between two records keeps what is summed so far.
 
-def save_model(lens: PHiModel, folder: Path) -> None:
-    """Write base and layer into `folder`, each in a folder of its own."""
-    with written_whole(folder / MODEL_FOLDER) as staging:
-        from philens.tokenizer import character_tokenizer
+    def _log_state(self) -> dict[str, Any]:
+        parts = {name: [float(value) for value in values] for name, values in self._parts.items()}
+        return {"loss": float(self._tr_loss), "parts": parts, "last_step": self._globalstep_last_logged}
 
-        lens.base.save_pretrained(staging)  # pyright: ignore[reportCallIssue]
-        character_tokenizer().save_pretrained(staging)
-    save_adapter(lens, folder / ADAPTER_FOLDER)
-
-
-def load_model_weights(lens: PHiModel, folder: Path) -> None:
-    """Load the weights that `save_model` wrote into a model of the same shape."""
-    path = folder / MODEL_FOLDER / "model.safetensors"
-    weights = read_safetensors(path)
-    # Tied weights are stored once.
-    tied = {k: v for k, v in lens.base.state_dict().items() if k not in weights}
-    own = dict(lens.base.named_parameters())
-    load_weights(lens.base, {**{k: v for k, v in tied.items() if k not in own}, **weights}, path)
-    path = folder / ADAPTER_FOLDER / "phi_layer.safetensors"
-    load_weights(lens.phi, read_safetensors(path), path)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            logs, device = read_json(Path(checkpoint) / CHECKPOINT_LOGS), self.args.device
+            self._tr_loss.fill_(logs["loss"])
+            self._globalstep_last_logged = logs["last_step"]
+            for name, values in logs["parts"].items():
+                self._parts[name] = list(torch.tensor(values, device=device))
+            # What is free to differ on resuming is this run's, not the checkpoint's.
+            self.state.compute_steps(self.args, self.state.max_steps)
 
 
-class _Phases(TrainerCallback):
-    """Takes the layer in at its step and raises its weight."""
-
-    def __init__(self, recipe: Recipe, lens: PHiModel) -> None:
-        self.schedule, self.lens, self.compile = recipe.phi_schedule, lens, recipe.train.compile
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        since = state.global_step - self.schedule.start_step
-        if (since >= 0) != self.lens.enabled:
-            if since >= 0:
-                self.lens.enable()
-            else:
-                self.lens.disable()
-        ramp = self.schedule.warmup_steps
-        self.lens.weight_scale.fill_(min(1.0, (since + 1) / ramp) if ramp and since >= 0 else 1.0)
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C in a terminal reaches data workers too; the trainer still needs them for its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Records(TrainerCallback):
-    """Appends every record to `metrics.jsonl`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / METRICS_FILE
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        record = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "epoch"}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path} could not be written ({error.strerror}); free some space and --resume from the last checkpoint."
-            ) from error
-
-
-class _Evaluation(TrainerCallback):
-    """Measures every task now and then, draws the course, and says when the layer has collapsed."""
-
-    def __init__(self, recipe: Recipe, lens: PHiModel, folder: Path) -> None:
-        self.recipe, self.lens, self.folder = recipe, lens, folder
-        self.trainer: PHiTrainer | None = None
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        every = self.recipe.train.eval_every
-        last = state.global_step == self.recipe.train.steps
-        if self.trainer is None or not (last or (every and state.global_step % every == 0)):
-            return
-        metrics = evaluate_tasks(self.lens, self.recipe, self.recipe.train.evaluation_documents)
-        if self.lens.enabled:
-            phi = np.mean([value for name, value in metrics.items() if name.endswith("/phi")])
-            metrics["collapsed"] = float(phi < self.recipe.train.collapse_threshold)
-            if metrics["collapsed"]:
-                logger.warning(
-                    "The PHi layer has collapsed at step %d: phi is %.3g nats on average over all tasks, so its latents "
-                    "carry almost no information. Lower phi.phi_weight, or insert the layer deeper.",
-                    state.global_step,
-                    phi,
-                )
-        self.trainer.log(metrics)
-        draw_course(self.folder)
-
-
-class _Interrupt(TrainerCallback):
-    """Turns Ctrl-C and a polite kill into a checkpoint after the step at hand."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._before: dict[int, Any] = {}
-
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-        logger.warning("Stopping after this step; a checkpoint will be written. Once more stops at once.")
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Progress(TrainerCallback):
-    """A bar with the time left and the newest figures."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=Console(stderr=True),
+def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Whether a run may go into the folder; returns the checkpoint to resume from."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; choose another --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        raise OutputError(
+            f"{folder} is not empty; give --resume to go on with the run in it, or another --output."
         )
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
-        self.bar.start()
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        shown = {k: (logs or {})[k] for k in ("loss", "surprisal", "phi") if k in (logs or {})}
-        if shown:
-            self.bar.update(self.task, figures=" ".join(f"{k} {v:.3f}" for k, v in shown.items()))
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def stop(self) -> None:
-        self.bar.stop()
-
-
-def draw_course(folder: Path) -> None:
-    """Draw a run's `metrics.jsonl` as `training.png`."""
-    from philens.report.figures import figure_training
-
-    records = read_metrics(folder)
-    if any("loss" in record for record in records):
-        figure_training(records).savefig(folder / "training.png")
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Make or check the run folder; returns the checkpoint to resume from."""
+    if not (folder / RECIPE_FILE).is_file():
+        raise OutputError(f"{folder} holds something else than a run; choose another --output.")
     checkpoints = find_checkpoints(folder)
-    if resume:
-        if not checkpoints:
-            if (folder / METRICS_FILE).exists() or not folder.exists():
-                (folder / METRICS_FILE).unlink(missing_ok=True)
-            logger.warning("There is no checkpoint in %s yet; starting from the beginning.", folder)
-        else:
-            _check_same_recipe(checkpoints[-1], recipe)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} is not empty; give --resume to go on with the run in it, or another --output.")
+    if not checkpoints:
+        logger.warning("There is no checkpoint in %s yet; starting from the beginning.", folder)
+        return None
+    check_same_recipe(read_json(checkpoints[-1] / CHECKPOINT_RECIPE), recipe, checkpoints[-1])
+    return checkpoints[-1]
+
+
+def _start_folder(folder: Path, recipe: Recipe, step: int) -> None:
+    """Write what a run is, and forget what was logged after `step`: it will be computed again."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for half_written in folder.glob(".checkpoint-*"):
+            shutil.rmtree(half_written, ignore_errors=True)
         (folder / RECIPE_FILE).write_text(recipe_yaml(recipe))
-        (folder / VERSIONS_FILE).write_text(json.dumps({"seed": recipe.seed, "versions": versions()}, indent=2) + "\n")
+        about = {"seed": recipe.seed, "versions": versions()}
+        (folder / VERSIONS_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+        new = folder / f".{METRICS_FILE}.new"
+        new.write_text("".join(kept))
+        new.replace(folder / METRICS_FILE)
     except OSError as error:
         raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another --output.") from error
-    return checkpoints[-1] if resume and checkpoints else None
-
-
-def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
-    then, now = flatten(read_json(checkpoint / CHECKPOINT_RECIPE)), flatten(json.loads(json.dumps(asdict(recipe))))
-    changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k) and k not in FREE_ON_RESUME)
-    if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-        raise TrainingError(
-            f"{checkpoint} belongs to another recipe: {key} was {then.get(key)!r} and is now {now.get(key)!r}{more}; "
-            "resume with the same recipe or choose another --output."
-        )
 
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     train, optimizer = recipe.train, recipe.optimizer
-    for name in train.report_to:
-        _require_tracker(name)
+    decay = {"num_decay_steps": round(train.steps * optimizer.decay), "decay_type": "linear"}
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "constant": ("constant_with_warmup", {}),
         "linear": ("linear", {}),
         "cosine": ("cosine", {}),
-        "wsd": ("warmup_stable_decay", {"num_decay_steps": round(train.steps * optimizer.decay), "decay_type": "linear"}),
+        "wsd": ("warmup_stable_decay", decay),
     }
     schedule, options = schedules[optimizer.schedule]
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and _has_bf16())
-    if train.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -390,7 +271,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_grad_norm=optimizer.clip,
         optim="adamw_torch",
         use_cpu=not torch.accelerator.is_available(),
-        bf16=bf16,
+        bf16=train.precision == "bf16" or (train.precision == "auto" and _has_bf16()),
         seed=recipe.seed,
         logging_steps=train.log_every,
         logging_first_step=True,
@@ -401,8 +282,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_persistent_workers=recipe.data.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to=train.report_to or "none",
-        run_name=recipe.name,
+        report_to="none",
         disable_tqdm=True,
     )
 
@@ -414,18 +294,13 @@ def _has_bf16() -> bool:
     return torch.backends.mps.is_available() or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _require_tracker(name: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(name) is None:
-        raise TrainingError(f"train.report_to names {name}, which is not installed; pip install 'philens[{name}]'.")
-
-
-def train(recipe: Recipe, folder: str | Path, resume: bool = False, progress: bool | None = None) -> PHiModel | None:
+def train(
+    recipe: Recipe, folder: str | Path, resume: bool = False, progress: bool | None = None
+) -> PHiModel | None:
     """Train a model from nothing by a recipe.
 
-    The run folder holds the resolved `recipe.yaml`, `versions.json`, `metrics.jsonl`, `training.png`, checkpoints, and
-    at the end `model/` and `adapter/`, which `philens.load_run` reads.
+    The run folder holds the resolved `recipe.yaml`, `versions.json`, `metrics.jsonl`, `training.png`,
+    checkpoints, and at the end `model/` and `adapter/`, which `philens.load_run` reads.
 
     Args:
         recipe: what to train.
@@ -434,51 +309,60 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, progress: bo
         progress: show a bar; None does where standard error is a terminal.
 
     Returns:
-        The trained model in evaluation mode, or None if the user stopped the run.
+        The trained model as `philens.load_run` reads it, or None if the user stopped the run.
 
     Raises:
-        OutputError: the folder cannot be written or holds another run.
-        TrainingError: the checkpoint is another recipe's, or a loss is not finite, or a checkpoint cannot be written.
+        OutputError: the folder cannot be written or holds something else.
+        ConfigError: options that do not fit the model.
+        TrainingError: the run in the folder is another recipe's, a loss is not finite, a checkpoint cannot
+            be written, or memory does not suffice.
     """
     folder = Path(folder)
-    arguments = _arguments(recipe, folder)
-    checkpoint = _prepare_folder(folder, recipe, resume)
+    require_trackers(recipe)
+    if resume and (lens := finished_model(folder, recipe)):
+        return lens
+    checkpoint = _check_folder(folder, recipe, resume)
     lens = build_model(recipe)
     if recipe.train.checkpoint_activations:
         lens.gradient_checkpointing_enable()
-    interrupt, evaluation = _Interrupt(), _Evaluation(recipe, lens, folder)
-    callbacks: list[TrainerCallback] = [_Phases(recipe, lens), _Records(folder), evaluation, interrupt]
-    bar = _Progress() if (progress if progress is not None else sys.stderr.isatty()) else None
+    _start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
+    interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder)
+    callbacks: list[TrainerCallback] = [Phases(recipe, lens), Records(recipe, folder), evaluation, interrupt]
+    bar = Progress() if (sys.stderr.isatty() if progress is None else progress) else None
     if bar:
         callbacks.append(bar)
-    trainer = PHiTrainer(recipe, lens, args=arguments, train_dataset=training_rows(recipe), callbacks=callbacks)
-    from transformers.trainer_callback import PrinterCallback
-
+    trainer = PHiTrainer(
+        recipe,
+        lens,
+        folder,
+        args=_arguments(recipe, folder),
+        train_dataset=training_rows(recipe),
+        callbacks=callbacks,
+    )
     trainer.remove_callback(PrinterCallback)
     evaluation.trainer = trainer
     if checkpoint is not None:
-        _drop_records_after(folder, int(checkpoint.name.rsplit("-", 1)[1]))
         logger.info("Resuming from %s.", checkpoint)
     if recipe.train.compile:
         lens.compile(dynamic=False)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "The device's memory does not suffice; lower train.batch_size and raise train.accumulate, "
+            "or set train.checkpoint_activations."
+        ) from error
+    except TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"torch.compile failed ({reason}); set train.compile to false.") from error
     finally:
         interrupt.restore()
         if bar:
             bar.stop()
     if interrupt.stopped and trainer.state.global_step < recipe.train.steps:
         return None
-    lens.enable()
+    trainer.check_weights()
     save_model(lens, folder)
     draw_course(folder)
-    return lens.eval()
-
-
-def _drop_records_after(folder: Path, step: int) -> None:
-    """Forget what was logged after a checkpoint; it will be computed again."""
-    kept = [record for record in read_metrics(folder) if record["step"] <= step]
-    path = folder / METRICS_FILE
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    new.replace(path)
+    # Not the one that was trained: it may be compiled, and cast what it computes.
+    return load_run(folder)[0]

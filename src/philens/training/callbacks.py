@@ -1,0 +1,239 @@
+"""What happens between training steps: phases, records, evaluations, trackers, a bar, and a way to stop."""
+
+import importlib.util
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from philens.errors import TrainingError
+from philens.findings import write_atomically
+from philens.model import PHiModel
+from philens.scoring.documents import score_documents
+from philens.tasks.automata import TASKS, generate
+from philens.training.recipe import Recipe
+from philens.training.run import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from philens.training.trainer import PHiTrainer
+
+logger = logging.getLogger(__name__)
+
+# Evaluation reads documents that no training stream of any run has.
+EVALUATION_SEED = 2**40
+
+
+def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, float]:
+    """Mean phi and surprisal of each task in nats per token, on documents that training never reads.
+
+    Documents are cut to the length of a training row.
+    """
+    metrics: dict[str, float] = {}
+    # Sampled latents must not draw from the generator that training resumes from.
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        for task in TASKS:
+            docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents))
+            table = score_documents(lens, docs.cut(recipe.data.length))
+            metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
+            if lens.enabled:
+                metrics[f"eval/{task}/phi"] = float(table.phi.mean())
+    return metrics
+
+
+def draw_course(folder: Path) -> None:
+    """Draw a run's `metrics.jsonl` as `training.png`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from philens.report.figures import figure_training
+
+    records = read_metrics(folder)
+    if not any("loss" in record for record in records):
+        return
+    figure = figure_training(records)
+    if [record["collapsed"] for record in records if "collapsed" in record][-1:] == [1.0]:
+        figure.suptitle("The PHi layer has collapsed: its latents carry almost no information.")
+    write_atomically(folder / "training.png", lambda file: figure.savefig(file, format="png"))
+
+
+class Phases(TrainerCallback):
+    """Takes the layer in at its step and raises its weight."""
+
+    def __init__(self, recipe: Recipe, lens: PHiModel) -> None:
+        self.schedule, self.lens = recipe.phi_schedule, lens
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        since, ramp = state.global_step - self.schedule.start_step, self.schedule.warmup_steps
+        if since < 0:
+            self.lens.disable()
+            return
+        self.lens.enable()
+        self.lens.weight_scale.fill_(min(1.0, (since + 1) / ramp) if ramp else 1.0)
+
+
+class Records(TrainerCallback):
+    """Appends every record to `metrics.jsonl`, and passes it on to experiment trackers."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+        self.trackers = [_TRACKERS[name](recipe, folder) for name in recipe.train.report_to]
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        values = {key: value for key, value in logs.items() if key != "epoch"}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | values) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} could not be written ({error.strerror}); free some space and --resume."
+            ) from error
+        for track in self.trackers:
+            track(values, state.global_step)
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raise a TrainingError if an experiment tracker that the recipe names is not installed."""
+    for name in recipe.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(
+                f"train.report_to names {name}, which is not installed; pip install 'philens[{name}]'."
+            )
+
+
+def _tensorboard(recipe: Recipe, folder: Path) -> Callable[[dict[str, float], int], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(recipe: Recipe, folder: Path) -> Callable[[dict[str, float], int], None]:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(project="philens", name=recipe.name, dir=str(folder), config=asdict(recipe))
+    return lambda values, step: run.log(values, step=step)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+class Evaluation(TrainerCallback):
+    """Measures every task now and then, draws the course, and says when the layer has collapsed.
+
+    Attributes:
+        trainer: whose log takes the figures; set once it is made.
+    """
+
+    trainer: "PHiTrainer"
+
+    def __init__(self, recipe: Recipe, lens: PHiModel, folder: Path) -> None:
+        self.recipe, self.lens, self.folder = recipe, lens, folder
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        train = self.recipe.train
+        due = train.eval_every and state.global_step % train.eval_every == 0
+        if not due and state.global_step != train.steps:
+            return
+        begin = time.monotonic()
+        metrics = evaluate_tasks(self.lens, self.recipe, train.evaluation_documents)
+        if self.lens.enabled:
+            phi = float(np.mean([value for name, value in metrics.items() if name.endswith("/phi")]))
+            information = self.trainer.information()
+            least = phi if information is None else min(phi, information)
+            metrics["collapsed"] = float(least < train.collapse_threshold)
+            if metrics["collapsed"]:
+                logger.warning(
+                    "The PHi layer has collapsed at step %d: its latents carry almost no information (phi is "
+                    "%.3g nats on average over all tasks). Lower phi.phi_weight, or insert the layer deeper.",
+                    state.global_step,
+                    phi,
+                )
+        self.trainer.log(metrics)
+        draw_course(self.folder)
+        self.trainer.pause_clock(begin)
+
+
+class Interrupt(TrainerCallback):
+    """Turns Ctrl-C and a polite kill into a checkpoint after the step at hand."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: dict[int, Any] = {}
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        logger.warning("Stopping after this step; a checkpoint will be written. Once more stops at once.")
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._stop) for number in numbers}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Progress(TrainerCallback):
+    """A bar with the time left and the newest figures."""
+
+    def __init__(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
+        )
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, figures=""
+        )
+        self.bar.start()
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        shown = [f"{key} {logs[key]:.3f}" for key in ("loss", "surprisal", "phi") if key in (logs or {})]
+        if shown:
+            self.bar.update(self.task, figures=" ".join(shown))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.stop()

@@ -1,0 +1,69 @@
+"""AdamW, or Muon for weight matrices with AdamW for the rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from philens.training.recipe import OptimizerRecipe
+
+
+class ChainedOptimizer(Optimizer):
+    """Several optimisers over disjoint parameters, as one for schedulers and checkpoints."""
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        # Not Optimizer.__init__: groups and state belong to the parts, and are read from them.
+        self.optimizers = optimizers
+        self.defaults = {}
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
+    """The recipe's optimiser over a model's trainable parameters; only matrices decay."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+    adamw: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.beta1, recipe.beta2),
+        "fused": torch.accelerator.is_available() or None,
+    }
+    vectors = [p for p in trainable if p.ndim < 2]
+    if recipe.name == "adamw":
+        matrices = [p for p in trainable if p.ndim >= 2]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return AdamW(groups, **adamw)
+    hidden_ids = {id(p) for p in hidden}
+    tables = [p for p in trainable if p.ndim >= 2 and id(p) not in hidden_ids]
+    groups = [{"params": tables, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
+    muon = Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return ChainedOptimizer([muon, AdamW([g for g in groups if g["params"]], **adamw)])

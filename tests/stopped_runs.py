@@ -1,0 +1,78 @@
+"""Train in processes of their own, each with a mishap: `python stopped_runs.py SCENARIOS.json`.
+
+Scenarios are dicts of `arguments` (of the command line), `mishap`, `step` (what happens, and in which step),
+and `log` (a file for what the process says). Torch is imported once; each scenario is a fork, which writes its
+exit code to `log` with the suffix `.code`, unless it is killed.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from philens.cli import main
+from philens.training.trainer import PHiTrainer
+
+compute_loss, log_state = PHiTrainer.compute_loss, PHiTrainer._log_state
+
+
+def kill(trainer):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt(trainer):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fill_disk(trainer):
+    """From now on, no file may grow to the size of the optimizer's state."""
+    checkpoint = max(trainer.folder.glob("checkpoint-*"))
+    sizes = sorted(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    limit = (sizes[-2] + sizes[-1]) // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def fill_disk_to_the_brim(trainer):
+    """From now on, no file may grow beyond what a record needs."""
+    size = (trainer.folder / "metrics.jsonl").stat().st_size + 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+MISHAPS = {f.__name__: f for f in (kill, interrupt, fill_disk, fill_disk_to_the_brim)}
+
+
+def run(scenario) -> None:
+    def in_step(trainer, *args, **kwargs):
+        if trainer.state.global_step + 1 == scenario["step"]:
+            MISHAPS[scenario["mishap"]](trainer)
+        return compute_loss(trainer, *args, **kwargs)
+
+    def while_saving(trainer):
+        if trainer.state.global_step == scenario["step"]:
+            kill(trainer)
+        return log_state(trainer)
+
+    if scenario["mishap"] == "kill_while_saving":
+        PHiTrainer._log_state = while_saving
+    else:
+        PHiTrainer.compute_loss = in_step
+    output = os.open(scenario["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = main(scenario["arguments"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2) if os.geteuid() == 0 else None
+    Path(scenario["log"] + ".code").write_text(str(code))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        child = os.fork()
+        if child == 0:
+            run(one)
+        os.waitpid(child, 0)

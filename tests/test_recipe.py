@@ -1,0 +1,210 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from philens.errors import ConfigError, RecipeError
+from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys
+from philens.training.run import build_base, build_model, recipe_yaml
+from philens.typed import convert, describe, nearest
+from tiny import tiny_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def error_of(path: Path | None = None, **overrides) -> str:
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, keys)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("train.step", "train.steps"),
+        ("trian.steps", "train.steps"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("train.learning_rate", "optimizer.learning_rate"),
+        ("model.layer", "model.layers"),
+        ("data.tasks.stings", "data.tasks.strings"),
+        ("phi.phiweight", "phi.phi_weight"),
+        ("phi_scheduel.warmup_steps", "phi_schedule.warmup_steps"),
+        ("sed", "seed"),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path, key, near):
+    message = error_of(None, **{key: "1"})
+    assert message == f"The command line has an unknown key {key!r}; the nearest valid one is {near!r}."
+    *sections, last = key.split(".")
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate([*sections, last])]
+    path = written(tmp_path, "\n".join(lines) + " 1\n")
+    assert error_of(path) == f"{path} has an unknown key {key!r}; the nearest valid one is {near!r}."
+
+
+def test_unknown_key_inside_a_section_on_the_command_line():
+    assert "unknown key 'model.lyers'; the nearest valid one is 'model.layers'" in error_of(model="{lyers: 2}")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("train.steps", "abc", "train.steps must be a whole number, not 'abc'."),
+        ("train.steps", "1.5", "train.steps must be a whole number, not 1.5."),
+        ("train.steps", "true", "train.steps must be a whole number, not True."),
+        ("train.compile", "1", "train.compile must be true or false, not 1."),
+        ("optimizer.learning_rate", "fast", "optimizer.learning_rate must be a number, not 'fast'."),
+        ("model.architecture", "rnn", "model.architecture must be one of transformer, lstm, not 'rnn'."),
+        ("phi.latent_size", "wide", "phi.latent_size must be a whole number or null, not 'wide'."),
+        ("data.tasks.states", "[3]", "data.tasks.states must be a list of 2, each a whole number, not [3]."),
+        ("data.mixture", "7", "data.mixture must be keys with a value each, a number, not 7."),
+        ("name", "7", "name must be text, not 7."),
+        ("train.report_to", "paper", "train.report_to must be a list, each item one of tensorboard, wandb, not"),
+        ("model", "7", "model must be a section of keys, not 7."),
+        ("phi.phi_weight", "-1", "phi: phi_weight must be a finite number of at least 0, not -1.0."),
+        ("phi.samples", "3", 'phi: samples above 1 need inference="sample".'),
+        ("data.tasks.states", "[5, 3]", "data.tasks: states must be two numbers"),
+        ("train.steps", "0", "train.steps must be above 0, not 0."),
+        ("optimizer.learning_rate", ".inf", "optimizer.learning_rate must be above 0, not inf."),
+        ("data.mixture.copi", "1", "data.mixture has an unknown task: There is no task 'copi'"),
+        ("data.mixture.copy", "-1", "data.mixture.copy must be at least 0, not -1.0."),
+        ("data.mixture", "{copy: 0}", "data.mixture needs at least one task with a weight above 0."),
+        ("model.heads", "3", "model.hidden_size 128 must be a multiple of twice model.heads 3."),
+        ("optimizer.beta1", "1", "optimizer.beta1 must be at least 0 and below 1, not 1.0."),
+        ("data.group", "{a: [}", "The value '{a: [}' of data.group cannot be read"),
+    ],
+)
+def test_wrong_value_is_named_in_plain_words(key, text, message):
+    assert error_of(**{key: text}).startswith(message)
+
+
+def test_wrong_value_in_a_file(tmp_path):
+    assert error_of(written(tmp_path, "train: {steps: many}")) == (
+        "train.steps must be a whole number, not 'many'."
+    )
+    assert error_of(written(tmp_path, "model: 3"), model__layers="2").startswith("model must be a section")
+    assert error_of(written(tmp_path, "[1, 2]")).endswith('such as "seed: 1", not [1, 2].')
+    assert "cannot be read as YAML" in error_of(written(tmp_path, "a: [1"))
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as YAML" in error_of(path)
+    assert error_of(tmp_path / "none.yaml").startswith("There is no recipe")
+    assert error_of(tmp_path).startswith("There is no recipe")
+
+
+def test_documents_must_fit_the_rows():
+    message = error_of(data__length=16, data__group=4)
+    assert message.startswith("A document may have 949 tokens and does not fit into data.group 4 rows of")
+    assert load_recipe(None, {"data.length": 16, "data.group": 4, "data.packing": False})
+
+
+def test_a_schedule_must_fit_the_steps():
+    keys = {"optimizer__schedule": "wsd", "train__steps": 10, "optimizer__warmup_steps": 8}
+    assert error_of(**keys).startswith("optimizer.warmup_steps 8 and optimizer.decay 0.3 do not fit")
+
+
+def test_values_are_read_as_their_types():
+    overrides = {
+        "optimizer.learning_rate": "1e-3",
+        "model.rope_theta": "10000",
+        "phi.latent_size": "null",
+        "train.compile": "true",
+        "train.report_to": "tensorboard",
+        "data.mixture.copy": "2",
+        "data.tasks": "{states: [4, 5], edges: [1, 2]}",
+        "name": "mine",
+    }
+    recipe = load_recipe("smoke", overrides)
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert isinstance(recipe.model.rope_theta, float)
+    assert recipe.phi.latent_size is None
+    assert recipe.train.compile is True
+    assert recipe.train.report_to == ["tensorboard"]
+    assert recipe.data.mixture["copy"] == 2.0
+    assert recipe.data.mixture["random"] == 1.0
+    assert recipe.data.tasks.states == (4, 5)
+    assert recipe.name == "mine"
+
+
+def test_an_insertion_point_replaces_the_recipes():
+    module = "model.layers.1"
+    assert load_recipe("smoke", {"phi.module": module}).phi.layer is None
+    assert load_recipe(None, {"phi": f"{{module: {module}}}"}).phi.module == module
+    assert load_recipe(None, {"phi.phi_weight": 2}).phi.layer == 0
+    both = {"phi__module": module, "phi__layer": 1}
+    assert error_of(**both) == "phi: Give either layer or module as the insertion point, not both."
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_round_trip(tmp_path, name):
+    recipe = load_recipe(name)
+    assert recipe == load_recipe(RECIPES / f"{name}.yaml")
+    assert load_recipe(written(tmp_path, recipe_yaml(recipe))) == recipe
+
+
+def test_round_trip_of_every_kind_of_value(tmp_path):
+    changes = {"phi.module": "model.layers.1", "data.tasks.max_length": 20, "data.document_lengths": {0: 8, 3: 16}}
+    recipe = load_recipe(None, {**changes, "train.report_to": ["wandb", "tensorboard"]})
+    text = recipe_yaml(recipe)
+    assert load_recipe(written(tmp_path, text)) == recipe
+    assert "!!" not in text
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_models_have_the_size_the_recipe_says(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        lens = build_model(recipe)
+    config = lens.base.config
+    assert config.hidden_size == recipe.model.hidden_size == lens.phi.hidden_size
+    assert config.num_hidden_layers == recipe.model.layers
+    assert config.intermediate_size == recipe.model.intermediate_size
+    assert config.vocab_size == 128
+    parameters = sum(p.numel() for p in lens.base.parameters())
+    if name.endswith("_pfa"):
+        assert 0.08e9 < parameters < 0.12e9
+        assert lens.module_path.endswith("layers.5" if name.startswith("transformer") else ".0")
+    else:
+        assert parameters < 5e6
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, again, other = (build_base(tiny_recipe(seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_model_that_transformers_refuses_is_a_recipe_error():
+    recipe = tiny_recipe()
+    broken = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, heads=3))
+    with pytest.raises(RecipeError, match="model does not hold together"):
+        build_base(broken)
+
+
+def test_keys_and_flatten():
+    keys = recipe_keys()
+    assert {"seed", "model", "model.layers", "data.tasks.states", "phi.kl", "train.steps"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    flat = flatten(dataclasses.asdict(Recipe()))
+    assert flat["data.mixture"] == {"in_context_language": 1.0}
+    assert set(flat) <= set(keys)
+
+
+def test_convert_and_words():
+    assert convert({"3": 4}, dict[int, int], "x") == {3: 4}
+    assert convert("a", Path | None, "x") == Path("a")
+    assert convert(None, Path | None, "x") is None
+    assert describe(list[int]) == "a list, each item a whole number"
+    with pytest.raises(ConfigError, match="x must be a path or null, not 3"):
+        convert(3, Path | None, "x")
+    assert nearest("documets", ["output", "documents"]) == "documents"
