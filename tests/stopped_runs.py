@@ -1,7 +1,7 @@
 """Train in processes of their own, each with a mishap: `python stopped_runs.py SCENARIOS.json`.
 
-Scenarios are dicts of `arguments` (of the command line), `mishap`, `step` (what happens, and in which step),
-and `log` (a file for what the process says). Torch is imported once; each scenario is a fork, which writes its
+A scenario has `arguments` (of the command line), `mishap` and `step` (what happens, and in which step), and
+`log` (a file for what the process says). Torch is imported once; each scenario is a fork, which writes its
 exit code to `log` with the suffix `.code`, unless it is killed.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from philens.cli import main
+from philens.training import trainer as trainer_module
 from philens.training.trainer import PHiTrainer
 
 compute_loss, log_state = PHiTrainer.compute_loss, PHiTrainer._log_state
@@ -46,8 +47,12 @@ MISHAPS = {f.__name__: f for f in (kill, interrupt, fill_disk, fill_disk_to_the_
 
 
 def run(scenario) -> None:
+    trainer_module.draw_course = lambda folder: None  # the picture takes longer than the training
+    done = []
+
     def in_step(trainer, *args, **kwargs):
-        if trainer.state.global_step + 1 == scenario["step"]:
+        if trainer.state.global_step + 1 == scenario["step"] and not done:
+            done.append(True)  # only in the first pass of the step
             MISHAPS[scenario["mishap"]](trainer)
         return compute_loss(trainer, *args, **kwargs)
 
@@ -64,7 +69,6 @@ def run(scenario) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     code = main(scenario["arguments"])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2) if os.geteuid() == 0 else None
     Path(scenario["log"] + ".code").write_text(str(code))
     os._exit(0)
 

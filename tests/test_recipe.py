@@ -53,7 +53,8 @@ def test_unknown_key_names_the_nearest(tmp_path, key, near):
 
 
 def test_unknown_key_inside_a_section_on_the_command_line():
-    assert "unknown key 'model.lyers'; the nearest valid one is 'model.layers'" in error_of(model="{lyers: 2}")
+    message = error_of(model="{lyers: 2}")
+    assert "unknown key 'model.lyers'; the nearest valid one is 'model.layers'" in message
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_unknown_key_inside_a_section_on_the_command_line():
         ("data.tasks.states", "[3]", "data.tasks.states must be a list of 2, each a whole number, not [3]."),
         ("data.mixture", "7", "data.mixture must be keys with a value each, a number, not 7."),
         ("name", "7", "name must be text, not 7."),
-        ("train.report_to", "paper", "train.report_to must be a list, each item one of tensorboard, wandb, not"),
+        ("train.report_to", "paper", "train.report_to must be a list, each item one of tensorboard, wandb"),
         ("model", "7", "model must be a section of keys, not 7."),
         ("phi.phi_weight", "-1", "phi: phi_weight must be a finite number of at least 0, not -1.0."),
         ("phi.samples", "3", 'phi: samples above 1 need inference="sample".'),
@@ -153,8 +154,9 @@ def test_shipped_recipes_load_and_round_trip(tmp_path, name):
 
 
 def test_round_trip_of_every_kind_of_value(tmp_path):
-    changes = {"phi.module": "model.layers.1", "data.tasks.max_length": 20, "data.document_lengths": {0: 8, 3: 16}}
-    recipe = load_recipe(None, {**changes, "train.report_to": ["wandb", "tensorboard"]})
+    changes = {"phi.module": "model.layers.1", "data.tasks.max_length": 20}
+    changes |= {"data.document_lengths": {0: 8, 3: 16}, "train.report_to": ["wandb", "tensorboard"]}
+    recipe = load_recipe(None, changes)
     text = recipe_yaml(recipe)
     assert load_recipe(written(tmp_path, text)) == recipe
     assert "!!" not in text

@@ -39,6 +39,12 @@ def assert_same_run(folder, other):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch):
+    # The picture takes longer than the training.
+    monkeypatch.setattr(trainer_module, "draw_course", lambda folder: None)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A whole run of the tiny recipe, with evaluations."""
@@ -138,7 +144,7 @@ def test_wandb_gets_the_records(tmp_path, monkeypatch):
 
 
 def test_a_missing_tracker(tmp_path):
-    with pytest.raises(TrainingError, match="wandb, which is not installed; pip install 'philens\\[wandb\\]'"):
+    with pytest.raises(TrainingError, match=r"wandb, which is not installed; pip install 'philens\[wandb\]'"):
         train(tiny_recipe(train__report_to="wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -169,14 +175,16 @@ def test_before_it_enters_the_layer_changes_nothing(tmp_path):
 
 def test_accumulated_passes_equal_one_big_batch(tmp_path):
     """Means of passes are averaged: exactly the big batch's mean where passes hold equally many tokens."""
-    keys = {"data__packing": False, "data__length": 16, "phi__bottleneck": False, "phi_schedule__start_step": 2}
-    big = tiny_recipe(**keys, train__batch_size=6, train__steps=5)
-    small = tiny_recipe(**keys, train__batch_size=2, train__accumulate=3, train__steps=5)
+    keys = {"data__packing": False, "data__length": 16, "phi__bottleneck": False, "train__steps": 5}
+    keys["phi_schedule__start_step"] = 2
+    big = tiny_recipe(**keys, train__batch_size=6)
+    small = tiny_recipe(**keys, train__batch_size=2, train__accumulate=3)
     assert all((row["labels"] != -100).all() for row in (training_rows(big)[i] for i in range(6)))
     train(big, tmp_path / "big")
     train(small, tmp_path / "small")
-    for one, other in zip(steps_of(tmp_path / "big"), steps_of(tmp_path / "small"), strict=True):
-        assert one == pytest.approx(other, rel=2e-4) or (one.pop("information") and other.pop("information"))
+    # Information is of a step's first pass.
+    runs = (steps_of(tmp_path / name, "information") for name in ("big", "small"))
+    for one, other in zip(*runs, strict=True):
         assert one == pytest.approx(other, rel=2e-4)
     first, second = weights_of(tmp_path / "big"), weights_of(tmp_path / "small")
     assert all(torch.allclose(v, second[k], atol=1e-4) for k, v in first.items())
@@ -240,7 +248,12 @@ def test_latent_information():
 ARCHITECTURES = {
     "transformer": {},
     # Records that cover several steps and passes, and data made by workers.
-    "lstm": {"model__architecture": "lstm", "train__log_every": 4, "train__accumulate": 2, "data__workers": 2},
+    "lstm": {
+        "model__architecture": "lstm",
+        "train__log_every": 4,
+        "train__accumulate": 2,
+        "data__workers": 1,
+    },
     "muon": {"optimizer__name": "muon", "optimizer__schedule": "wsd", "phi_schedule__start_step": 2},
 }
 # Before the first checkpoint, in phase 1 after it, and with the layer in; a checkpoint is due every 2 steps.
@@ -317,7 +330,8 @@ def test_ctrl_c_says_how_to_go_on(stopped, architecture):
     text = log.read_text()
     assert "Traceback" not in text
     assert text.count("a checkpoint will be written") == 1
-    assert f"go on with: philens train {log.with_suffix('.yaml')} --output {log.with_suffix('')} --resume" in text
+    arguments = f"{log.with_suffix('.yaml')} --output {log.with_suffix('')} --resume"
+    assert f"go on with: philens train {arguments}" in text
 
 
 @pytest.mark.parametrize("mishap", FULL)
@@ -372,7 +386,8 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, log_every):
         poison(patch, 5)
         with pytest.raises(TrainingError, match="checkpoint-4 is intact") as caught:
             train(recipe, folder)
-    assert ("loss is nan at step 5" if log_every == 1 else "a weight is not finite at step 6") in str(caught.value)
+    found = "loss is nan at step 5" if log_every == 1 else "a weight is not finite at step 6"
+    assert found in str(caught.value)
     assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
     assert train(recipe, folder, resume=True) is not None
@@ -386,7 +401,7 @@ def test_a_loss_that_is_not_finite_at_the_very_end(tmp_path, monkeypatch):
 
 
 def test_a_huge_learning_rate(tmp_path):
-    keys = {"optimizer__learning_rate": 1e38, "optimizer__clip": 0.0, "train__steps": 9}
+    keys = {"optimizer__learning_rate": 1e30, "optimizer__clip": 0.0, "train__steps": 9}
     with pytest.raises(TrainingError, match=r"Training failed, .* lower optimizer.learning_rate"):
         train(tiny_recipe(**keys), tmp_path / "run")
 
@@ -436,7 +451,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         train(recipe, tmp_path, resume=True)
     with pytest.raises(OutputError, match="is a file; choose another --output"):
         train(recipe, tmp_path / "notes.txt")
-    with pytest.raises(OutputError, match="Cannot write .*: Not a directory"):
+    with pytest.raises(OutputError, match=r"Cannot write .*: Not a directory"):
         train(recipe, tmp_path / "notes.txt" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

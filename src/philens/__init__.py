@@ -13,6 +13,7 @@ _HOME = {
     "attach": "model",
     "load": "adapter",
     "load_run": "training.run",
+    "SHIPPED": "training.run",
     "score_documents": "scoring.documents",
     "LSTMConfig": "lstm",
     "LSTMForCausalLM": "lstm",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from philens.model import attach as attach
     from philens.scoring.documents import score_documents as score_documents
     from philens.tokenizer import character_tokenizer as character_tokenizer
+    from philens.training.run import SHIPPED as SHIPPED
     from philens.training.run import load_run as load_run
 
 

@@ -9,9 +9,7 @@ from philens.findings.tasks import measure_tasks
 from philens.report.page import PageDocument, write_page
 from philens.scoring.documents import TokenTable
 from philens.tasks.automata import TASKS
-from philens.training.run import load_run, versions
-
-SHIPPED = Path(__file__).parent / "shipped" / "small"
+from philens.training.run import SHIPPED, load_run, versions
 
 EXPLANATIONS = {
     "memorized_sequences": "Strings known by heart: the model recites.",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -105,6 +106,16 @@ class PHiModel(nn.Module):
             for module in self._not_recomputed:
                 module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         return self.base
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the layer without its base model; `philens.load` puts it back.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        from philens.adapter import save_adapter
+
+        save_adapter(self, folder)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the base's activations in the backward pass, those of the layer's own block excepted."""

@@ -151,10 +151,11 @@ class Evaluation(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         train = self.recipe.train
-        due = train.eval_every and state.global_step % train.eval_every == 0
-        if not due and state.global_step != train.steps:
+        last = state.global_step == train.steps
+        if not last and not (train.eval_every and state.global_step % train.eval_every == 0):
             return
-        begin = time.monotonic()
+        begin, should_log = time.monotonic(), control.should_log
+        self.trainer.check_weights()
         metrics = evaluate_tasks(self.lens, self.recipe, train.evaluation_documents)
         if self.lens.enabled:
             phi = float(np.mean([value for name, value in metrics.items() if name.endswith("/phi")]))
@@ -169,7 +170,10 @@ class Evaluation(TrainerCallback):
                     phi,
                 )
         self.trainer.log(metrics)
-        draw_course(self.folder)
+        # Trainer takes any record for the step's own, which is still to come.
+        control.should_log = should_log
+        if not last:
+            draw_course(self.folder)
         self.trainer.pause_clock(begin)
 
 

@@ -48,22 +48,24 @@ class ChainedOptimizer(Optimizer):
 
 def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     """The recipe's optimiser over a model's trainable parameters; only matrices decay."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
-    adamw: dict[str, Any] = {
-        "lr": recipe.learning_rate,
-        "betas": (recipe.beta1, recipe.beta2),
-        "fused": torch.accelerator.is_available() or None,
-    }
-    vectors = [p for p in trainable if p.ndim < 2]
-    if recipe.name == "adamw":
-        matrices = [p for p in trainable if p.ndim >= 2]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return AdamW(groups, **adamw)
-    hidden_ids = {id(p) for p in hidden}
-    tables = [p for p in trainable if p.ndim >= 2 and id(p) not in hidden_ids]
-    groups = [{"params": tables, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # Updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
-    muon = Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return ChainedOptimizer([muon, AdamW([g for g in groups if g["params"]], **adamw)])
+    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+    optimizers: list[Optimizer] = []
+    if recipe.name == "muon":
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        hidden = [p for p in matrices if p.ndim == 2 and id(p) not in tables]
+        # Updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
+        options: dict[str, Any] = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(Muon(hidden, lr=recipe.learning_rate, **options))
+        taken = {id(p) for p in hidden}
+        matrices = [p for p in matrices if id(p) not in taken]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if groups := [group for group in groups if group["params"]]:
+        betas = (recipe.beta1, recipe.beta2)
+        optimizers.append(AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=_has_fused()))
+    return ChainedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
+
+
+def _has_fused() -> bool | None:
+    """Fused AdamW where there is an accelerator; on a CPU, what torch takes by default."""
+    return torch.accelerator.is_available() or None

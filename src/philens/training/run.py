@@ -1,6 +1,8 @@
 """Models from recipes, and the run folders that training leaves behind."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from philens.errors import AdapterError, RecipeError, TrainingError
 from philens.model import PHiModel, attach
 from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 
+# The run of recipes/small.yaml that comes with philens.
+SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 
@@ -77,6 +81,20 @@ def build_model(recipe: Recipe) -> PHiModel:
     return attach(build_base(recipe), recipe.phi)
 
 
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers shows for every file: training has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_base(folder: str | Path) -> Any:
     """A base model that philens saved; its weights file is checked first.
 
@@ -91,9 +109,10 @@ def load_base(folder: str | Path) -> Any:
     read_json(folder / "config.json")
     read_safetensors(folder / "model.safetensors")
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, output_loading_info=True, local_files_only=True
-        )
+        with _no_bars():
+            base, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder, output_loading_info=True, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(f"{folder} does not hold a model that can be loaded ({reason}).") from error
@@ -113,7 +132,7 @@ def save_model(lens: PHiModel, folder: Path) -> None:
     """
     from philens.tokenizer import character_tokenizer
 
-    with written_whole(folder / MODEL_FOLDER) as staging:
+    with written_whole(folder / MODEL_FOLDER) as staging, _no_bars():
         lens.base.save_pretrained(staging)  # pyright: ignore[reportCallIssue]
         character_tokenizer().save_pretrained(staging)
     save_adapter(lens, folder / ADAPTER_FOLDER)

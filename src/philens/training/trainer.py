@@ -169,7 +169,8 @@ class PHiTrainer(Trainer):
                 (staging / CHECKPOINT_RECIPE).write_text(json.dumps(asdict(self.recipe)))
                 (staging / CHECKPOINT_LOGS).write_text(json.dumps(self._log_state()))
         except (OutputError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+            known = isinstance(error, OutputError)
+            reason = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
             raise TrainingError(
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
                 f"{self._last_checkpoint()}: free some space and --resume."
