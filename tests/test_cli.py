@@ -79,9 +79,9 @@ def test_print_config_is_the_whole_recipe(philens, tmp_path):
 
 def test_train_takes_any_key(philens, tmp_path, monkeypatch):
     monkeypatch.setattr("philens.training.trainer.draw_course", lambda folder: None)
-    keys = tiny_values(train__steps=2, name="mine", phi__layer=-1, data__mixture__copy=3, seed=4)
-    code, out, _ = philens("train", "smoke", *as_options(keys))
-    assert code == 0
+    keys = tiny_values(train__steps=5, name="mine", phi__layer=-1, data__mixture__copy=3, seed=4)
+    code, out, err = philens("train", "smoke", *as_options(keys))
+    assert code == 0, err
     assert "Wrote runs/mine; read it with philens.load_run('runs/mine')." in out
     lens, recipe = load_run(tmp_path / "runs" / "mine")
     assert lens.module_path == "model.layers.1"
@@ -144,7 +144,8 @@ def test_output_that_cannot_be_written(error_of, tmp_path):
 
 
 def test_unexpected_errors_of_the_system(error_of, monkeypatch):
-    def denied(*args, **kwargs):
+    def denied():
+        """Fails."""
         raise PermissionError(13, "Permission denied", "/somewhere")
 
     monkeypatch.setitem(cli.COMMANDS, "env", denied)
@@ -153,6 +154,7 @@ def test_unexpected_errors_of_the_system(error_of, monkeypatch):
 
 def test_ctrl_c_at_any_moment(philens, monkeypatch):
     def stop():
+        """Stops."""
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "env", stop)

@@ -71,6 +71,7 @@ def reproduce(
     model: Path | None = None,
     seeds: int = 1,
     documents: int | None = None,
+    kl: Literal["exact", "official"] | None = None,
     **keys: Any,
 ) -> None:
     """Reproduce a finding of the paper, training the model first. Any recipe key can be given as --key value.
@@ -83,12 +84,13 @@ def reproduce(
         model: a finished run to measure instead of training.
         seeds: how many models to train and measure.
         documents: documents measured of each task.
+        kl: formula that phi is measured with; by default the one it was trained with.
     """
     from philens.findings.reproduce import reproduce
     from philens.report import terminal
 
     folder = output or Path("runs") / f"reproduce-{scale}-{architecture}"
-    results = reproduce(finding, scale, folder, architecture, model, seeds, documents, keys)
+    results = reproduce(finding, scale, folder, architecture, model, seeds, documents, kl, keys)
     table = terminal.tasks_table if finding == "tasks" else terminal.complexity_table
     for one in results.get("seeds", [results]):
         if "seeds" in results:

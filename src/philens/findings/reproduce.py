@@ -3,7 +3,7 @@
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ def reproduce(
     model: Path | None = None,
     seeds: int = 1,
     documents: int | None = None,
+    kl: Literal["exact", "official"] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Reproduce a finding of the paper.
@@ -91,6 +92,7 @@ def reproduce(
         model: a finished run to measure instead of training.
         seeds: how many models, with seeds 0, 1, ...
         documents: measured of each task; None takes the scale's number.
+        kl: formula that phi is measured with, whatever it was trained with; `official` is summed over dimensions.
         overrides: recipe keys to replace.
 
     Raises:
@@ -119,6 +121,8 @@ def reproduce(
             recipe = load_recipe(RECIPES[scale, architecture], overrides)
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
+        if kl is not None:
+            lens.config.kl = kl
         if torch.accelerator.is_available():
             lens.to(torch.accelerator.current_accelerator())
         every.append(find(finding, lens, recipe, documents))
@@ -127,6 +131,7 @@ def reproduce(
                 "finding": finding,
                 "scale": scale if model is None else recipe.name,
                 "seed": recipe.seed,
+                "kl": lens.config.kl,
                 "versions": versions(),
                 "recipe": asdict(recipe),
             }
