@@ -30,7 +30,7 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safeten
 
 
 @contextlib.contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when everything in it is written, or is removed.
 
     Raises:
@@ -89,7 +89,7 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(lens: PHiModel, folder: str | Path, card: str | None = None) -> None:
+def save_adapter(lens: PHiModel, folder: str | os.PathLike[str], card: str | None = None) -> None:
     """Write the layer, its configuration and a model card; the folder appears whole or not at all.
 
     Args:

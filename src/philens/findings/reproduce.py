@@ -92,7 +92,7 @@ def reproduce(
         model: a finished run to measure instead of training.
         seeds: how many models, with seeds 0, 1, ...
         documents: measured of each task; None takes the scale's number.
-        kl: formula that phi is measured with, whatever it was trained with; `official` is summed over dimensions.
+        kl: formula that phi is measured with, whatever it was trained with.
         overrides: recipe keys to replace.
 
     Raises:

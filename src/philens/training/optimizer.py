@@ -54,13 +54,14 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     if recipe.name == "muon":
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         hidden = [p for p in matrices if p.ndim == 2 and id(p) not in tables]
-        # Updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
+        # Updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982): one learning rate fits both.
         options: dict[str, Any] = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(Muon(hidden, lr=recipe.learning_rate, **options))
         taken = {id(p) for p in hidden}
         matrices = [p for p in matrices if id(p) not in taken]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if groups := [group for group in groups if group["params"]]:
+    decays = ((matrices, recipe.weight_decay), (vectors, 0.0))
+    groups = [{"params": params, "weight_decay": decay} for params, decay in decays if params]
+    if groups:
         betas = (recipe.beta1, recipe.beta2)
         optimizers.append(AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=_has_fused()))
     return ChainedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
