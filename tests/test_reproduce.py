@@ -52,7 +52,7 @@ def runs(request, tmp_path_factory):
 def test_tasks_results(runs):
     architecture, folder = runs
     results = results_of(folder / "tasks")
-    assert list(results)[:5] == ["finding", "scale", "seed", "versions", "recipe"]
+    assert {"finding", "scale", "seed", "kl", "versions", "recipe"} <= set(results)
     assert (results["finding"], results["scale"], results["seed"]) == ("tasks", "smoke", 0)
     assert results["recipe"]["model"]["architecture"] == architecture
     assert results["recipe"]["train"]["steps"] == TINY["train.steps"]
@@ -114,6 +114,17 @@ def test_a_table_is_printed(runs, capsys, tmp_path):
     # Not the scale of the command line, which this model need not have.
     assert results["scale"] == "smoke" or results["scale"] == "smoke_lstm"
     assert not list((tmp_path / "out").glob("seed-*"))
+
+
+def test_either_formula_measures(runs, tmp_path):
+    _, folder = runs
+    run = folder / "seed-0"
+    phi = {}
+    for kl in ("exact", "official", None):
+        results = reproduce("tasks", "smoke", tmp_path, model=run, documents=2, kl=kl)
+        phi[kl] = results["tasks"]["random"]["phi"]["mean"]
+        assert results["kl"] == (kl or "exact")
+    assert phi["exact"] == phi[None] != phi["official"]
 
 
 def test_another_recipe_in_the_same_folder(runs):

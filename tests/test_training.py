@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.exc import TorchDynamoException
 
 from philens.errors import InsertionError, OutputError, TrainingError
 from philens.training import trainer as trainer_module
@@ -16,7 +17,7 @@ from philens.training.callbacks import evaluate_tasks
 from philens.training.recipe import load_recipe
 from philens.training.run import build_model, find_checkpoints, load_run, read_metrics, recipe_yaml
 from philens.training.trainer import PHiTrainer, latent_information, train, training_rows
-from tiny import as_options, tiny_recipe, tiny_values
+from tiny import tiny_recipe
 
 EVERY_STEP = {"step", "loss", "surprisal", "learning_rate", "grad_norm", "tokens_per_second"}
 
@@ -406,6 +407,22 @@ def test_a_huge_learning_rate(tmp_path):
         train(tiny_recipe(**keys), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "lower train.batch_size"),
+        (TorchDynamoException("no compiler\nmore"), r"torch.compile failed \(no compiler\); set train.c"),
+    ],
+)
+def test_what_the_machine_cannot_do(tmp_path, monkeypatch, error, message):
+    def compute_loss(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(PHiTrainer, "compute_loss", compute_loss)
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_recipe(), tmp_path / "run")
+
+
 @pytest.mark.parametrize("sort", [RuntimeError, OSError])
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, sort):
     def save(*args, **kwargs):
@@ -460,8 +477,3 @@ def test_a_model_that_cannot_be_built_leaves_no_folder(tmp_path):
     with pytest.raises(InsertionError, match="Layer 7 is out of range"):
         train(tiny_recipe(phi__layer=7), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_tiny_values_are_a_command_line():
-    """What other tests rely on."""
-    assert as_options(tiny_values(seed=3))[-2:] == ["--seed", "3"]
