@@ -1,5 +1,6 @@
 """Rows of a fixed length out of documents of any length."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def pack(lengths: NDArray[np.int64], rows: int, capacity: int) -> NDArray[np.int
     return placed
 
 
-class _GroupedRows(Dataset[dict[str, Tensor]]):
+class _GroupedRows(Dataset[dict[str, Tensor]], ABC):
     """Rows that are made a group at a time; the last group is kept.
 
     Raises:
@@ -87,8 +88,9 @@ class _GroupedRows(Dataset[dict[str, Tensor]]):
             self._cache = (number, self._make(number))
         return {name: value[place] for name, value in self._cache[1].items()}
 
+    @abstractmethod
     def _make(self, number: int) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The rows of a group, each value (group, length)."""
 
 
 class PackedRows(_GroupedRows):
