@@ -24,8 +24,8 @@ def test_results_have_the_promised_form(output: Path) -> None:
     assert {"finding", "scale", "seed", "versions", "recipe", "tasks"} <= results.keys()
     assert list(results["tasks"]) == list(TASKS)
     for task in results["tasks"].values():
-        assert task["documents"] == 64
-        assert task["tokens"] > 64 * 100
+        assert task["documents"] == 32
+        assert task["tokens"] > 32 * 100
         for name in ("phi", "surprisal"):
             low, high = task[name]["ci95"]
             assert low < task[name]["mean"] < high

@@ -16,7 +16,7 @@ from philens.typed import convert, nearest
 # torch and transformers are imported inside the commands, so that help and errors come at once.
 
 
-def demo(output: Path = Path("philens-demo"), documents: int = 64) -> None:
+def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
     """Show what the model that comes with philens sees: a table, a figure and a page.
 
     Args:

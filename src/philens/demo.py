@@ -21,7 +21,7 @@ EXPLANATIONS = {
 }
 
 
-def demo(output: Path, documents: int = 64) -> dict[str, Any]:
+def demo(output: Path, documents: int = 32) -> dict[str, Any]:
     """Measure the shipped model on every task; write results, figure and `page.html` into `output`."""
     lens, recipe = load_run(SHIPPED)
     table = measure(lens, recipe, documents=documents)

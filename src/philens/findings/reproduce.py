@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FINDINGS = ("tasks", "complexity")
 # Documents of each task that are measured, and the recipe, at each scale and architecture.
-DOCUMENTS = {"smoke": 16, "small": 500, "paper": 1000}
+DOCUMENTS = {"smoke": 16, "small": 200, "paper": 1000}
 RECIPES = {
     ("smoke", "transformer"): "smoke",
     ("smoke", "lstm"): "smoke_lstm",
