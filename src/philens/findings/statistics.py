@@ -14,7 +14,7 @@ from math import isfinite, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from philens.errors import InputError
 
@@ -99,7 +99,9 @@ def correlation(
     """
     columns, clusters, dropped = _complete([x, y, *covariates], documents)
     if rank:
-        columns = [stats.rankdata(column) for column in columns]
+        from scipy.stats import rankdata  # slow to import, and only ranks need it
+
+        columns = [rankdata(column) for column in columns]
     data = np.stack([np.ones(len(clusters)), *(_standardise(column) for column in columns)], axis=1)
     size = data.shape[1]
     left, right = np.triu_indices(size)
@@ -208,8 +210,8 @@ def _interval(samples: Floats, documents: int) -> tuple[float, float]:
     present = samples[np.isfinite(samples)]
     if documents < 2 or not len(present):
         return float("nan"), float("nan")
-    width = stats.t.ppf(0.975, documents - 1) * sqrt(documents / (documents - 1))
-    tail = float(stats.norm.cdf(-width))
+    width = special.stdtrit(documents - 1, 0.975) * sqrt(documents / (documents - 1))
+    tail = float(special.ndtr(-width))
     low, high = np.quantile(present, [tail, 1 - tail])
     return float(low), float(high)
 
