@@ -179,3 +179,14 @@ def test_interrupted_and_called_again(tmp_path, monkeypatch, capsys):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         reproduce(**{"finding": "tasks", "scale": "smoke", "output": tmp_path} | options)
+
+
+def test_an_unknown_kl_is_refused_and_not_taken_for_the_official_one(runs, tmp_path):
+    _, folder = runs
+    for kl in ("exact", "official"):
+        reproduce("tasks", "smoke", tmp_path / kl, model=folder / "seed-0", documents=2, kl=kl)
+    exact, official = (results_of(tmp_path / kl / "tasks") for kl in ("exact", "official"))
+    assert (exact["kl"], official["kl"]) == ("exact", "official")
+    assert exact["tasks"]["random"]["phi"]["mean"] != official["tasks"]["random"]["phi"]["mean"]
+    with pytest.raises(ConfigError, match="kl must be"):
+        reproduce("tasks", "smoke", tmp_path / "x", model=folder / "seed-0", documents=2, kl="offical")

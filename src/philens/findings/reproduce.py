@@ -122,7 +122,7 @@ def reproduce(
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
         if kl is not None:
-            lens.config.kl = kl
+            lens.config = lens.phi.config = replace(lens.config, kl=kl)
         if torch.accelerator.is_available():
             lens.to(torch.accelerator.current_accelerator())
         every.append(find(finding, lens, recipe, documents))

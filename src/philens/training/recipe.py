@@ -26,8 +26,8 @@ class ModelRecipe:
         layers: number of blocks.
         heads: attention heads (Transformer).
         rope_theta: base of the rotary position embedding (Transformer).
-        initializer_range: standard deviation of fresh weights (Transformer). transformers' 0.02 suits wide
-            models; narrow ones start sooner at 1 / sqrt(hidden_size).
+        initializer_range: standard deviation of fresh weights (Transformer). 0.02 is what transformers
+            takes for models of any width.
     """
 
     architecture: Literal["transformer", "lstm"] = "transformer"
@@ -69,7 +69,7 @@ class OptimizerRecipe:
 
     Attributes:
         name: `adamw`; or `muon`, which orthogonalises the updates of weight matrices and leaves the rest to
-            AdamW, and learns small models in fewer steps.
+            AdamW.
         learning_rate: peak.
         schedule: after the warm-up: constant, decaying, or constant and then decaying over the last
             `decay` of the steps (`wsd`).
