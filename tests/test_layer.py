@@ -541,17 +541,17 @@ def test_autocast_keeps_the_divergence_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prior": "lstm"}, "prior must be one of 'attention', 'mlp', 'unit', not 'lstm'"),
+        ({"prior": "lstm"}, "prior must be one of attention, mlp, unit, not 'lstm'"),
         ({"kl": "approximate"}, "kl must be one of"),
         ({"reduction": "max"}, "reduction must be one of"),
         ({"inference": "mode"}, "inference must be one of"),
         ({"init": "zeros"}, "init must be one of"),
         ({"latent_size": 0}, "latent_size must be positive, not 0"),
-        ({"latent_size": "8"}, "latent_size must be of type int | None, not '8'"),
-        ({"latent_size": 8.5}, "latent_size must be of type int | None, not 8.5"),
-        ({"bottleneck": "no"}, "bottleneck must be of type bool, not 'no'"),
-        ({"phi_weight": None}, "phi_weight must be of type float, not None"),
-        ({"layer": "19"}, "layer must be of type int | None, not '19'"),
+        ({"latent_size": "8"}, "latent_size must be a whole number or null, not '8'"),
+        ({"latent_size": 8.5}, "latent_size must be a whole number or null, not 8.5"),
+        ({"bottleneck": "no"}, "bottleneck must be true or false, not 'no'"),
+        ({"phi_weight": None}, "phi_weight must be a number, not None"),
+        ({"layer": "19"}, "layer must be a whole number or null, not '19'"),
         ({"prior_heads": -1}, "prior_heads must be positive"),
         ({"prior_depth": 0}, "prior_depth must be positive"),
         ({"prior_mlp_size": 0}, "prior_mlp_size must be positive"),
@@ -561,7 +561,7 @@ def test_autocast_keeps_the_divergence_in_float32():
         ({"contrastive_weight": math.inf}, "contrastive_weight must be a finite number"),
         ({"logvar_min": 3.0, "logvar_max": 3.0}, "logvar_min must be below logvar_max"),
         ({"samples": 4}, 'samples above 1 need inference="sample"'),
-        ({"layer": 1, "module": "model.layers.1"}, "either layer or module"),
+        ({"layer": 1, "module": "model.layers.1"}, "one of layer, module and layers"),
     ],
 )
 def test_bad_options(options, message):

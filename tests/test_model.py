@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 
 from conftest import make_gpt2, make_llama
 from philens.errors import ConfigError, InputError, InsertionError
@@ -94,7 +95,7 @@ def test_disabled_is_exactly_the_base(base, tokens):
     for out, logits in zip(disabled, plain, strict=True):
         assert torch.equal(out.logits, logits)
         assert out.phi is None
-        assert out.layer_output is None
+        assert out.layer_outputs == []
     for name, value in base.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -124,7 +125,7 @@ def test_detach_gives_the_base_back(base, tokens):
 def test_the_layer_comes_after_its_block(base, tokens):
     """Logits are those of the base with the block's output replaced by hand."""
     lens = shaken(attach(base, config())).eval()
-    blocks = base.get_submodule(lens.module_path.rsplit(".", 1)[0])
+    blocks = base.get_submodule(lens.module_paths[0].rsplit(".", 1)[0])
     with torch.no_grad():
         out = lens(tokens)
         with lens.disabled():
@@ -161,7 +162,7 @@ def test_hooks_keep_tuples():
             return SimpleNamespace(logits=x)
 
     lens = attach(Toy(), config(layer=-1))
-    assert lens.module_path == "blocks.1"
+    assert lens.module_paths[0] == "blocks.1"
     assert lens(torch.randint(10, (2, 4))).phi.shape == (2, 4)
 
 
@@ -180,10 +181,10 @@ def test_parameters_are_those_of_base_and_layer(base):
 @pytest.mark.parametrize("layer", [0, 2, -1, -3])
 def test_layers_are_counted_from_either_end(base, layer):
     lens = attach(base, config(layer=layer))
-    assert lens.module_path.endswith(f".{layer % 3}")
-    path = lens.module_path
+    assert lens.module_paths[0].endswith(f".{layer % 3}")
+    path = lens.module_paths[0]
     lens.detach()
-    assert attach(base, config(layer=None, module=path)).module_path == path
+    assert attach(base, config(layer=None, module=path)).module_paths[0] == path
 
 
 def test_any_module_will_do(llama, tokens):
@@ -194,7 +195,7 @@ def test_any_module_will_do(llama, tokens):
     ):
         lens = attach(llama, config(layer=None, module=path)).eval()
         assert lens.phi.hidden_size == width
-        assert lens(tokens).layer_output.hidden_states.shape == (3, 8, width)
+        assert lens(tokens).layer_outputs[0].hidden_states.shape == (3, 8, width)
         lens.detach()
 
 
@@ -280,8 +281,8 @@ def test_losses_are_as_defined(base, tokens, options):
             if labels[b, t] == -100:
                 continue
             phis.append(out.phi[b, t])
-            if out.layer_output.contrastive is not None:
-                contrasts.append(out.layer_output.contrastive[b, t])
+            if out.layer_outputs[0].contrastive is not None:
+                contrasts.append(out.layer_outputs[0].contrastive[b, t])
             if t > 0:
                 surprisals.append(-log_probabilities[b, t - 1, tokens[b, t]])
     surprisal, phi = torch.stack(surprisals).mean(), torch.stack(phis).mean()
@@ -467,7 +468,7 @@ def test_gradient_checkpointing_changes_nothing_and_runs_the_layer_once(
     base, tokens, module, where, reentrant
 ):
     plain = shaken(attach(base, config()))
-    path = plain.module_path
+    path = plain.module_paths[0]
     plain.detach()
     options = config() if module is None else config(layer=None, module=f"{path}.{module}")
     arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -480,7 +481,7 @@ def test_gradient_checkpointing_changes_nothing_and_runs_the_layer_once(
     earlier = base.get_submodule(f"{path.rsplit('.', 1)[0]}.0.mlp")
     earlier.register_forward_pre_hook(lambda *_: blocks.append(1))
     if where == "lens":
-        lens.gradient_checkpointing_enable(**arguments)
+        lens.checkpoint_activations()
     elif where == "base after":
         base.gradient_checkpointing_enable(**arguments)
     else:
@@ -499,7 +500,9 @@ def test_gradient_checkpointing_changes_nothing_and_runs_the_layer_once(
     for name in found:
         close(found[name], expected_gradients[name])
     lens.detach()
-    assert base.get_submodule(path).gradient_checkpointing
+    block = base.get_submodule(path)
+    assert block.gradient_checkpointing == (where != "lens")
+    assert "forward" not in block.__dict__
 
 
 def test_a_training_step_moves_every_parameter(llama, tokens):
@@ -585,10 +588,14 @@ def test_wrong_shapes(llama, shapes, message):
         attach(llama, config())(**inputs)
 
 
-def test_a_cache_is_refused(llama, tokens):
-    cache = llama(tokens, use_cache=True).past_key_values
-    with pytest.raises(InputError, match="keeps no cache"):
-        attach(llama, config())(tokens, past_key_values=cache)
+def test_caches_that_cannot_carry_the_prior(llama, tokens):
+    lens = attach(llama, config())
+    with lens.disabled():
+        filled = llama(tokens, use_cache=True).past_key_values
+    with pytest.raises(InputError, match="filled without the PHi layer"):
+        lens(tokens, past_key_values=filled)
+    with pytest.raises(InputError, match="made from the model's config"):
+        lens(tokens, past_key_values=DynamicCache())
 
 
 def test_sizes_that_do_not_fit_the_base(llama):

@@ -1,9 +1,14 @@
-"""Find an insertion point in any model and pass what comes out of it through a function."""
+"""Find an insertion point in any model, pass what comes out of it through a function, and run only what must
+run: stop early, skip the blocks below, recompute those above, leave the vocabulary for later."""
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from philens.errors import InsertionError
@@ -81,16 +86,117 @@ def transform_output(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
     """Pass the hidden states that leave `module`, (B, T, D), through `function` until the handle is removed.
 
     Outputs are tensors in some architectures and tuples that begin with one in others; both are kept.
-    """
+    A recurrent module of torch that puts time first is turned.
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return function(output)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (function(output[0]), *output[1:])
+    Raises:
+        InsertionError: the module is bidirectional, so that its states know later tokens.
+    """
+    time_first = isinstance(module, nn.RNNBase) and not module.batch_first
+    if isinstance(module, nn.RNNBase) and module.bidirectional:
         raise InsertionError(
-            f"{type(module).__name__} returns {type(output).__name__}, not hidden states; "
-            "choose another module."
+            f"A bidirectional {type(module).__name__} has read the later tokens; choose a causal module."
         )
 
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        first, rest = (output, None) if not isinstance(output, tuple) else (output[0], output[1:])
+        if not isinstance(first, Tensor):
+            raise InsertionError(
+                f"{type(module).__name__} returns {type(first).__name__}, not hidden states; "
+                "choose another module."
+            )
+        result = function(first.transpose(0, 1)).transpose(0, 1) if time_first else function(first)
+        return result if rest is None else (result, *rest)
+
     return module.register_forward_hook(hook)
+
+
+class StopForward(Exception):
+    """Ends a forward pass at the point where all that was wanted is known."""
+
+
+def accepted_arguments(base: nn.Module) -> tuple[set[str], bool]:
+    """Names of the arguments of a model's forward, and whether it takes others besides."""
+    parameters = inspect.signature(base.forward).parameters.values()
+    return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@contextlib.contextmanager
+def recorded_forms(blocks: Sequence[nn.Module], forms: dict[int, tuple[Any, ...] | None]) -> Iterator[None]:
+    """Note in `forms` what each block returns beside hidden states: None for a bare tensor."""
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            forms[number] = output[1:] if isinstance(output, tuple) else None
+
+        return hook
+
+    handles = [block.register_forward_hook(note(number)) for number, block in enumerate(blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward; its hooks stay."""
+    own = block.__dict__.get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+@contextlib.contextmanager
+def skipped(
+    blocks: Sequence[nn.Module], forms: dict[int, tuple[Any, ...] | None], states: Tensor
+) -> Iterator[None]:
+    """Let blocks return `states` (B, T, D) without running, in the form that `recorded_forms` noted."""
+    with contextlib.ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            form = forms[number]
+            output = states if form is None else (states, *form)
+            stack.enter_context(replaced_forward(block, lambda *args, output=output, **kwargs: output))
+        yield
+
+
+def recompute(block: nn.Module) -> Callable[[], None]:
+    """Keep a block's inputs only and run it again in the backward pass; returns what undoes that.
+
+    Hooks on the block lie outside of what is run again, and so does a PHi layer after it.
+    """
+    before, forward = block.__dict__.get("forward"), block.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    def undo() -> None:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
+
+    block.forward = run
+    return undo
+
+
+@contextlib.contextmanager
+def head_input(head: nn.Module, found: list[Tensor]) -> Iterator[None]:
+    """Put what the output head would read, (B, T, D), into `found`, and let it read the first token only."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        found.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

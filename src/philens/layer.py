@@ -5,14 +5,16 @@ Prediction", ICML 2025, arXiv 2503.13431, section 2. Shapes: B rows, T tokens, D
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from philens.errors import ConfigError, InputError
+from philens.typed import convert
 
 
 @dataclass
@@ -20,8 +22,17 @@ class PHiConfig:
     """What a PHi layer is, where it goes and how it is trained.
 
     Attributes:
-        layer: insert after this block, counted from 0; negative counts from the end. Either this or `module`.
+        layer: insert after this block, counted from 0; negative counts from the end. Either this, `module` or
+            `layers`.
         module: insert after the module with this path, e.g. `model.layers.19`.
+        layers: insert a PHi layer after each of these blocks; needs `mode="observe"`.
+        mode: `bottleneck` (the paper's) replaces hidden states by the decoded latents; `observe` leaves them
+            as they are, so that the model's outputs stay exactly the base's. Phi is the same in both.
+        pressure: what keeps information in the latent in training: the `next_token` loss with the layer in
+            the path, or, when observing, `reconstruction` of the hidden states, for which the blocks above
+            need not run.
+        reconstruction_weight: weight of the reconstruction loss, the share of the hidden states' variance
+            that is lost, averaged over dimensions.
         latent_size: L, the number of latent dimensions; None means the hidden size D.
         prior: `attention` (causal self-attention over earlier latents, then an MLP), `mlp` (only the latent
             just before), or `unit` (a fixed unit Gaussian; ablation).
@@ -46,6 +57,10 @@ class PHiConfig:
 
     layer: int | None = None
     module: str | None = None
+    layers: list[int] | None = None
+    mode: Literal["bottleneck", "observe"] = "bottleneck"
+    pressure: Literal["next_token", "reconstruction"] = "next_token"
+    reconstruction_weight: float = 1.0
     latent_size: int | None = None
     prior: Literal["attention", "mlp", "unit"] = "attention"
     prior_heads: int | None = None
@@ -67,19 +82,13 @@ class PHiConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if get_origin(kind) is Literal:
-                if value not in get_args(kind):
-                    choices = ", ".join(map(repr, get_args(kind)))
-                    raise ConfigError(f"{field.name} must be one of {choices}, not {value!r}.")
-            elif not isinstance(value, int | float if kind is float else kind):  # pyright: ignore[reportArgumentType]
-                expected = kind.__name__ if isinstance(kind, type) else kind
-                raise ConfigError(f"{field.name} must be of type {expected}, not {value!r}.")
+            value = convert(getattr(self, field.name), field.type, field.name)
+            setattr(self, field.name, value)
         for name in ("latent_size", "prior_heads", "prior_depth", "prior_mlp_size", "samples", "init_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value!r}.")
-        for name in ("phi_weight", "contrastive_weight"):
+        for name in ("phi_weight", "contrastive_weight", "reconstruction_weight"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
@@ -87,8 +96,15 @@ class PHiConfig:
             raise ConfigError("logvar_min must be below logvar_max.")
         if self.samples > 1 and self.inference != "sample":
             raise ConfigError('samples above 1 need inference="sample".')
-        if self.layer is not None and self.module is not None:
-            raise ConfigError("Give either layer or module as the insertion point, not both.")
+        if sum(point is not None for point in (self.layer, self.module, self.layers)) > 1:
+            raise ConfigError("Give one of layer, module and layers as the insertion point, not several.")
+        if self.layers is not None and not 0 < len(set(self.layers)) == len(self.layers):
+            raise ConfigError(f"layers must name at least one block, each once, not {self.layers}.")
+        if self.mode == "bottleneck":
+            if self.layers is not None:
+                raise ConfigError('Several layers would disturb each other in the path; set mode="observe".')
+            if self.pressure != "next_token":
+                raise ConfigError('pressure="reconstruction" needs mode="observe".')
 
     def latent_width(self, hidden_size: int) -> int:
         """L for a base model of this hidden size D."""
@@ -101,6 +117,7 @@ class PHiOutput:
 
     Attributes:
         hidden_states: (B, T, D) decoded latents, which replace the base's hidden states.
+        observed: (B, T, D) the base's hidden states.
         phi: (B, T) PHi loss in nats, float32, 0 on padding.
         contrastive: (B, T) contrastive loss in nats, 0 on padding; None where its weight is 0 or there
             is no bottleneck.
@@ -111,6 +128,7 @@ class PHiOutput:
     """
 
     hidden_states: Tensor
+    observed: Tensor
     phi: Tensor
     contrastive: Tensor | None
     latent: Tensor
@@ -175,6 +193,18 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+class Memory(Protocol):
+    """What is kept of the tokens before: the cache layers of `transformers` are this."""
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H, T, C) keys and values; returns all of them so far."""
+        ...
+
+    def get_seq_length(self) -> int:
+        """Tokens kept."""
+        ...
+
+
 class PriorAttention(nn.Module):
     """Causal self-attention within documents, (B, T, L) -> (B, T, L)."""
 
@@ -184,13 +214,17 @@ class PriorAttention(nn.Module):
         projections = (nn.Linear(size, size, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, memory: Memory | None = None
+    ) -> Tensor:
         rows, length, size = x.shape
         q, k, v = (
             project(x).view(rows, length, self.heads, size // self.heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotary(q, positions), rotary(k, positions)
+        if memory is not None:
+            k, v = memory.update(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(rows, length, size))
 
@@ -216,8 +250,10 @@ class PriorBlock(nn.Module):
         self.norm = nn.RMSNorm(size, eps=1e-5)
         self.mlp = SwiGLU(size, width, size)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(F.rms_norm(x, x.shape[-1:], eps=1e-5), positions, mask)
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, memory: Memory | None = None
+    ) -> Tensor:
+        x = x + self.attention(F.rms_norm(x, x.shape[-1:], eps=1e-5), positions, mask, memory)
         return x + self.mlp(self.norm(x))
 
 
@@ -228,8 +264,9 @@ class Prior(nn.Module):
         super().__init__()
         width = config.prior_mlp_size or 8 * round(size / 3)
         self.start = nn.Parameter(torch.zeros(1, 1, size))
-        self.attention = None
+        self.attention, self.depth = None, 0
         if config.prior == "attention":
+            self.depth = config.prior_depth
             heads = config.prior_heads or max(1, size // 64)
             if size % (2 * heads):
                 raise ConfigError(
@@ -244,15 +281,32 @@ class Prior(nn.Module):
         self.mlp = SwiGLU(size, width, out)
         nn.init.normal_(self.start, std=0.02)
 
-    def forward(self, z: Tensor, starts: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, L) latents, (B, T) document starts -> (B, T, out) what earlier latents predict of each."""
-        x = torch.where(starts[..., None], self.start.to(z.dtype), torch.roll(z, 1, dims=1))
+    def forward(
+        self,
+        z: Tensor,
+        starts: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        memories: Sequence[Memory] = (),
+    ) -> Tensor:
+        """(B, T, L) latents, (B, T) document starts -> (B, T, out) what earlier latents predict of each.
+
+        With `memories`, one for the latents and one for each attention layer, goes on from the tokens before.
+        """
+        before = torch.roll(z, 1, dims=1)
+        latents, *attentions = memories or (None,)
+        if latents is not None:
+            kept, _ = latents.update(z[:, None], z[:, None, :, :0])
+            if kept.shape[2] > z.shape[1]:
+                before = kept[:, 0, -z.shape[1] - 1 : -1]
+        x = torch.where(starts[..., None], self.start.to(z.dtype), before)
         if self.attention is not None:
             x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-            for block in getattr(self, "blocks", ()):
-                x = block(x, positions, mask)
+            *inner, last = attentions or [None] * self.depth
+            for block, memory in zip(getattr(self, "blocks", ()), inner, strict=True):
+                x = block(x, positions, mask, memory)
                 x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-            x = x + self.attention(x, positions, mask)
+            x = x + self.attention(x, positions, mask, last)
         return self.mlp(self.norm(x))
 
 
@@ -294,6 +348,19 @@ class PHiLayer(nn.Module):
             # A prior as wide as the latents: phi starts at hundreds of nats, not tens of thousands.
             self.prior.mlp.down_proj.bias[size:] = 2 * math.log(scale)
 
+    @property
+    def memory_count(self) -> int:
+        """How many `Memory` objects going on from earlier tokens takes: latents, and one per attention."""
+        return 0 if self.prior is None else 1 + self.prior.depth
+
+    def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32."""
+        return self._statistics(self.encoder(hidden_states.to(self.encoder.weight.dtype)))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, T, L) -> (B, T, D) a(z_t)."""
+        return self.decoder(latent.to(self.decoder.weight.dtype))
+
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.config.bottleneck:
             return x.float(), torch.zeros_like(x, dtype=torch.float32)
@@ -301,11 +368,17 @@ class PHiLayer(nn.Module):
         return mean, logvar.clamp(self.config.logvar_min, self.config.logvar_max)
 
     def _predict(
-        self, z: Tensor, starts: Tensor, positions: Tensor, mask: Tensor | None
+        self,
+        z: Tensor,
+        starts: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        memories: Sequence[Memory] = (),
     ) -> tuple[Tensor, Tensor]:
         if self.prior is None:
             return torch.zeros_like(z), torch.zeros_like(z)
-        return self._statistics(self.prior(z.to(self.decoder.weight.dtype), starts, positions, mask))
+        z = z.to(self.decoder.weight.dtype)
+        return self._statistics(self.prior(z, starts, positions, mask, memories))
 
     def _divergence(self, mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
         if self.config.detach_targets:
@@ -316,22 +389,29 @@ class PHiLayer(nn.Module):
         return kl(mean_q, logvar_q, mean_p, logvar_p)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        memories: Sequence[Memory] = (),
     ) -> PHiOutput:
         """Encode, predict, decode.
 
         Args:
             hidden_states: (B, T, D), any floating dtype; the decoded ones come back in the same.
-            attention_mask: (B, T), 0 on padding, which may be on either side.
+            attention_mask: (B, T), 0 on padding, which may be on either side; with memories (B, earlier + T).
             document_ids: (B, T) integers of at least 0 that change where a new document starts in a pack.
+            memories: `memory_count` of them, empty or those that an earlier call filled: the tokens then go
+                on from the earlier ones. Each row is one document.
 
         Raises:
             InputError: shapes that do not fit.
         """
-        self._check(hidden_states, attention_mask, document_ids)
-        starts, positions, mask, padding = document_structure(hidden_states, attention_mask, document_ids)
-        h = hidden_states.detach() if self.config.detach_input else hidden_states
-        mean_q, logvar_q = self._statistics(self.encoder(h.to(self.encoder.weight.dtype)))
+        earlier = memories[0].get_seq_length() if memories else 0
+        self._check(hidden_states, attention_mask, document_ids, memories, earlier)
+        structure = document_structure(hidden_states, attention_mask, document_ids, earlier)
+        starts, positions, mask, padding = structure
+        mean_q, logvar_q = self.encode(hidden_states.detach() if self.config.detach_input else hidden_states)
         sampled = self.config.bottleneck and (self.training or self.config.inference == "sample")
         draws = self.config.samples if sampled and not self.training else 1
 
@@ -339,7 +419,7 @@ class PHiLayer(nn.Module):
             return mean_q + torch.exp(0.5 * logvar_q) * torch.randn_like(mean_q) if sampled else mean_q
 
         z = draw()
-        mean_p, logvar_p = self._predict(z, starts, positions, mask)
+        mean_p, logvar_p = self._predict(z, starts, positions, mask, memories)
         phi, error = self._divergence(mean_q, logvar_q, mean_p, logvar_p), None
         if draws > 1:
             others = [
@@ -359,7 +439,8 @@ class PHiLayer(nn.Module):
             error = None if error is None else error.masked_fill(padding, 0.0)
             contrastive = None if contrastive is None else contrastive.masked_fill(padding, 0.0)
         return PHiOutput(
-            hidden_states=self.decoder(z.to(self.decoder.weight.dtype)).to(hidden_states.dtype),
+            hidden_states=self.decode(z).to(hidden_states.dtype),
+            observed=hidden_states,
             phi=phi,
             contrastive=contrastive,
             latent=z,
@@ -371,43 +452,62 @@ class PHiLayer(nn.Module):
         )
 
     def _check(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+        memories: Sequence[Memory],
+        earlier: int,
     ) -> None:
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise InputError(
                 f"Hidden states must have shape (B, T, {self.hidden_size}), not {tuple(hidden_states.shape)}."
             )
-        if hidden_states.shape[0] == 0 or hidden_states.shape[1] == 0:
+        rows, length = hidden_states.shape[:2]
+        if rows == 0 or length == 0:
             raise InputError("There is no token to read: give at least one document of at least one token.")
-        for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-            if value is not None and value.shape != hidden_states.shape[:2]:
+        for name, value, width in (
+            ("attention_mask", attention_mask, earlier + length),
+            ("document_ids", document_ids, length),
+        ):
+            if value is not None and value.shape != (rows, width):
                 raise InputError(
-                    f"{name} must have shape {tuple(hidden_states.shape[:2])} like the tokens, "
-                    f"not {tuple(value.shape)}."
+                    f"{name} must have shape {(rows, width)} like the tokens, not {tuple(value.shape)}."
                 )
+        if memories and len(memories) != self.memory_count:
+            raise InputError(f"The prior needs {self.memory_count} memories, not {len(memories)}.")
+        if memories and (document_ids is not None or self.config.samples > 1):
+            raise InputError("Going on from earlier tokens takes one document in a row and one sample.")
 
 
 def document_structure(
-    hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+    hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, earlier: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Where documents start, each token's position in its own, who may attend to whom, and what is padding.
 
+    Args:
+        hidden_states: (B, T, D).
+        attention_mask: (B, earlier + T), 0 on padding.
+        document_ids: (B, T); None where each row is one document.
+        earlier: tokens read before, of the same documents.
+
     Returns:
-        starts (B, T) bool, positions (B, T), attention mask (B, 1, T, T) bool or None if plainly causal,
-        padding (B, T) bool or None.
+        starts (B, T) bool, positions (B, T), attention mask (B, 1, T, earlier + T) bool or None if plainly
+        causal, padding (B, T) bool or None.
     """
     rows, length = hidden_states.shape[:2]
-    index = torch.arange(length, device=hidden_states.device)[None]
-    if attention_mask is None and document_ids is None:
+    index = torch.arange(earlier + length, device=hidden_states.device)[None]
+    if attention_mask is None and document_ids is None and not earlier:
         return (index == 0).expand(rows, length), index, None, None
     padding = None if attention_mask is None else attention_mask == 0
-    documents = torch.zeros_like(index).expand(rows, length) if document_ids is None else document_ids
+    documents = torch.zeros_like(index).expand(rows, -1) if document_ids is None else document_ids
     if padding is not None:
         documents = documents.masked_fill(padding, -1)
     first = torch.ones_like(documents[:, :1], dtype=torch.bool)
     starts = torch.cat((first, documents[:, 1:] != documents[:, :-1]), 1)
     positions = index - torch.where(starts, index, 0).cummax(1).values
+    starts, positions = starts[:, earlier:], positions[:, earlier:]
     # Documents are contiguous, so a token may look back exactly as far as its own document's start.
-    distance = index[0][:, None] - index[0][None, :]
+    distance = index[0][earlier:, None] - index[0][None, :]
     mask = (distance >= 0) & (distance <= positions[..., None])
-    return starts, positions, mask[:, None], padding
+    return starts, positions, mask[:, None], None if padding is None else padding[:, earlier:]

@@ -1,94 +1,134 @@
-"""A base model with a PHi layer in it."""
+"""A base model with PHi layers in it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from philens.errors import ConfigError, InputError, InsertionError
-from philens.insertion import find_insertion_point, text_config, transform_output
-from philens.layer import PHiConfig, PHiLayer, PHiOutput
-
-
-@dataclass
-class PHiModelOutput:
-    """What a `PHiModel` returns.
-
-    Attributes:
-        loss: scalar, next-token cross-entropy + phi_weight * phi / L + contrastive_weight * contrastive loss
-            (phi itself with `reduction="sum"`), each averaged over the tokens that carry a label. None
-            without labels.
-        logits: (B, T, V).
-        phi: (B, T) PHi loss in nats, float32, 0 on padding. None while the layer is disabled.
-        losses: means over labelled tokens, detached: `surprisal` and `phi` in nats per token, `contrastive`.
-        layer_output: everything the layer computed. None while it is disabled.
-    """
-
-    loss: Tensor | None
-    logits: Tensor
-    phi: Tensor | None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    layer_output: PHiOutput | None = None
+from philens.insertion import (
+    StopForward,
+    accepted_arguments,
+    find_blocks,
+    find_insertion_point,
+    head_input,
+    recompute,
+    recorded_forms,
+    skipped,
+    text_config,
+    transform_output,
+)
+from philens.layer import Memory, PHiConfig, PHiLayer, PHiOutput
+from philens.losses import PHiModelOutput, counted_tokens, lost_variance, mean_surprisal
 
 
 class PHiModel(nn.Module):
-    """A base model and the PHi layer in its path. Made by `philens.attach`.
+    """A base model and its PHi layers. Made by `philens.attach`.
 
     Attributes:
         base: the base model; its weights are its own.
-        phi: the `PHiLayer`.
-        config: its `PHiConfig`.
-        module_path: the insertion point.
-        enabled: whether the layer is in the path; `enable()`, `disable()` and `disabled()` change it.
+        phi: the `PHiLayer`, or an `nn.ModuleList` of them where the config names several `layers`.
+        layers: the same, always a list.
+        config: their `PHiConfig`.
+        module_paths: their insertion points.
+        enabled: whether the layers are there; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
+        source: where the layers were loaded from; None for fresh ones.
     """
 
     weight_scale: Tensor
 
     def __init__(self, base: nn.Module, config: PHiConfig) -> None:
         super().__init__()
-        path, block = find_insertion_point(base, config.layer, config.module)
-        parameter = next(iter(block.parameters()), None)
         self.base = base
         self.config = config
-        self.module_path = path
-        self.phi = PHiLayer(hidden_width(base, block), config)
-        if parameter is not None:
-            self.phi.to(parameter.device)
+        self.source: str | None = None
+        numbers: Sequence[int | None] = config.layers if config.layers is not None else [config.layer]
+        points = dict(find_insertion_point(base, number, config.module) for number in numbers)
+        if len(points) < len(numbers):
+            raise ConfigError(f"layers {config.layers} name the same block twice; name each once.")
+        self.module_paths = list(points)
+        self._modules_at = list(points.values())
+        layers = [PHiLayer(hidden_width(base, module), config) for module in self._modules_at]
+        self.phi = layers[0] if config.layers is None else nn.ModuleList(layers)
+        for layer, module in zip(layers, self._modules_at, strict=True):
+            parameter = next(iter(module.parameters()), next(iter(base.parameters()), None))
+            if parameter is not None:
+                layer.to(parameter.device)
         self.register_buffer("weight_scale", torch.ones(()), persistent=False)
-        # From the base's outermost module to the block. A list, as the module tree has them already.
-        names = path.split(".")
-        self._path = [base.get_submodule(".".join(names[: depth + 1])) for depth in range(len(names))]
+        self._arguments, self._takes_others = accepted_arguments(base)
+        self._head_is_last: bool | None = None  # whether logits are the output head's output, untouched
         self._not_recomputed: list[nn.Module] = []
-        self._structure: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._output: PHiOutput | None = None
-        self._handle = transform_output(block, self._through_layer)
-        # By itself, as torch.compile cannot look at the handle.
-        self.enabled = True
+        self._undo_recompute: list[Callable[[], None]] = []
+        self._trainable: list[nn.Parameter] = []  # parameters of the base that freeze_base() froze
+        self._frozen = False
+        self._handles: list[RemovableHandle] = []
+        self.enabled = False
+        self._start()
+        self.enable()
 
-    def _through_layer(self, hidden_states: Tensor) -> Tensor:
-        output = self.phi(hidden_states, *self._structure)
-        self._output = output
-        return output.hidden_states
+    @property
+    def layers(self) -> list[PHiLayer]:
+        """The PHi layers, one for each of `module_paths`."""
+        return [self.phi] if isinstance(self.phi, PHiLayer) else list(self.phi)  # pyright: ignore[reportReturnType]
+
+    # What happens at the insertion points during one forward pass of the base.
+
+    def _start(
+        self,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Any = None,
+        stop: bool = False,
+        replace: tuple[int, Tensor] | None = None,
+        predict: bool = True,
+    ) -> None:
+        self._structure = (attention_mask, documents)
+        self._memories: Sequence[Sequence[Memory]] = ()
+        if cache is not None and self.enabled:
+            from philens.generation import prior_memories
+
+            self._memories = prior_memories(cache, [layer.memory_count for layer in self.layers])
+        self._stop = stop
+        self._replace = replace  # a pass with these hidden states after this layer; no layer runs
+        self._predict = predict  # False leaves the prior and phi out
+        self._outputs: dict[int, PHiOutput] = {}
+
+    def _through_layer(self, number: int, hidden_states: Tensor) -> Tensor:
+        if self._replace is not None:
+            return self._replace[1] if self._replace[0] == number else hidden_states
+        layer, observe = self.layers[number], self.config.mode == "observe"
+        if not self._predict:
+            decoded = None if observe else layer.decode(layer.encode(hidden_states)[0])
+            return hidden_states if decoded is None else decoded.to(hidden_states.dtype)
+        memories = self._memories[number] if self._memories else ()
+        output = layer(hidden_states.detach() if observe else hidden_states, *self._structure, memories)
+        self._outputs[number] = output
+        if self._stop and len(self._outputs) == len(self.layers):
+            raise StopForward
+        return hidden_states if observe else output.hidden_states
 
     def enable(self) -> None:
-        """Put the layer into the path."""
+        """Put the layers in."""
         if not self.enabled:
-            self._handle = transform_output(self._path[-1], self._through_layer)
+            for number, module in enumerate(self._modules_at):
+                through = lambda states, number=number: self._through_layer(number, states)  # noqa: E731
+                self._handles.append(transform_output(module, through))
             self.enabled = True
 
     def disable(self) -> None:
-        """Take the layer out of the path; the model is then exactly the base model."""
-        if self.enabled:
-            self._handle.remove()
-            self.enabled = False
+        """Take the layers out; the model is then exactly the base model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.enabled = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this context the model is exactly the base model."""
         was = self.enabled
@@ -100,15 +140,21 @@ class PHiModel(nn.Module):
                 self.enable()
 
     def detach(self) -> nn.Module:
-        """Remove the layer for good and return the base model as it was."""
+        """Remove the layers for good and return the base model as it was."""
         self.disable()
+        for undo in self._undo_recompute:
+            undo()
+        self._undo_recompute = []
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             for module in self._not_recomputed:
                 module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._trainable, self._frozen = [], False
         return self.base
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the layer without its base model; `philens.load` puts it back.
+        """Write the layers without their base model; `philens.load` puts them back.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -117,16 +163,71 @@ class PHiModel(nn.Module):
 
         save_adapter(self, folder)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the base's activations in the backward pass, those of the layer's own block excepted."""
-        self.base.gradient_checkpointing_enable(**kwargs)  # pyright: ignore[reportCallIssue]
+    def push_to_hub(self, repo_id: str, private: bool = False, **options: Any) -> str:
+        """Upload the layers with a model card to the Hub; `philens.load(base, repo_id)` fetches them.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            OutputError: not logged in, not allowed, or no network.
+        """
+        from philens.adapter import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, **options)
+
+    def check(self) -> Any:
+        """Try on this very model what philens promises; see `philens.check.check`."""
+        from philens.check import check
+
+        return check(self)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base's own `generate` does, with phi and surprisal of every token; see
+        `philens.generation.generate`."""
+        from philens.generation import generate
+
+        return generate(self, *args, **kwargs)
+
+    # Training.
+
+    def freeze_base(self) -> None:
+        """Train the layers only: no gradient for the base, which stays in evaluation mode until `detach`."""
+        self._trainable += [parameter for parameter in self.base.parameters() if parameter.requires_grad]
+        self.base.requires_grad_(False)
+        self._frozen = True
+        self.base.eval()
+
+    def train(self, mode: bool = True) -> "PHiModel":
+        """Switch between training and evaluation; a frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            self.base.eval()
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the base's blocks and recompute the rest in the backward pass.
+
+        A block with an insertion point inside it is left out; `detach` undoes it.
+
+        Raises:
+            InsertionError: the base's blocks cannot be found.
+        """
+        if not self._undo_recompute:
+            path, blocks = find_blocks(self.base)
+            for number, block in enumerate(blocks):
+                if not any(point.startswith(f"{path}.{number}.") for point in self.module_paths):
+                    self._undo_recompute.append(recompute(block))
 
     def _run_once(self) -> None:
-        """Take what holds the layer out of activation checkpointing: recomputed, it would run twice."""
-        for module in self._path:
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
-                self._not_recomputed.append(module)
+        """Take what holds a layer out of the base's own activation checkpointing: it would run twice."""
+        for path in self.module_paths:
+            names = path.split(".")
+            for depth in range(len(names)):
+                module = self.base.get_submodule(".".join(names[: depth + 1]))
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+                    self._not_recomputed.append(module)
 
     def forward(
         self,
@@ -134,6 +235,9 @@ class PHiModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        returns: Literal["logits", "states", "phi"] = "logits",
         **kwargs: Any,
     ) -> PHiModelOutput:
         """Read tokens; with labels, compute the training loss.
@@ -141,81 +245,212 @@ class PHiModel(nn.Module):
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 0 on padding, on either side; on the left, a base with absolute positions
-                needs position_ids, as in transformers.
+                needs position_ids, as in transformers. With a cache (B, earlier + T).
             position_ids: (B, T). Where they do not go up by one, a new document starts (the convention of
                 transformers for packs); padding in a pack is then a document of its own.
             labels: (B, T), -100 on tokens that do not count. A token's own id, not the next one's; a
                 document's first token is never predicted from the document before it.
+            past_key_values: a cache that an earlier call returned: the tokens go on from those it has read,
+                and so does the prior.
+            use_cache: return a cache.
+            returns: `logits`; `states` leaves logits to be made in parts by `logits_at`, so that no
+                (B, T, V) is held; `phi` stops at the deepest layer: no blocks above it, no vocabulary.
             kwargs: passed to the base model.
 
         Raises:
             InputError: shapes that do not fit.
         """
+        self._check(input_ids, attention_mask, position_ids, labels, past_key_values, returns)
+        if self.enabled:
+            self._run_once()
+        cache = past_key_values
+        if use_cache and cache is None:
+            from philens.generation import new_cache
+
+            cache = new_cache(self.base)
+        documents = None if position_ids is None or cache is not None else document_ids(position_ids)
+        arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": position_ids} | kwargs
+        if cache is not None:
+            arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
+        if documents is None or "position_ids" not in self._arguments:
+            arguments["attention_mask"] = attention_mask
+        # Else the base sees documents by their positions; a padding mask beside them would switch that off.
+        observe = self.enabled and self.config.mode == "observe"
+        resumes = observe and labels is not None and self.config.pressure == "next_token"
+        stop = self.enabled and (
+            returns == "phi"
+            # Reconstruction needs nothing from above the layers.
+            or (observe and labels is not None and not resumes and returns == "states")
+        )
+        self._start(attention_mask, documents, cache, stop)
+        forms: dict[int, tuple[Any, ...] | None] = {}
+        with contextlib.ExitStack() as stack:
+            if resumes:
+                stack.enter_context(recorded_forms(self._blocks_below(), forms))
+            result = self._read(input_ids, arguments, returns)
+        outputs, result.past_key_values = self._outputs, cache
+        self._start()
+        if self.enabled and len(outputs) < len(self.layers):
+            missing = next(p for number, p in enumerate(self.module_paths) if number not in outputs)
+            raise InsertionError(
+                f"{missing} did not run in the forward pass; choose another insertion point."
+            )
+        result.layer_outputs = [outputs[number] for number in sorted(outputs)]
+        if outputs:
+            phis = [output.phi for output in result.layer_outputs]
+            result.phi = phis[0] if self.config.layers is None else torch.stack(phis, -1)
+        if labels is not None:
+            counted, predicted = counted_tokens(labels, attention_mask, documents)
+            again: list[PHiModelOutput | None] = [None] * len(self.layers)
+            if resumes:
+                decoded = [output.hidden_states for output in result.layer_outputs]
+                again = [self._read_again(input_ids, arguments, n, h, forms) for n, h in enumerate(decoded)]
+            self._add_losses(result, labels, counted, predicted, again)
+        return result
+
+    def _accepts(self, name: str) -> bool:
+        return self._takes_others or name in self._arguments
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        cache: Any,
+        returns: str,
+    ) -> None:
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise InputError(
                 f"input_ids must have shape (B, T) with at least one token, not {tuple(input_ids.shape)}."
             )
         others = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
         for name, value in others.items():
-            if value is not None and value.shape != input_ids.shape:
+            fits = value is None or value.shape == input_ids.shape
+            if not fits and not (name == "attention_mask" and cache is not None):
                 raise InputError(
                     f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, "
-                    f"not {tuple(value.shape)}."
+                    f"not {tuple(value.shape)}."  # pyright: ignore[reportOptionalMemberAccess]
                 )
-        if kwargs.get("past_key_values") is not None:
-            raise InputError("The prior keeps no cache: give the whole text, without past_key_values.")
-        if self.enabled:
-            self._run_once()
-        documents = None if position_ids is None else document_ids(position_ids)
-        self._structure, self._output = (attention_mask, documents), None
-        if documents is None:
-            kwargs["attention_mask"] = attention_mask
-        else:
-            # The base sees documents by their positions; a padding mask beside them would switch that off.
-            kwargs["position_ids"] = position_ids
-        logits = self.base(input_ids=input_ids, use_cache=False, **kwargs).logits
-        output, self._output, self._structure = self._output, None, (None, None)
-        if self.enabled and output is None:
+        if returns not in ("logits", "states", "phi"):
+            raise InputError(f"returns must be logits, states or phi, not {returns!r}.")
+        if returns == "phi" and not self.enabled:
+            raise InputError('returns="phi" needs the PHi layer, which is disabled; enable() it first.')
+        if labels is not None and (returns == "phi" or cache is not None):
+            raise InputError('Losses need the whole text at once, and not returns="phi"; leave out labels.')
+
+    def _call_base(self, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The base's logits (B, T, V); arguments that its forward does not take are left out."""
+        accepted = {
+            name: value for name, value in arguments.items() if value is not None and self._accepts(name)
+        }
+        named = self._accepts("input_ids")
+        output = self.base(input_ids=input_ids, **accepted) if named else self.base(input_ids, **accepted)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = output[0] if isinstance(output, tuple) else output
+        if not isinstance(logits, Tensor):
             raise InsertionError(
-                f"{self.module_path} did not run in the forward pass; choose another insertion point."
+                f"{type(self.base).__name__} returns {type(logits).__name__}, not logits; "
+                "wrap it so that it returns logits of shape (B, T, V)."
             )
-        result = PHiModelOutput(None, logits, None if output is None else output.phi, layer_output=output)
-        if labels is not None:
-            self._add_losses(result, output, labels, attention_mask, documents)
+        return logits
+
+    def _read(self, input_ids: Tensor, arguments: dict[str, Any], returns: str) -> PHiModelOutput:
+        """One forward pass: logits, or the states that the output head reads, or neither."""
+        head = getattr(self.base, "get_output_embeddings", lambda: None)()
+        try:
+            if returns == "states" and head is not None and self._head_is_last is not False:
+                states: list[Tensor] = []
+                with head_input(head, states):
+                    logits = self._call_base(input_ids, arguments)
+                if self._head_is_last is None:
+                    # Some models scale or cap logits after the head; theirs are taken whole.
+                    with torch.no_grad():
+                        self._head_is_last = len(states) == 1 and bool(
+                            torch.equal(logits, head(states[0][:, :1]))
+                        )
+                if self._head_is_last:
+                    return PHiModelOutput(head=head, head_states=states[0])
+                if arguments.get("use_cache"):
+                    raise InputError(
+                        f"{type(self.base).__name__} changes logits after its head: with a cache, ask for "
+                        'returns="logits".'
+                    )
+                self._outputs = {}
+            return PHiModelOutput(logits=self._call_base(input_ids, arguments))
+        except StopForward:
+            return PHiModelOutput()
+
+    def _blocks_below(self) -> Sequence[nn.Module]:
+        """The blocks up to the deepest layer, where all insertion points are blocks."""
+        try:
+            _, blocks = find_blocks(self.base)
+        except InsertionError:
+            return ()
+        numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
+        return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
+
+    def _read_again(
+        self,
+        input_ids: Tensor,
+        arguments: dict[str, Any],
+        number: int,
+        decoded: Tensor,
+        forms: dict[int, tuple[Any, ...] | None],
+    ) -> PHiModelOutput:
+        """A pass with one layer in the path; blocks up to it do not run again."""
+        self._start(replace=(number, decoded))
+        with contextlib.ExitStack() as stack:
+            below = self._blocks_below()
+            if below:
+                end = next(i for i, block in enumerate(below) if block is self._modules_at[number]) + 1
+                stack.enter_context(skipped(below[:end], forms, decoded))
+            result = self._read(input_ids, arguments, "states")
+        self._start()
         return result
 
     def _add_losses(
         self,
         result: PHiModelOutput,
-        output: PHiOutput | None,
         labels: Tensor,
-        attention_mask: Tensor | None,
-        documents: Tensor | None,
+        counted: Tensor,
+        predicted: Tensor,
+        again: Sequence[PHiModelOutput | None],
     ) -> None:
-        counted = labels != -100
-        if attention_mask is not None:
-            counted = counted & (attention_mask != 0)
-        predicted = counted[:, 1:]
-        if documents is not None:
-            predicted = predicted & (documents[:, 1:] == documents[:, :-1])
-        elif attention_mask is not None:
-            predicted = predicted & (attention_mask[:, :-1] != 0)
-        targets = labels[:, 1:].masked_fill(~predicted, -100)
-        logits = result.logits[:, :-1].flatten(0, 1).float()
-        surprisal = F.cross_entropy(logits, targets.flatten(), reduction="sum")
-        surprisal = surprisal / predicted.sum().clamp(min=1)
-        loss, result.losses = surprisal, {"surprisal": surprisal.detach()}
-        if output is not None:
-            weights, count = counted.float(), counted.sum().clamp(min=1)
-            phi = (output.phi * weights).sum() / count
-            scale = 1.0 if self.config.reduction == "sum" else 1.0 / self.phi.latent_size
-            loss = loss + self.weight_scale * self.config.phi_weight * scale * phi
-            result.losses["phi"] = phi.detach()
-            if output.contrastive is not None:
-                contrastive = (output.contrastive * weights).sum() / count
-                loss = loss + self.weight_scale * self.config.contrastive_weight * contrastive
-                result.losses["contrastive"] = contrastive.detach()
-        result.loss = loss
+        """Set `loss` and `losses`; `again` holds the passes with a layer in the path, where observing."""
+        parts: dict[str, Tensor] = {}
+        if self.enabled and self.config.mode == "observe":
+            if result.logits is not None or result.head_states is not None:
+                with torch.no_grad():
+                    parts["surprisal_base"] = mean_surprisal(result, labels, predicted)
+            total = torch.zeros((), device=labels.device)
+            for path, output, passed in zip(self.module_paths, result.layer_outputs, again, strict=True):
+                at = "" if self.config.layers is None else f"@{path}"
+                total = total + self._layer_loss(output, counted, at, parts)
+                if passed is not None:
+                    parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
+                    total = total + parts[f"surprisal{at}"]
+        else:
+            total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
+            for output in result.layer_outputs:
+                total = total + self._layer_loss(output, counted, "", parts)
+        result.loss = total
+        result.losses = {name: value.detach() for name, value in parts.items()}
+
+    def _layer_loss(self, output: PHiOutput, counted: Tensor, at: str, parts: dict[str, Tensor]) -> Tensor:
+        """What one layer adds to the loss; its parts are noted under their names followed by `at`."""
+        config, weights, count = self.config, counted.float(), counted.sum().clamp(min=1)
+        phi = parts[f"phi{at}"] = (output.phi * weights).sum() / count
+        scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
+        loss = self.weight_scale * config.phi_weight * scale * phi
+        if output.contrastive is not None:
+            contrastive = parts[f"contrastive{at}"] = (output.contrastive * weights).sum() / count
+            loss = loss + self.weight_scale * config.contrastive_weight * contrastive
+        if config.pressure == "reconstruction":
+            lost = parts[f"reconstruction{at}"] = lost_variance(output, counted)
+            loss = loss + config.reconstruction_weight * lost
+        return loss
 
 
 def document_ids(position_ids: Tensor) -> Tensor:
@@ -225,11 +460,13 @@ def document_ids(position_ids: Tensor) -> Tensor:
 
 
 def hidden_width(base: nn.Module, module: nn.Module) -> int:
-    """D of what leaves `module`: of a linear map its own, else the base's by its config.
+    """D of what leaves `module`: of a linear map or recurrent module its own, else the base's by its config.
 
     Raises:
         InsertionError: neither says.
     """
+    if isinstance(module, nn.RNNBase):
+        return module.proj_size or module.hidden_size
     owners = ((module, "out_features"), (text_config(base), "hidden_size"), (module, "hidden_size"))
     for owner, name in owners:
         if isinstance(getattr(owner, name, None), int):
@@ -241,14 +478,15 @@ def hidden_width(base: nn.Module, module: nn.Module) -> int:
 
 
 def attach(base: nn.Module, config: PHiConfig) -> PHiModel:
-    """Insert a PHi layer into a base model; nothing of the base is copied or changed.
+    """Insert PHi layers into a base model; nothing of the base is copied or changed.
 
     Args:
-        base: a causal language model: called with input_ids, it returns an object with logits (B, T, V).
-        config: the layer's options, its insertion point among them.
+        base: a causal language model: called with token ids (B, T), it returns logits (B, T, V) or an object
+            that has them.
+        config: the layers' options, their insertion points among them.
 
     Raises:
-        InsertionError: the insertion point does not exist.
+        InsertionError: an insertion point does not exist.
         ConfigError: options that do not fit the base.
     """
     if not isinstance(base, nn.Module):

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from philens.errors import InputError
+from philens.losses import token_surprisal
 from philens.model import PHiModel
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
@@ -30,12 +29,6 @@ class TokenTable:
     phi: NDArray[np.float32]
     surprisal: NDArray[np.float32]
     document: NDArray[np.int64]
-
-
-def token_surprisal(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """(B, T, V) logits, (B, T) tokens -> (B, T) surprisal in nats, float32, NaN on the first."""
-    surprisal = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
-    return F.pad(surprisal, (1, 0), value=torch.nan)
 
 
 @torch.no_grad()
@@ -69,7 +62,7 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
             output = lens(input_ids=input_ids, attention_mask=mask.to(device))
             real = mask.numpy() == 1
             place = (docs.offsets[chosen][:, None] + np.arange(mask.shape[1]))[real]
-            surprisal[place] = token_surprisal(output.logits, input_ids).cpu().numpy()[real]
+            surprisal[place] = token_surprisal(output, input_ids).cpu().numpy()[real]
             if output.phi is not None:
                 phi[place] = output.phi.cpu().numpy()[real]
     finally:

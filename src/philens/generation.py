@@ -1,0 +1,261 @@
+"""Generation with phi and surprisal of every token; `transformers`' own generate does the generating.
+
+Shapes: B rows, T tokens.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from philens.errors import InputError
+from philens.insertion import text_config
+from philens.losses import token_surprisal
+
+if TYPE_CHECKING:
+    from philens.model import PHiModel
+
+# Called with each token's id, phi and surprisal.
+OnToken = Callable[[int, float, float], None]
+
+
+class PriorMemory(DynamicLayer):
+    """A cache layer of the prior's own, after those of the base: it reorders with the beams and is cropped
+    with them. The latents are kept as keys, as the next token is predicted from the last of them."""
+
+
+def new_cache(base: nn.Module) -> Cache:
+    """An empty cache for a base model.
+
+    Raises:
+        InputError: the model keeps another kind of cache, or none.
+    """
+    names = inspect.signature(base.forward).parameters
+    if not isinstance(base, GenerationMixin) or not {"past_key_values", "cache_params"} & names.keys():
+        raise InputError(
+            f"{type(base).__name__} has no cache of the usual kind; read the whole text at once."
+        )
+    return DynamicCache(config=text_config(base))
+
+
+def prior_memories(cache: Any, counts: Sequence[int]) -> list[list[PriorMemory]]:
+    """What the priors keep in a cache: for each PHi layer as many memories as it needs, made when missing.
+
+    Raises:
+        InputError: the cache cannot carry them.
+    """
+    if not isinstance(cache, Cache) or cache.layer_class_to_replicate is not None:
+        raise InputError(
+            "The prior can only go on from a cache made from the model's config: give "
+            "DynamicCache(config=base.config), or use_cache=True."
+        )
+    found = [layer for layer in cache.layers if isinstance(layer, PriorMemory)]
+    if not found and sum(counts):
+        if any(_is_filled(layer) for layer in cache.layers):
+            raise InputError(
+                "This cache was filled without the PHi layer; read the text again with the layer."
+            )
+        found = [PriorMemory() for _ in range(sum(counts))]
+        cache.layers.extend(found)
+    memories = iter(found)
+    return [[next(memories) for _ in range(count)] for count in counts]
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a cache layer, of attention or of a recurrent kind, has read anything."""
+    read = getattr(layer, "is_initialized", False), *getattr(layer, "has_previous_state", {}).values()
+    return any(map(bool, read))
+
+
+@dataclass(frozen=True)
+class PHiGeneration:
+    """Generated tokens and their scores, prompt included.
+
+    Attributes:
+        sequences: (B, T) token ids, as `transformers` returns them.
+        phi: (B, T) nats ((B, T, N) with N `layers`), NaN on padding; None while the layer is disabled.
+        surprisal: (B, T) nats, of the distribution that the model generates from before temperature and
+            other changes of it; NaN on each row's first token and on padding.
+        prompt_length: tokens of the prompt, padding included.
+        output: what `transformers` returned; more than sequences with `return_dict_in_generate`.
+    """
+
+    sequences: Tensor
+    phi: Tensor | None
+    surprisal: Tensor
+    prompt_length: int
+    output: Any
+
+
+def generate(
+    lens: "PHiModel",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    on_token: OnToken | None = None,
+    **options: Any,
+) -> PHiGeneration:
+    """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
+
+    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say. Scores come from one more
+    pass over the finished rows, so that they are those of any other reading of the same text.
+
+    Args:
+        input_ids: (B, T) prompts.
+        attention_mask: (B, T), 0 on padding, which is on the left.
+        on_token: called with id, phi and surprisal of every token as soon as the model has read it, those of
+            the prompt first; for one row without beams, and one PHi layer.
+        options: of the base's `generate`.
+
+    Raises:
+        InputError: the base cannot generate, or tokens cannot be streamed.
+    """
+    generator: Any = lens.base
+    if not isinstance(lens.base, GenerationMixin):
+        raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
+    if on_token is not None and (len(input_ids) > 1 or options.get("num_beams", 1) > 1):
+        raise InputError("Tokens can be followed in one row without beams; leave out on_token.")
+    if on_token is not None and len(lens.layers) * lens.enabled != 1:
+        raise InputError("Tokens can be followed with one PHi layer, enabled; leave out on_token.")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    was_training = lens.training
+    lens.eval()
+
+    def hand_on(ids: Tensor, phi: Tensor | None, surprisal: Tensor, places: range) -> None:
+        for place in places:
+            if on_token is not None and phi is not None:
+                on_token(int(ids[0, place]), float(phi[0, place]), float(surprisal[0, place]))
+
+    try:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if on_token is None:
+                read = [0]
+                lens._start(predict=False)
+            else:
+                count = input_ids.shape[1]
+                hand_on(input_ids, *_scores(lens, input_ids, mask), range(count))
+                read = stack.enter_context(_followed(lens, on_token, count))
+            output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
+        lens._start()
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
+        mask = _finished_mask(generator, sequences, mask, options)
+        phi, surprisal = _scores(lens, sequences, mask)
+        hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
+    finally:
+        lens._start()
+        lens.train(was_training)
+    return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
+
+
+def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """(B, T) 1 on the prompt's tokens and on generated ones up to the one that ended the row."""
+    config = options.get("generation_config") or base.generation_config
+    ends = options.get("eos_token_id", config.eos_token_id)
+    pad = options.get("pad_token_id", config.pad_token_id)
+    generated = sequences[:, prompt_mask.shape[1] :]
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    is_end = torch.isin(generated, torch.tensor(ends, device=generated.device, dtype=generated.dtype))
+    ended = (is_end.cumsum(1) - is_end.long()) > 0
+    if pad is not None and not ends:
+        # Rows that other criteria ended are filled up with padding.
+        ended = (generated != pad).flip(1).cumsum(1).flip(1) == 0
+    return torch.cat((prompt_mask, (~ended).to(prompt_mask.dtype)), 1)
+
+
+@torch.no_grad()
+def _scores(lens: "PHiModel", sequences: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Phi and surprisal of rows whose padding may lie on either side, NaN there."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    # Real tokens first: padding on the right changes nothing in any causal model.
+    order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
+    ids, real = sequences.gather(1, order), mask.gather(1, order)
+    result = lens(ids, attention_mask=real, returns="states")
+    surprisal = token_surprisal(result, ids)
+
+    def back(values: Tensor) -> Tensor:
+        spread = order if values.ndim == 2 else order[..., None].expand_as(values)
+        hidden = (mask == 0) if values.ndim == 2 else (mask == 0)[..., None]
+        return torch.empty_like(values).scatter(1, spread, values).masked_fill(hidden, torch.nan)
+
+    return None if result.phi is None else back(result.phi), back(surprisal)
+
+
+@contextlib.contextmanager
+def _followed(lens: "PHiModel", on_token: OnToken, count: int) -> Iterator[list[int]]:
+    """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
+
+    Yields a list whose only item is the number of tokens read.
+    """
+    read = [0]
+    expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        if cache is None:
+            raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
+        lens._start(kwargs.get("attention_mask"), cache=cache)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        token, phi = kwargs["input_ids"][0, -1], lens._outputs[0].phi[0, -1]
+        read[0] += kwargs["input_ids"].shape[1]
+        if read[0] > count:
+            on_token(int(token), float(phi), -float(expected.pop()[token]))
+        expected[:] = [output.logits[0, -1].float().log_softmax(-1)]
+
+    handles = (
+        lens.base.register_forward_pre_hook(before, with_kwargs=True),
+        lens.base.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stream(
+    lens: "PHiModel",
+    tokenizer: Any,
+    prompt: str,
+    write: Callable[[str, float, float], None],
+    **options: Any,
+) -> PHiGeneration:
+    """Generate after a prompt and call `write` with the text, phi and surprisal of every token as it comes.
+
+    Tokens that end within a character are held back until it is whole; their values are summed.
+
+    Raises:
+        InputError: an empty prompt, or tokens cannot be streamed.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise InputError("The prompt is empty; give at least one token to start from.")
+    device = next(lens.parameters()).device
+    ids: list[int] = []
+    held: list[tuple[float, float]] = []
+    shown = ""
+
+    def on_token(token: int, phi: float, surprisal: float) -> None:
+        nonlocal shown
+        ids.append(token)
+        held.append((phi, surprisal))
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+        held.clear()
+        shown = text
+
+    return generate(
+        lens,
+        encoded["input_ids"].to(device),
+        encoded["attention_mask"].to(device),
+        on_token,
+        **options,
+    )
