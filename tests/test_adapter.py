@@ -1,15 +1,20 @@
 import json
+import os
 import pickle
+import random
+import re
 import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import make_llama
-from philens import PHiConfig, attach, load
-from philens.adapter import FORMAT, fingerprint, save_adapter
-from philens.errors import AdapterError, OutputError
+from conftest import make_gpt2, make_llama
+from philens import SHIPPED, PHiConfig, attach, load, load_run
+from philens.adapter import FORMAT, describe_base, fingerprint, fingerprints, save_adapter
+from philens.errors import AdapterError, ConfigError, OutputError
+from philens.tokenizer import character_tokenizer
 
 CONFIG = PHiConfig(layer=1, prior_heads=2, latent_size=40, init="random", kl="official")
 WEIGHTS = "phi_layer.safetensors"
@@ -52,7 +57,8 @@ def test_round_trip_is_exact(saved):
     lens, folder = saved
     again = load(make_llama(), folder)
     assert again.config == lens.config
-    assert again.module_path == lens.module_path == "model.layers.1"
+    assert again.module_paths == lens.module_paths == ["model.layers.1"]
+    assert again.source == str(folder)
     assert not again.training
     ids = torch.randint(97, 115, (3, 25))
     mask = torch.ones_like(ids)
@@ -64,12 +70,23 @@ def test_round_trip_is_exact(saved):
 
 
 def test_files_of_an_adapter(saved):
-    _, folder = saved
+    lens, folder = saved
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", WEIGHTS, "README.md"}
     description = json.loads((folder / "adapter_config.json").read_text())
     assert description["format"] == FORMAT
     assert description["phi"]["kl"] == "official"
-    assert description["base"]["model_type"] == "llama"
+    assert description["module_paths"] == ["model.layers.1"]
+    assert description["hidden_size"] == 32
+    base = description["base"]
+    assert base.pop("fingerprints") == fingerprints(lens.base)
+    assert base == {
+        "class": "LlamaForCausalLM",
+        "model_type": "llama",
+        "name_or_path": None,
+        "revision": None,
+        "dtype": "float32",
+        "quantization": None,
+    }
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: philens\n")
     assert {"encoder.weight", "decoder.weight", "prior.start"} <= set(load_file(folder / WEIGHTS))
 
@@ -78,7 +95,7 @@ def test_saving_again_replaces_the_whole(saved, tmp_path):
     folder = shutil.copytree(saved[1], tmp_path / "adapter")
     other = attach(make_llama(), PHiConfig(layer=0, prior_heads=2))
     save_adapter(other, folder, card="mine")
-    assert load(make_llama(), folder).module_path == "model.layers.0"
+    assert load(make_llama(), folder).module_paths == ["model.layers.0"]
     assert (folder / "README.md").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -112,10 +129,38 @@ def test_a_save_that_fails_changes_nothing(saved, tmp_path, monkeypatch, existin
 
 
 def test_missing_files(folder, tmp_path):
-    assert "There is no file" in error_of(tmp_path / "none")
+    assert "no Hub id either" in error_of(tmp_path / "none")
+    assert "is a file; give the folder it is in" in error_of(folder / "README.md")
     (folder / WEIGHTS).unlink()
     assert f"There is no file {folder / WEIGHTS}" in error_of(folder)
-    assert "is not readable as JSON" in error_of(folder / "README.md")
+    (folder / "adapter_config.json").unlink()
+    assert f"{folder} holds no adapter_config.json, so no adapter" in error_of(folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])
+def test_odd_things_in_a_files_place(folder, file):
+    (folder / file).unlink()
+    (folder / file).symlink_to(file)
+    assert f"{folder / file} is not a regular file" in error_of(folder)
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    assert f"{folder / file} is not a regular file" in error_of(folder)
+    (folder / file).rmdir()
+    os.mkfifo(folder / file)  # reading it would wait for ever
+    assert f"{folder / file} is not a regular file" in error_of(folder)
+
+
+def test_a_huge_configuration_is_not_read(folder):
+    with (folder / "adapter_config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    assert "is larger than 1048576 bytes; it is damaged" in error_of(folder)
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    assert "is not readable as JSON" in error_of(folder)
+
+
+def test_a_run_folder(saved, tmp_path):
+    shutil.copytree(saved[1], tmp_path / "run" / "adapter")
+    assert load(make_llama(), tmp_path / "run").config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -147,6 +192,21 @@ def test_a_truncated_file(folder):
         assert "is not a whole safetensors file" in error_of(folder)
 
 
+def test_flipped_bytes(folder):
+    """Wherever in the file they are: in its header or among the numbers."""
+    path, chance = folder / WEIGHTS, random.Random(0)
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    places = [*range(12), *chance.sample(range(8, 8 + header), 20), *chance.sample(range(len(whole)), 20)]
+    for place in places:
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :]
+        )
+        error_of(folder)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{path} is not as it was saved; fetch or save it again." in error_of(folder)
+
+
 def test_a_foreign_safetensors_file(folder):
     save_file({"lm_head.weight": torch.ones(3, 3)}, folder / WEIGHTS)
     assert "does not fit this model" in error_of(folder)
@@ -161,13 +221,18 @@ def test_nothing_is_unpickled(folder):
     assert "is not a whole safetensors file" in error_of(folder)
     torch.save({"encoder.weight": torch.ones(2)}, folder / WEIGHTS)
     assert "is not a whole safetensors file" in error_of(folder)
+    for name in ("phi_layer.bin", "phi_layer.pt", "adapter_model.bin"):
+        shutil.move(folder / WEIGHTS, folder / name)
+        assert f"There is no file {folder / WEIGHTS}" in error_of(folder)
+        shutil.move(folder / name, folder / WEIGHTS)
 
 
-def test_a_newer_format(folder):
-    change(folder, format=FORMAT + 1)
+@pytest.mark.parametrize("other", [1, FORMAT + 1, "2", None])
+def test_another_format(folder, other):
+    change(folder, format=other)
     message = error_of(folder)
-    assert f"has adapter format {FORMAT + 1}" in message
-    assert "install the version that wrote it" in message
+    assert f"has adapter format {other!r} and this is philens" in message
+    assert f"which reads format {FORMAT}; install the version that wrote it." in message
 
 
 def test_an_adapter_of_another_program(folder):
@@ -181,11 +246,181 @@ def test_another_base(saved, folder):
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert "was trained in another base model (LlamaForCausalLM, weights" in error_of(folder, other)
     assert "another base model" in error_of(folder, make_llama(num_hidden_layers=2))
+    lens = attach(make_llama(), CONFIG)
+    with pytest.raises(ConfigError, match=r"already has a PHi layer; detach\(\) it first"):
+        load(lens, folder)
 
 
 def test_the_same_base_in_another_precision(saved):
     assert fingerprint(make_llama()) == fingerprint(make_llama().bfloat16())
-    assert load(make_llama().bfloat16(), saved[1]).phi.encoder.weight.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert load(make_llama().to(dtype), saved[1]).phi.encoder.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_of_a_base_in_half_precision(tmp_path, dtype):
+    save_adapter(attach(make_llama().to(dtype), CONFIG), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base"]["dtype"] in str(
+        dtype
+    )
+    assert load(make_llama(), tmp_path / "adapter").config == CONFIG
+    assert load(make_llama().to(dtype), tmp_path / "adapter").config == CONFIG
+    assert "another base model" in error_of(
+        tmp_path / "adapter", make_llama(rms_norm_eps=0.1, vocab_size=127)
+    )
+
+
+def test_fingerprints_see_every_weight_of_a_small_tensor_and_the_ends_of_a_large_one():
+    module = torch.nn.Linear(3, 2)
+    before = fingerprint(module)
+    for index in range(6):
+        with torch.no_grad():
+            module.weight.view(-1)[index] += 1
+        assert fingerprint(module) != before
+        with torch.no_grad():
+            module.weight.view(-1)[index] -= 1
+    assert fingerprint(module) == before
+    # float32 would round the last place up, out of the tensor.
+    large = torch.nn.ParameterList([torch.zeros(2**25 + 3, dtype=torch.float16)])
+    before = fingerprint(large)
+    with torch.no_grad():
+        large[0][-1] = 1
+    assert fingerprint(large) != before
+
+
+def test_a_base_that_is_not_in_memory():
+    with torch.device("meta"):
+        base = torch.nn.Linear(2, 2)
+    with pytest.raises(AdapterError, match="is not in memory; load the base without offloading"):
+        fingerprint(base)
+
+
+def test_where_a_base_lies_is_not_remembered(tmp_path):
+    base = make_llama()
+    base.config._name_or_path = str(tmp_path / "llama")
+    assert describe_base(base)["name_or_path"] == "llama"
+    base.config._name_or_path, base.config._commit_hash = "someone/llama", "c0ffee"
+    assert describe_base(base)["name_or_path"] == "someone/llama"
+    assert describe_base(base)["revision"] == "c0ffee"
+    assert describe_base(torch.nn.LSTM(2, 2))["dtype"] == "float32"
+
+
+# Several layers, and modes
+
+
+def test_several_layers(tmp_path):
+    torch.manual_seed(5)
+    config = PHiConfig(layers=[0, -1], mode="observe", pressure="reconstruction", prior_heads=2)
+    lens = attach(make_llama(), config).eval()
+    lens.save_pretrained(tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / WEIGHTS))
+    assert {"0.encoder.weight", "1.encoder.weight", "1.prior.start"} <= names
+    again = load(make_llama(), tmp_path / "adapter")
+    assert again.module_paths == ["model.layers.0", "model.layers.2"]
+    ids = torch.randint(97, 115, (2, 9))
+    with torch.no_grad():
+        phi = again(ids).phi
+        assert phi.shape == (2, 9, 2)
+        assert torch.equal(phi, lens(ids).phi)
+    assert "`model.layers.0`, `model.layers.2`" in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="Several layers would disturb each other in the path"):
+        load(make_llama(), tmp_path / "adapter", mode="bottleneck")
+    with pytest.raises(ConfigError, match="mode must be"):
+        load(make_llama(), tmp_path / "adapter", mode="watch")
+
+
+def test_another_mode(saved, tmp_path):
+    lens, folder = saved
+    ids = torch.randint(97, 115, (2, 9))
+    base = make_llama()
+    watching = load(base, folder, mode="observe")
+    with torch.no_grad():
+        out = watching(ids)
+        assert torch.equal(out.logits, make_llama()(ids).logits)
+        assert torch.equal(out.phi, lens(ids).phi)
+    watching.detach()
+    watching = attach(base, PHiConfig(layer=1, prior_heads=2, mode="observe", pressure="reconstruction"))
+    watching.save_pretrained(tmp_path / "adapter")
+    watching.detach()
+    assert load(base, tmp_path / "adapter", mode="bottleneck").config.mode == "bottleneck"
+
+
+# The model card
+
+
+def test_the_card_of_a_training(saved, tmp_path):
+    lens, _ = saved
+    training = {
+        "recipe": {"phi": {"layer": 1}, "data": {"parts": ["a", "b"]}},
+        "data": "equal parts of a and b",
+        "metrics": {"a": {"surprisal": 1.25, "phi": 100.123}, "b": {"surprisal": 2, "spread": 0.5}},
+    }
+    lens.base.config._name_or_path, lens.base.config._commit_hash = "some: one/llama", "c0ffee"
+    save_adapter(lens, tmp_path / "adapter", training=training)
+    lens.base.config._name_or_path, lens.base.config._commit_hash = "", None
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header == {
+        "library_name": "philens",
+        "pipeline_tag": "text-generation",
+        "tags": ["philens", "phi", "interpretability"],
+        "base_model": "some: one/llama",
+        "base_model_relation": "adapter",
+    }
+    assert "# PHi layer after `model.layers.1` of some: one/llama\n" in card
+    assert "|  | surprisal with the layer | phi | spread |" in card
+    assert "| a | 1.25 | 100.1 |  |\n| b | 2 |  | 0.5 |" in card
+    assert "equal parts of a and b" in card
+    assert yaml.safe_load(re.search(r"```yaml\n(.+?)```", card, re.DOTALL)[1]) == training["recipe"]
+    assert "- torch " in card
+    assert "KL: official" in card
+    # Kept when it is loaded and saved again.
+    again = load(make_llama(), tmp_path / "adapter")
+    save_adapter(again, tmp_path / "copy")
+    assert "| a | 1.25 | 100.1 |  |" in (tmp_path / "copy" / "README.md").read_text()
+    assert json.loads((tmp_path / "copy" / "adapter_config.json").read_text())["training"] == training
+
+
+def test_the_card_of_a_layer_of_which_nothing_is_known(saved):
+    card = (saved[1] / "README.md").read_text()
+    assert "base_model:" not in card
+    assert "# PHi layer after `model.layers.1` of a LlamaForCausalLM" in card
+    assert "licence of the base: not known here" in card
+    assert "None were recorded." in card
+
+
+@pytest.mark.parametrize("licence", ["mit", None, ["mit"], "broken"])
+def test_the_licence_of_a_local_base(tmp_path, licence):
+    base = make_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    header = (
+        "---\n: {[\n---\n" if licence == "broken" else f"---\n{yaml.safe_dump({'license': licence})}---\n"
+    )
+    (tmp_path / "base" / "README.md").write_text(header)
+    base.config._name_or_path = str(tmp_path / "base")
+    attach(base, PHiConfig(layer=0, prior_heads=2)).save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"licence of the base: {'mit' if licence == 'mit' else 'not known here'}" in card
+    assert ("license: mit" in card) == (licence == "mit")
+
+
+def test_the_snippet_of_a_card_works(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved[1], tmp_path / "path/to/this/folder")
+    make_llama().save_pretrained(tmp_path / "path/to/the/base")
+    character_tokenizer().save_pretrained(tmp_path / "path/to/the/base")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.+?)```", (saved[1] / "README.md").read_text(), re.DOTALL)[1], names)
+    assert names["lens"].config == CONFIG
+    assert len(names["scores"]) == 1
+    assert len(names["scores"][0].phi) == len("One morning, Gregor Samsa woke.")
+
+
+def test_the_shipped_adapter():
+    lens, _ = load_run(SHIPPED)
+    description = json.loads((SHIPPED / "adapter" / "adapter_config.json").read_text())
+    assert description["format"] == FORMAT
+    assert description["base"]["fingerprints"] == fingerprints(lens.base)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +429,12 @@ def test_the_same_base_in_another_precision(saved):
         ({"phi": None}, "does not hold the options of a PHi layer"),
         ({"phi": {"layer": 1}}, "does not hold the options of a PHi layer"),
         ({"base": "llama"}, "does not hold the options of a PHi layer"),
-        ({"module_path": "model.layers.0"}, "belongs after model.layers.0, not model.layers.1"),
+        ({"base": {"fingerprints": {"weights": "all"}}}, "does not hold the options of a PHi layer"),
+        ({"base": {"fingerprints": {"weights": [], "unquantized_weights": []}}}, "in another base model"),
+        ({"training": "long"}, "does not hold the options of a PHi layer"),
+        ({"weights_sha256": None}, "does not hold the options of a PHi layer"),
+        ({"module_paths": None}, "does not hold the options of a PHi layer"),
+        ({"module_paths": ["model.layers.0"]}, "belongs after model.layers.0, not model.layers.1"),
     ],
 )
 def test_a_damaged_configuration(folder, values, message):

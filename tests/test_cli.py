@@ -84,7 +84,7 @@ def test_train_takes_any_key(philens, tmp_path, monkeypatch):
     assert code == 0, err
     assert "Wrote runs/mine; read it with philens.load_run('runs/mine')." in out
     lens, recipe = load_run(tmp_path / "runs" / "mine")
-    assert lens.module_path == "model.layers.1"
+    assert lens.module_paths[0] == "model.layers.1"
     assert recipe.data.mixture["copy"] == 3.0
     assert recipe.seed == 4
     assert recipe.train.batch_size == TINY["train.batch_size"]

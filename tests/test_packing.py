@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from philens.errors import ConfigError, InputError
 from philens.model import document_ids
 from philens.tasks.automata import TASKS, Documents, TaskConfig, generate
-from philens.tasks.packing import Mixture, PackedRows, SingleRows, pack, pad
+from philens.tasks.packing import Mixture, PackedRows, SingleRows, TokenDocuments, pack, pad
 from philens.tasks.random_streams import between, derive
 
 NAMES = ("input_ids", "labels", "position_ids", "attention_mask")
@@ -271,3 +271,38 @@ def test_neighbouring_documents_are_told_apart():
     assert rows[0]["position_ids"].tolist() == [0] * 7
     numbers = document_ids(rows[0]["position_ids"][None])[0].tolist()
     assert all(later == earlier + 1 for earlier, later in pairwise(numbers))
+
+
+def token_documents(*documents):
+    return TokenDocuments.join([(np.array(ids), np.array(counted, bool)) for ids, counted in documents])
+
+
+def test_batches_of_tokens():
+    batch = token_documents(([300, 7, 8], [0, 1, 1]), ([], []), ([9], [1]), ([5, 6], [0, 0]))
+    assert len(batch) == 4
+    assert batch.tokens.dtype == np.int64
+    assert batch.lengths.tolist() == [3, 0, 1, 2]
+    chosen = batch.select([3, 0])
+    assert chosen.tokens.tolist() == [5, 6, 300, 7, 8]
+    assert chosen.counted.tolist() == [False, False, False, True, True]
+    cut = batch.cut(2)
+    assert cut.tokens.tolist() == [300, 7, 9, 5, 6]
+    assert cut.offsets.tolist() == [0, 2, 2, 3, 5]
+    assert len(TokenDocuments.join([])) == 0
+    assert TokenDocuments.join([]).offsets.tolist() == [0]
+
+
+def test_what_does_not_count_has_no_label():
+    batch = token_documents(([300, 7, 8], [0, 1, 1]), ([9], [1]), ([5, 6], [0, 0]))
+    rows = pad(batch)
+    assert rows["labels"].tolist() == [[-100, 7, 8], [9, -100, -100], [-100, -100, -100]]
+    assert rows["input_ids"][0].tolist() == [300, 7, 8]
+    packed = PackedRows(lambda indices: batch.select(indices % 3), length=4, rows=2, group=2)
+    found = {}
+    for r in range(2):
+        row = packed[r]
+        for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True):
+            found[token] = label
+    assert found == {300: -100, 7: 7, 8: 8, 9: 9, 5: -100, 6: -100, 0: -100} or 0 not in found
+    single = SingleRows(lambda indices: batch.select(indices % 3), length=2, rows=3, group=2)
+    assert [single[r]["labels"].tolist() for r in range(3)] == [[-100, 7], [9, -100], [-100, -100]]

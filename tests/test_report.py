@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 from philens.errors import InputError, OutputError
-from philens.report import page
+from philens.report import colours, page, tokens
 from philens.report.figures import TASK_STYLES, figure_complexity, figure_tasks, figure_training
-from philens.report.page import PageDocument, write_page
+from philens.report.page import PageDocument, write_page, write_scores_page
 from philens.report.terminal import complexity_table, spread_table, tasks_table
+from philens.scoring.scores import TokenScores
 from philens.tasks.automata import TASKS
 
 
@@ -231,24 +233,30 @@ PIECES = [
 ]
 
 
+def write_one(path: Path, pieces: Any, phi: Any, surprisal: Any, **options: Any) -> Spans:
+    """A page of one document, read back."""
+    document = PageDocument("n", "", pieces, {"phi": phi, "surprisal": surprisal})
+    return read_page(write_page(path, "t", [document], **options))
+
+
 def test_page_shows_every_piece_twice_with_its_values(tmp_path: Path) -> None:
     count = len(PIECES)
     phi = np.linspace(0, 10, count)
     surprisal = np.full(count, 1.0)
     surprisal[0] = np.nan
-    document = PageDocument("a <b> & c", "made of <i>pieces</i>", PIECES, phi, surprisal)
-    path = write_page(tmp_path / "page.html", "title </title><script>", [document], "<table id=own></table>")
+    columns = {"phi": phi, "surprisal": surprisal, "settling_depth": np.arange(count)}
+    document = PageDocument("a <b> & c", "made of <i>pieces</i>", PIECES, columns)
+    path = write_page(tmp_path / "page.html", "title </title><script>", [document])
     parser = read_page(path)
     tags = [tag for tag, _ in parser.tags]
     assert "script" not in tags
     assert not {"b", "i"} & {tag for tag in tags[tags.index("section") :]}
     assert all(not key.startswith("on") for _, attributes in parser.tags for key in attributes)
-    assert ("table", {"id": "own"}) in parser.tags
     spans = parser.spans()
     assert len(spans) == 2 * count
-    assert spans[0][:2] == ("c0", "def: phi 0.000 nats, surprisal none")
+    assert spans[0][:2] == ("c0", "def: phi 0.000 nats, surprisal none, settling depth 0.000 blocks")
     assert spans[count][0] == "none"
-    assert spans[count - 1][0] == f"c{page.LEVELS - 1}"
+    assert spans[count - 1][0] == f"c{colours.LEVELS - 1}"
     assert [text for _, _, text in spans[:10]] == [
         *PIECES[:3],
         "⏎\n",
@@ -265,8 +273,8 @@ def test_page_shows_every_piece_twice_with_its_values(tmp_path: Path) -> None:
 
 
 def test_page_loads_nothing_and_knows_both_themes(tmp_path: Path) -> None:
-    path = write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "abc", [1, 2, 3], [1, 2, 3])])
-    text = path.read_text()
+    write_one(tmp_path / "page.html", "abc", [1, 2, 3], [1, 2, 3])
+    text = (tmp_path / "page.html").read_text()
     assert not re.search(r"https?:|url\(|@import|<link|<script|src=", text)
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
@@ -275,35 +283,186 @@ def test_page_loads_nothing_and_knows_both_themes(tmp_path: Path) -> None:
 
 def test_page_without_values_or_documents(tmp_path: Path) -> None:
     nothing = np.full(2, np.nan)
-    path = write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "ab", nothing, nothing)])
-    assert {kind for kind, _, _ in read_page(path).spans()} == {"none"}
+    found = write_one(tmp_path / "page.html", "ab", nothing, nothing)
+    assert {kind for kind, _, _ in found.spans()} == {"none"}
     write_page(tmp_path / "empty.html", "t", [])
-    write_page(tmp_path / "empty.html", "t", [PageDocument("n", "", [], [], [])])
+    assert "nothing to show" in (tmp_path / "empty.html").read_text()
+    write_one(tmp_path / "empty.html", [], [], [])
 
 
 def test_infinite_and_negative_values_have_the_end_colours(tmp_path: Path) -> None:
-    document = PageDocument("n", "", "abc", [-1.0, 1.0, np.inf], [0.0, 0.0, 0.0])
-    spans = read_page(write_page(tmp_path / "page.html", "t", [document])).spans()
-    assert [kind for kind, _, _ in spans[:3]] == ["c0", f"c{page.LEVELS - 1}", f"c{page.LEVELS - 1}"]
+    spans = write_one(tmp_path / "page.html", "0abc", [0.0, -1.0, 1.0, np.inf], np.zeros(4)).spans()
+    top = f"c{colours.LEVELS - 1}"
+    assert [kind for kind, _, _ in spans[1:4]] == ["c0", top, top]
+
+
+def test_the_first_token_does_not_stretch_the_scale(tmp_path: Path) -> None:
+    spans = write_one(tmp_path / "page.html", "abc", [1e6, 0.0, 1.0], np.zeros(3)).spans()
+    top = f"c{colours.LEVELS - 1}"
+    assert [kind for kind, _, _ in spans[:3]] == [top, "c0", top]
+
+
+def test_any_metrics_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    names = ["phi@model.layers.1", "phi@model.layers.2", "surprisal", "margin"]
+    columns = {name: np.arange(3.0) + number for number, name in enumerate(names)}
+    documents = [PageDocument(f"text {number}", "", "abc", columns) for number in range(2)]
+    for metrics, shown in ((None, [names[0], "surprisal"]), (names[1:], names[1:])):
+        parser = read_page(write_page(path, "t", documents, metrics))
+        assert len(parser.spans()) == 2 * 3 * len(shown)
+        captions = re.findall("<figcaption>(.*?)</figcaption>", path.read_text())
+        assert captions == 2 * [f"{colours.plain_label(name)}, nats" for name in shown]
+        # Every column is in the table of means and on hover, drawn or not.
+        assert path.read_text().count(">1.000</td>") == 2
+        assert ("td", {}) in parser.tags
+        assert "phi at model.layers.2 1.000 nats" in parser.spans()[0][1]
+    with pytest.raises(InputError, match=r"'text 0' has no metric entropy; it has phi@model\.layers\.1, "):
+        write_page(path, "t", documents, ["entropy"])
+
+
+def test_a_page_ends_somewhere_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MAX_TOKENS", 5)
+    documents = [PageDocument(name, "", "abc", {"phi": [1.0, 2.0, 6.0]}) for name in "abc"]
+    path = tmp_path / "page.html"
+    assert len(read_page(write_page(path, "t", documents)).spans()) == 5
+    text = path.read_text()
+    assert "This page ends after 5 tokens in 2 documents" in text
+    assert text.count("<td>3.000</td>") == 2  # means of whole documents
+    monkeypatch.setattr(page, "MAX_DOCUMENTS", 1)
+    write_page(path, "t", documents)
+    assert "This page ends after 3 tokens in 1 documents" in path.read_text()
+    monkeypatch.undo()
+    write_page(path, "t", documents)
+    assert "This page ends" not in path.read_text()
+
+
+def scores_of(text: str, spans: Any = (), **provenance: Any) -> TokenScores:
+    """A text with one token a character, each with its number as phi."""
+    count = len(text)
+    offsets = np.stack([np.arange(count), np.arange(count) + 1], axis=1)
+    columns = {"phi": np.arange(count, dtype=np.float32), "surprisal": np.ones(count, np.float32)}
+    return TokenScores(text, np.arange(count), offsets, columns, spans, provenance)
+
+
+def test_a_page_of_scores_marks_spans_and_says_where_they_come_from(tmp_path: Path) -> None:
+    chat = scores_of(
+        "<ab>cd!",
+        [("user<", 1, 3), ("assistant", 4, 6)],
+        name="chat",
+        base="<base>",
+        layers=[1, 2],
+        seed=None,
+    )
+    plain = scores_of("xyz", name="plain", base="<base>", layers=[1, 3], seed=None)
+    path = write_scores_page(tmp_path / "page.html", [chat, plain], title="Mine")
+    text = path.read_text()
+    body = re.sub(r' title="[^"]*"', "", text[text.index("<section") :])
+    body = re.sub(r'<span class="c\d+">(.*?)</span>', r"\1", body)
+    assert (
+        body.count(
+            '<span class="span"><b>user&lt;</b>ab</span>&gt;<span class="span"><b>assistant</b>cd</span>!'
+        )
+        == 2
+    )
+    assert "<dt>base</dt><dd>&lt;base&gt;</dd>" in text
+    assert "<dt>layers</dt><dd>differs between texts</dd><dt>seed</dt><dd>none</dd>" in text
+    assert re.findall("<h2>(.*?)</h2>", text) == ["chat", "plain", "Where this comes from"]
+    assert '<a href="#d2">plain</a>' in text
+    assert '<section id="d2">' in text
+    assert "<h1>Mine</h1>" in text
+    scores_of("abc").to_html(tmp_path / "one.html", ["surprisal"])
+    one = (tmp_path / "one.html").read_text()
+    assert "<h2>Text 1</h2>" in one
+    assert len(read_page(tmp_path / "one.html").spans()) == 3
+    write_scores_page(tmp_path / "none.html", [])
 
 
 def test_page_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 3 pieces but phi of shape"):
-        write_page(tmp_path / "page.html", "t", [PageDocument("n", "", "abc", [1.0], [1, 2, 3])])
+        write_one(tmp_path / "page.html", "abc", [1.0], [1, 2, 3])
     assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="Cannot write"):
         write_page(tmp_path / "missing" / "page.html", "t", [])
 
 
-@pytest.mark.parametrize("anchors", [page._LIGHT, page._DARK], ids=["light", "dark"])
+HOSTILE = "a\x1b[31m\r[bold]\u202e\n\nb c"
+
+
+def test_coloured_tokens_in_a_terminal() -> None:
+    chat = scores_of(HOSTILE)
+    plain = scores_of("xyz")
+    plain.columns["phi"][:] = [0.0, np.nan, 7.0]
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="truecolor", width=40)
+    tokens.print_coloured(console, [("one\x1b", chat), ("two", plain)])
+    text = file.getvalue()
+    shown = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert "\x1b" not in shown
+    lines = shown.splitlines()
+    assert lines[0].startswith("one⟨U+001B⟩ ")
+    assert "a⟨U+001B⟩[31m⟨U+000D⟩[bold]⟨U+202E⟩⏎\n⏎\nb c\n" in shown
+    assert lines[-1].startswith("phi 0 ")
+    assert "nats and more" in lines[-1]
+    cells = {letter: style for style, letter in re.findall(r"\x1b\[([\d;]*)m([xyz])\x1b\[0m", text)}
+    # Background and text are both set; a token without value has neither.
+    assert "48;2;43;26;74" in cells["x"]
+    assert "38;2;255;255;255" in cells["x"]
+    assert "48;2" not in cells["y"]
+    assert cells["z"] != cells["x"]
+
+
+def test_a_terminal_without_colours_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert tokens.has_colour(Console(force_terminal=True, color_system="standard"))
+    assert not tokens.has_colour(Console(file=io.StringIO()))
+    assert not tokens.has_colour(Console(force_terminal=True, color_system=None))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not tokens.has_colour(Console(force_terminal=True, color_system="standard"))
+
+
+def test_rows_of_tokens() -> None:
+    scores = scores_of(HOSTILE)
+    scores.columns["surprisal"][0] = np.nan
+    file = io.StringIO()
+    tokens.print_rows(file, [("name", scores), ("two", scores_of("é日"))])
+    lines = file.getvalue().split("\n")
+    assert lines[0] == f"name: {len(HOSTILE)} tokens, phi {(len(HOSTILE) - 1) / 2:.3f}, surprisal 1.000"
+    assert lines[1].split() == ["token", "phi", "surprisal"]
+    assert lines[2].split() == ["0", "a", "0.000", "none"]
+    assert lines[3].split() == ["1", "⟨U+001B⟩", "1.000", "1.000"]
+    assert lines[len(HOSTILE)].split()[1] == "␣"
+    assert {len(line) for line in lines[1 : len(HOSTILE) + 2]} == {len(lines[1])}
+    wide = lines[-4:-2]
+    assert [cell_len(line) for line in wide] == [len(lines[1])] * 2
+
+
+@pytest.mark.parametrize("colour", ["truecolor", None])
+def test_tokens_one_by_one(colour: Any) -> None:
+    file = io.StringIO()
+    live = tokens.LiveTokens(Console(file=file, force_terminal=True, color_system=colour, width=20))
+    for number, piece in enumerate(["The", " cat\n", "", "\x1b[2J"] * 10):
+        live.write(piece, float(number), 1.0)
+    live.close()
+    text = file.getvalue()
+    shown = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert "\x1b" not in shown
+    if colour:
+        assert shown.startswith("The cat⏎\n∅⟨U+001B⟩[2JThe cat⏎\n")
+        assert shown.rstrip().endswith("nats and more")
+    else:
+        assert len(shown.splitlines()) == 41
+        assert shown.splitlines()[2].split() == ["1", "␣cat⏎", "1.000", "1.000"]
+
+
+@pytest.mark.parametrize("anchors", [colours.LIGHT, colours.DARK], ids=["light", "dark"])
 def test_colours_have_contrast_and_steady_lightness(anchors: tuple[str, ...]) -> None:
-    found = re.findall(r"--b\d+:#(\w{6});--t\d+:#(\w)\w\w;", page._colours(anchors))
-    assert len(found) == page.LEVELS
+    found = colours.palette(anchors)
+    assert len(found) == colours.LEVELS
     lightness = []
     for background, text in found:
-        ground = page._luminance(np.array(list(bytes.fromhex(background))))
+        ground = colours.luminance(np.array(list(bytes.fromhex(background[1:]))))
         lightness.append(ground)
-        ink = 1.0 if text == "f" else 0.0
+        ink = {"#ffffff": 1.0, "#000000": 0.0}[text]
         low, high = sorted((ground, ink))
         assert (high + 0.05) / (low + 0.05) >= 4.5
     steps = np.diff(lightness)

@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from philens.errors import InsertionError, OutputError, TrainingError
 from philens.training import trainer as trainer_module
-from philens.training.callbacks import evaluate_tasks
+from philens.training.evaluation import evaluate_tasks
 from philens.training.recipe import load_recipe
 from philens.training.run import build_model, find_checkpoints, load_run, read_metrics, recipe_yaml
 from philens.training.trainer import PHiTrainer, latent_information, train, training_rows

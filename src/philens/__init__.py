@@ -12,6 +12,10 @@ _HOME = {
     "PHiModel": "model",
     "attach": "model",
     "load": "adapter",
+    "load_pretrained": "hub",
+    "score": "scoring.score",
+    "iter_scores": "scoring.score",
+    "TokenScores": "scoring.scores",
     "load_run": "training.run",
     "SHIPPED": "training.run",
     "score_documents": "scoring.documents",
@@ -26,6 +30,7 @@ __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDu
 if TYPE_CHECKING:
     from philens.adapter import load as load
     from philens.errors import PhilensError as PhilensError
+    from philens.hub import load_pretrained as load_pretrained
     from philens.layer import PHiConfig as PHiConfig
     from philens.layer import PHiLayer as PHiLayer
     from philens.lstm import LSTMConfig as LSTMConfig
@@ -33,6 +38,9 @@ if TYPE_CHECKING:
     from philens.model import PHiModel as PHiModel
     from philens.model import attach as attach
     from philens.scoring.documents import score_documents as score_documents
+    from philens.scoring.score import iter_scores as iter_scores
+    from philens.scoring.score import score as score
+    from philens.scoring.scores import TokenScores as TokenScores
     from philens.tokenizer import character_tokenizer as character_tokenizer
     from philens.training.run import SHIPPED as SHIPPED
     from philens.training.run import load_run as load_run

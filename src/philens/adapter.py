@@ -1,217 +1,290 @@
-"""Keep a trained PHi layer without its base model, and find it again.
+"""Keep trained PHi layers without their base model, share them, and put them back.
 
-An adapter folder is `adapter_config.json` + `phi_layer.safetensors` + `README.md`; loading is strict and
-nothing is ever unpickled.
+An adapter folder is `adapter_config.json` + `phi_layer.safetensors` + `README.md` (the model card); loading
+is strict and nothing is ever unpickled.
 """
 
-import contextlib
 import hashlib
 import json
+import logging
 import os
-import shutil
+import platform
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import philens
-from philens.errors import AdapterError, OutputError, PhilensError
+from philens import hub
+from philens.card import model_card
+from philens.errors import AdapterError, ConfigError, OutputError, PhilensError
+from philens.files import load_weights as load_weights
+from philens.files import read_json as read_json
+from philens.files import read_safetensors as read_safetensors
+from philens.files import written_whole as written_whole
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safetensors", "README.md"
-
-
-@contextlib.contextmanager
-def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when everything in it is written, or is removed.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another folder.") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if folder.exists():
-            _check_replaceable(folder, staging)
-            old = staging.with_name(staging.name + ".old")
-            folder.rename(old)
-            staging.rename(folder)
-            shutil.rmtree(old)
-        else:
-            staging.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"Cannot write {folder}: {reason}; free some space or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_replaceable(folder: Path, staging: Path) -> None:
-    """Only what an earlier save left may be replaced: nothing else of the user's is ever deleted."""
-    if not folder.is_dir():
-        raise OutputError(f"Cannot write {folder}: it is a file; choose another folder.")
-    others = {path.name for path in folder.iterdir()} - {path.name for path in staging.iterdir()}
-    if others:
-        raise OutputError(
-            f"Cannot write {folder}: it holds other files ({min(others)}); choose another folder."
-        )
+# Precisions that bases are loaded in; weights read in either are the same for a base loaded in float32.
+_READINGS = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """A hash of a model's weights: names, shapes, and values at evenly spread places of each.
-
-    Values are read as bfloat16, so that a base loaded in another precision is still itself.
-    """
+def _digest(weights: Iterable[tuple[str, Tensor]], reading: torch.dtype, samples: int = 64) -> str:
+    """A hash of names, shapes, and values at evenly spread places of each tensor."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(weights, key=lambda item: item[0]):
+        if value.is_meta:
+            raise AdapterError(
+                f"{name} of the base model is not in memory; load the base without offloading."
+            )
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.detach().reshape(-1)
         if flat.is_floating_point() and flat.numel():
-            places = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long().to(flat.device)
-            digest.update(flat[places].to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+            count = min(samples, flat.numel())
+            # In integers: float32 cannot name every place of a large matrix.
+            places = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
+            read = flat[places.to(flat.device)].to(reading).cpu()
+            digest.update(read.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_adapter(lens: PHiModel, folder: str | os.PathLike[str], card: str | None = None) -> None:
-    """Write the layer, its configuration and a model card; the folder appears whole or not at all.
+def fingerprints(model: nn.Module) -> dict[str, list[str]]:
+    """Hashes of a model's weights that tell whether another is the same base.
+
+    Rounding to bfloat16 or float16 must not make another base of it, nor must quantization. So each hash is
+    made of the weights read in either precision, and two bases are the same if one of the hashes agrees: only
+    a base in bfloat16 and one in float16, both rounded from float32, cannot be compared.
+
+    Returns:
+        `weights`: of all weights; empty for a quantized model, whose matrices hold other numbers.
+        `unquantized_weights`: of what quantization leaves alone: embeddings, norms and biases.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kept = [(name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings]
+    quantized = hub.quantization_of(model) is not None
+    return {
+        "weights": [] if quantized else [_digest(model.state_dict().items(), one) for one in _READINGS],
+        "unquantized_weights": [_digest(kept, one) for one in _READINGS],
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """One hash that stands for a model's weights in records: the first that `fingerprints` gives."""
+    found = fingerprints(model)
+    return (found["weights"] or found["unquantized_weights"])[0]
+
+
+def describe_base(base: nn.Module) -> dict[str, Any]:
+    """What an adapter remembers of its base model.
+
+    A model's folder is remembered by its name only: where it lies on this machine is nobody else's business.
+    """
+    config = getattr(base, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    revision = getattr(config, "_commit_hash", None)
+    if name is not None and (revision is None or hub.is_folder(name)):
+        name, revision = Path(name).name or None, None
+    return {
+        "class": type(base).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "name_or_path": name,
+        "revision": revision,
+        "dtype": _dtype(base),
+        "quantization": hub.quantization_of(base),
+        "fingerprints": fingerprints(base),
+    }
+
+
+def _dtype(base: nn.Module) -> str:
+    parameter = next(base.parameters(), None)
+    return str(getattr(base, "dtype", getattr(parameter, "dtype", None))).removeprefix("torch.")
+
+
+def save_adapter(
+    lens: PHiModel,
+    folder: str | os.PathLike[str],
+    card: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Write the layers, their configuration and a model card; the folder appears whole or not at all.
 
     Args:
-        card: text of the model card; None writes a short one.
+        card: text of the model card; None writes one.
+        training: what the card says of the training: `recipe` (a dict), `data` (a text, or a list of texts)
+            and `metrics` (name to number, or part of the data to such a dict). None keeps what a loaded lens
+            brought with it.
+        repo_id: the Hub id the card's loading snippet names.
 
     Raises:
         OutputError: it cannot be written.
     """
-    base_config = getattr(lens.base, "config", None)
+    import transformers
+
+    training = getattr(lens, "record", None) if training is None else training
+    versions = {
+        "philens": philens.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     description = {
         "format": FORMAT,
-        "philens_version": philens.__version__,
         "phi": asdict(lens.config),
-        "module_path": lens.module_path,
-        "hidden_size": lens.phi.hidden_size,
-        "base": {
-            "class": type(lens.base).__name__,
-            "model_type": getattr(base_config, "model_type", None),
-            "name_or_path": getattr(base_config, "_name_or_path", None) or None,
-            "fingerprint": fingerprint(lens.base),
-        },
+        "module_paths": lens.module_paths,
+        "hidden_size": lens.layers[0].hidden_size,
+        "base": describe_base(lens.base),
+        "training": json.loads(json.dumps(training, default=str)),
+        "versions": versions,
     }
+    if card is None:
+        card = model_card(description, hub.licence_of(lens.base), repo_id)
     with written_whole(folder) as staging:
         weights = {name: value.detach().cpu().contiguous() for name, value in lens.phi.state_dict().items()}
         save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        (staging / CARD_FILE).write_text(card or _card(description))
+        description["weights_sha256"] = _file_hash(staging / WEIGHTS_FILE)
+        (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _card(description: dict[str, Any]) -> str:
-    base, phi = description["base"], description["phi"]
-    return f"""---
-library_name: philens
-tags: [philens, interpretability]
----
-
-# PHi layer after `{description["module_path"]}` of a {base["class"]}
-
-- base model: {base["name_or_path"] or "not named"} (`{base["model_type"]}`)
-- hidden size: {description["hidden_size"]}
-- prior: {phi["prior"]}
-- KL: {phi["kl"]}
-- weight of phi: {phi["phi_weight"]}
-- weight of the contrastive loss: {phi["contrastive_weight"]}
-
-```python
-import philens
-
-lens = philens.load(base, "path/to/this/folder")
-```
-"""
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        AdapterError: there is no such file, or it is not a whole safetensors file.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise AdapterError(f"There is no file {path}; check the path.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path} is not a whole safetensors file ({error}); it is damaged or something else: "
-            "fetch or save it again."
-        ) from error
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        AdapterError: a missing or extra key, or another shape.
-    """
-    expected = module.state_dict()
-    problems = [f"misses {key}" for key in expected.keys() - weights.keys()]
-    problems += [f"has an unknown {key}" for key in weights.keys() - expected.keys()]
-    problems += [
-        f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(expected[key].shape)}"
-        for key in expected.keys() & weights.keys()
-        if weights[key].shape != expected[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise AdapterError(
-            f"{source} does not fit this model: it {min(problems)}{more}; load what was saved for it."
-        )
-    module.load_state_dict(weights)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        AdapterError: there is no such file, or it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"There is no file {path}; give a folder that philens saved.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(
-            f"{path} is not readable as JSON ({error}); it is damaged or something else."
-        ) from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} does not hold a JSON object; it is damaged or something else.")
-    return value
-
-
-def load(base: nn.Module, folder: str | os.PathLike[str]) -> PHiModel:
-    """Insert a saved PHi layer into the base model it was trained in.
+def push_to_hub(
+    lens: PHiModel,
+    repo_id: str,
+    private: bool = False,
+    *,
+    revision: str | None = None,
+    commit_message: str = "PHi layer, by philens",
+    token: str | None = None,
+    card: str | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> str:
+    """Upload the layers with a model card; `philens.load(base, repo_id)` fetches them.
 
     Args:
-        base: the base model, with the weights it had.
-        folder: an adapter folder.
+        repo_id: `owner/name`; made if there is no such repository.
+        private: whether a new repository is private; an existing public one is then refused.
+        revision: branch to upload to, made if there is none; None is the main branch.
+        token: None takes the one of `hf auth login` or HF_TOKEN.
+        card, training: as in `save_adapter`.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        AdapterError: the folder is missing, damaged, newer than this program, or made for another base.
+        OutputError: not logged in, not allowed, or no network.
     """
-    folder = Path(folder)
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        save_adapter(lens, folder, card, training, repo_id)
+        try:
+            address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+            if private and not api.model_info(repo_id).private:
+                raise OutputError(
+                    f"{repo_id} is public already; make it private there or choose another name."
+                )
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        except PhilensError:
+            raise
+        except Exception as error:  # anything a network can do
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                advice = (
+                    "the Hub refuses it; log in with `hf auth login` or set HF_TOKEN, as one who may write"
+                )
+            else:
+                advice = f"{hub.reason(error)}; check the name and the network"
+            raise OutputError(f"Cannot upload to {repo_id}: {advice}.") from error
+    return address
+
+
+def load(
+    base: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    mode: Literal["bottleneck", "observe"] | None = None,
+) -> PHiModel:
+    """Insert saved PHi layers into the base model they were trained in.
+
+    Args:
+        base: the base model, with the weights it had; in another precision or quantized, it is still itself.
+        folder: an adapter folder, or a Hub id where there is no such folder. Of a run folder, its adapter.
+        revision: branch, tag or commit on the Hub.
+        mode: `bottleneck` or `observe`, whichever it was trained in; None keeps that.
+
+    Raises:
+        AdapterError: it is missing, not accessible, damaged, of another format, or made for another base.
+        ConfigError: a mode that these layers cannot be in.
+    """
+    if isinstance(base, PHiModel):
+        raise ConfigError("This model already has a PHi layer; detach() it first.")
+    folder, source = _find(folder, revision)
+    description = _read_description(folder)
+    try:
+        config = PHiConfig(**description["phi"])
+    except (PhilensError, TypeError) as error:
+        raise _unusable(folder, error) from error
+    if mode is not None:
+        # What pressed in training no longer matters, but some pressures are of one mode only.
+        pressure = "next_token" if mode == "bottleneck" else config.pressure
+        config = replace(config, mode=mode, pressure=pressure)
+    _check_base(description["base"], base, source)
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    try:
+        lens = attach(base, config)
+    except PhilensError as error:
+        raise _unusable(folder, error) from error
+    try:
+        if lens.module_paths != description["module_paths"]:
+            belongs, goes = (", ".join(p) for p in (description["module_paths"], lens.module_paths))
+            raise AdapterError(f"{folder} belongs after {belongs}, not {goes}; it is damaged.")
+        load_weights(lens.phi, weights, folder / WEIGHTS_FILE)
+        if _file_hash(folder / WEIGHTS_FILE) != description["weights_sha256"]:
+            raise AdapterError(f"{folder / WEIGHTS_FILE} is not as it was saved; fetch or save it again.")
+    except AdapterError:
+        lens.detach()
+        raise
+    lens.source, lens.record = source, description["training"]
+    return lens.eval()
+
+
+def _find(folder: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+    """The adapter's folder, and what to call it."""
+    name = os.fspath(folder)
+    files = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+    found, commit = hub.find(name, files, "adapter", CONFIG_FILE, revision=revision)
+    return found, name if commit is None else f"{name}@{commit}"
+
+
+def _unusable(folder: Path, error: Exception) -> AdapterError:
+    return AdapterError(
+        f"{folder / CONFIG_FILE} holds options that do not work ({hub.reason(error)}); it is damaged."
+    )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     description = read_json(path)
     if "format" not in description:
@@ -221,26 +294,43 @@ def load(base: nn.Module, folder: str | os.PathLike[str]) -> PHiModel:
             f"{folder} has adapter format {description['format']!r} and this is philens "
             f"{philens.__version__}, which reads format {FORMAT}; install the version that wrote it."
         )
-    options, saved_in = description.get("phi"), description.get("base")
+    options, base = description.get("phi"), description.get("base")
     known = {field.name for field in fields(PHiConfig)}
-    if not isinstance(options, dict) or set(options) != known or not isinstance(saved_in, dict):
+    saved = base.get("fingerprints") if isinstance(base, dict) else None
+    whole = (
+        isinstance(options, dict)
+        and set(options) == known
+        and isinstance(saved, dict)
+        and all(_is_texts(saved.get(key)) for key in ("weights", "unquantized_weights"))
+        and _is_texts(description.get("module_paths"))
+        and isinstance(description.get("training"), dict | None)
+        and isinstance(description.get("weights_sha256"), str)
+    )
+    if not whole:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
-    wanted, found = str(saved_in.get("fingerprint")), fingerprint(base)
-    if wanted != found:
+    return description
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _check_base(saved_in: dict[str, Any], base: nn.Module, source: str) -> None:
+    """Raise an AdapterError unless the adapter was trained in this base."""
+    saved, found = saved_in["fingerprints"], fingerprints(base)
+    # All weights where both have them, else those that neither has quantized.
+    key = "weights" if saved["weights"] and found["weights"] else "unquantized_weights"
+    if not set(saved[key]) & set(found[key]):
+        name = saved_in.get("name_or_path") or saved_in.get("class")
+        first = saved[key][0][:12] if saved[key] else "unknown"
         raise AdapterError(
-            f"{folder} was trained in another base model ({saved_in.get('class')}, weights {wanted[:12]}; "
-            f"these are {found[:12]}); load that base first."
+            f"{source} was trained in another base model ({name}, weights {first}; "
+            f"these are {found[key][0][:12]}); load that base first."
         )
-    try:
-        lens = attach(base, PHiConfig(**options))
-    except (PhilensError, TypeError) as error:
-        raise AdapterError(f"{path} holds options that do not work ({error}); it is damaged.") from error
-    try:
-        if lens.module_path != description.get("module_path"):
-            belongs = description.get("module_path")
-            raise AdapterError(f"{folder} belongs after {belongs}, not {lens.module_path}; it is damaged.")
-        load_weights(lens.phi, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
-    except AdapterError:
-        lens.detach()
-        raise
-    return lens.eval()
+    if saved_in.get("quantization") != hub.quantization_of(base):
+        logger.warning(
+            "%s was trained in a base with weights in %s, these are in %s: phi differs somewhat.",
+            source,
+            saved_in.get("quantization") or saved_in.get("dtype"),
+            hub.quantization_of(base) or _dtype(base),
+        )

@@ -49,8 +49,7 @@ def page_documents(table: TokenTable) -> list[PageDocument]:
                 name.replace("_", " "),
                 EXPLANATIONS[name],
                 list(table.docs.text(index)),
-                table.phi[rows],
-                table.surprisal[rows],
+                {"phi": table.phi[rows], "surprisal": table.surprisal[rows]},
             )
         )
     return documents

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from philens.insertion import (
 from philens.layer import Memory, PHiConfig, PHiLayer, PHiOutput
 from philens.losses import PHiModelOutput, counted_tokens, lost_variance, mean_surprisal
 
+if TYPE_CHECKING:
+    from philens.check import CheckReport
+
 
 class PHiModel(nn.Module):
     """A base model and its PHi layers. Made by `philens.attach`.
@@ -39,6 +42,7 @@ class PHiModel(nn.Module):
         enabled: whether the layers are there; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
         source: where the layers were loaded from; None for fresh ones.
+        record: how they were trained (recipe, data, metrics), for the model card; None where not known.
     """
 
     weight_scale: Tensor
@@ -48,6 +52,7 @@ class PHiModel(nn.Module):
         self.base = base
         self.config = config
         self.source: str | None = None
+        self.record: dict[str, Any] | None = None
         numbers: Sequence[int | None] = config.layers if config.layers is not None else [config.layer]
         points = dict(find_insertion_point(base, number, config.module) for number in numbers)
         if len(points) < len(numbers):
@@ -142,9 +147,7 @@ class PHiModel(nn.Module):
     def detach(self) -> nn.Module:
         """Remove the layers for good and return the base model as it was."""
         self.disable()
-        for undo in self._undo_recompute:
-            undo()
-        self._undo_recompute = []
+        self.keep_activations()
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             for module in self._not_recomputed:
                 module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
@@ -176,11 +179,12 @@ class PHiModel(nn.Module):
 
         return push_to_hub(self, repo_id, private=private, **options)
 
-    def check(self) -> Any:
-        """Try on this very model what philens promises; see `philens.check.check`."""
+    def check(self, compile: bool | str = False) -> "CheckReport":
+        """Try on this very model what philens promises, and show the plan: `print(lens.check())`; see
+        `philens.check.check`."""
         from philens.check import check
 
-        return check(self)
+        return check(self, compile)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the base's own `generate` does, with phi and surprisal of every token; see
@@ -208,7 +212,7 @@ class PHiModel(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the base's blocks and recompute the rest in the backward pass.
 
-        A block with an insertion point inside it is left out; `detach` undoes it.
+        A block with an insertion point inside it is left out; `keep_activations` or `detach` undo it.
 
         Raises:
             InsertionError: the base's blocks cannot be found.
@@ -218,6 +222,12 @@ class PHiModel(nn.Module):
             for number, block in enumerate(blocks):
                 if not any(point.startswith(f"{path}.{number}.") for point in self.module_paths):
                     self._undo_recompute.append(recompute(block))
+
+    def keep_activations(self) -> None:
+        """Undo `checkpoint_activations`."""
+        for undo in self._undo_recompute:
+            undo()
+        self._undo_recompute = []
 
     def _run_once(self) -> None:
         """Take what holds a layer out of the base's own activation checkpointing: it would run twice."""
@@ -272,16 +282,15 @@ class PHiModel(nn.Module):
         arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": position_ids} | kwargs
         if cache is not None:
             arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
-        if documents is None or "position_ids" not in self._arguments:
+        # A base sees the documents of a pack by their positions; a padding mask beside them would switch that off.
+        packed = documents is not None and "position_ids" in self._arguments
+        if attention_mask is not None and not (packed and is_pack(documents, attention_mask)):
             arguments["attention_mask"] = attention_mask
-        # Else the base sees documents by their positions; a padding mask beside them would switch that off.
         observe = self.enabled and self.config.mode == "observe"
-        resumes = observe and labels is not None and self.config.pressure == "next_token"
-        stop = self.enabled and (
-            returns == "phi"
-            # Reconstruction needs nothing from above the layers.
-            or (observe and labels is not None and not resumes and returns == "states")
-        )
+        # Training to reconstruct needs nothing from above the layers.
+        cheap = self.training and self.config.pressure == "reconstruction" and returns == "states"
+        resumes = observe and labels is not None and not cheap
+        stop = self.enabled and (returns == "phi" or (observe and labels is not None and cheap))
         self._start(attention_mask, documents, cache, stop)
         forms: dict[int, tuple[Any, ...] | None] = {}
         with contextlib.ExitStack() as stack:
@@ -429,8 +438,8 @@ class PHiModel(nn.Module):
                 at = "" if self.config.layers is None else f"@{path}"
                 total = total + self._layer_loss(output, counted, at, parts)
                 if passed is not None:
-                    parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
-                    total = total + parts[f"surprisal{at}"]
+                    surprisal = parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
+                    total = total + surprisal * (self.config.pressure == "next_token")
         else:
             total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
             for output in result.layer_outputs:
@@ -457,6 +466,13 @@ def document_ids(position_ids: Tensor) -> Tensor:
     """(B, T) positions -> (B, T) documents from 0 on; one starts where positions do not go up by one."""
     jumps = torch.diff(position_ids, dim=1) != 1
     return F.pad(jumps.long().cumsum(1), (1, 0))
+
+
+def is_pack(documents: Tensor, attention_mask: Tensor) -> bool:
+    """Whether a row holds the real tokens of two documents, all (B, T)."""
+    real = attention_mask != 0
+    last = documents.masked_fill(~real, -1).amax(1)
+    return bool((real & (documents != last[:, None])).any())
 
 
 def hidden_width(base: nn.Module, module: nn.Module) -> int:

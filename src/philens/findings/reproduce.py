@@ -1,6 +1,7 @@
 """From a scale to a finding: train what is not trained yet, measure, write."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,15 +9,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from philens import hub
 from philens.errors import ConfigError
 from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
+from philens.findings.texts import measure_texts, score_texts, text_rows
+from philens.insertion import text_config
 from philens.model import PHiModel
 from philens.scoring.documents import TokenTable, score_documents
+from philens.scoring.scores import TokenScores
 from philens.tasks.automata import TASKS, concatenate, generate
+from philens.tasks.levels import load_levels, without_users
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import finished_model, load_run, versions
+from philens.training.run import (
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    finished_model,
+    load_run,
+    load_tokenizer,
+    versions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +68,13 @@ def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[s
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.report.figures import figure_complexity, figure_tasks
+    from philens.report.figures import figure_complexity, figure_tasks, figure_texts
 
     if finding == "tasks":
         tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
+    elif finding == "texts":
+        tables = {"texts": text_rows(results), "documents": results["texts"]}
+        figures = {"texts": figure_texts(results)}
     else:
         tables = {
             "complexity_curves": curve_rows(results),
@@ -121,10 +137,7 @@ def reproduce(
             recipe = load_recipe(RECIPES[scale, architecture], overrides)
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
-        if kl is not None:
-            lens.config = lens.phi.config = replace(lens.config, kl=kl)
-        if torch.accelerator.is_available():
-            lens.to(torch.accelerator.current_accelerator())
+        _prepare(lens, kl)
         every.append(find(finding, lens, recipe, documents))
         runs.append(
             {
@@ -158,3 +171,92 @@ def trained(recipe: Recipe, folder: Path) -> PHiModel:
     if lens is None:
         raise KeyboardInterrupt
     return lens
+
+
+def reproduce_texts(
+    model: str | Path,
+    levels: Path,
+    output: Path,
+    adapter: str | Path | None = None,
+    documents: int | None = None,
+    kl: Literal["exact", "official"] | None = None,
+    plain: bool = False,
+    window: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure phi and surprisal of texts of several levels in a language model, and write `output/texts`.
+
+    Args:
+        model: a finished run, or a base model, a folder or Hub id.
+        levels: folder of texts; `philens.tasks.levels.read_levels` says in which form. Trivial and shuffled
+            texts are built where it has none.
+        output: folder of results.
+        adapter: the PHi layer; None takes the run's.
+        documents: texts of each level at most, drawn at random; None means all.
+        kl: formula that phi is measured with, whatever it was trained with.
+        plain: score texts alone, also where they have a user's message and the tokenizer a chat template.
+        window: tokens read at once; None means the length of the rows that a run was trained on, else the
+            model's context.
+        seed: of what is built, drawn and resampled.
+
+    Raises:
+        PhilensError: texts, model or layer are missing, damaged or do not fit.
+    """
+    if documents is not None and documents < 2:
+        raise ConfigError(f"documents must be at least 2, not {documents}.")
+    texts = load_levels(levels, documents, seed)
+    if plain:
+        texts = without_users(texts)
+    lens, tokenizer, recipe = _load_measured(str(model), adapter)
+    _prepare(lens, kl)
+    if window is None and recipe is not None:
+        limit = getattr(text_config(lens.base), "max_position_embeddings", None)
+        window = min(recipe.data.length, limit or recipe.data.length)
+    found = list(_shown(score_texts(lens, tokenizer, texts, window), len(texts)))
+    results = measure_texts(texts, found, seed=seed)
+    provenance = {key: value for key, value in found[0].provenance.items() if key != "name"}
+    run = {
+        "finding": "texts",
+        "model": str(model),
+        "adapter": None if adapter is None else str(adapter),
+        "form": "chat" if found[0].spans else "text",
+        "seed": seed,
+        "kl": lens.config.kl,
+        "versions": versions(),
+        "provenance": provenance,
+        "recipe": None if recipe is None else asdict(recipe),
+    }
+    write("texts", output / "texts", results, run)
+    return run | results
+
+
+def _load_measured(model: str, adapter: str | Path | None) -> tuple[PHiModel, Any, Recipe | None]:
+    """A model, its tokenizer, and if it is a run's, the recipe."""
+    folder = Path(model)
+    if adapter is not None or not (folder / RECIPE_FILE).is_file():
+        from philens.scoring.run import load_lens
+
+        return *load_lens(model, None if adapter is None else str(adapter)), None
+    lens, recipe = load_run(folder)
+    source = folder / MODEL_FOLDER
+    if not source.is_dir():  # a frozen base from elsewhere is not kept in the run
+        base, revision = str(recipe.model.base), recipe.model.revision
+        source, _ = hub.find(base, hub._TEXT_FILES, MODEL_FOLDER, "config.json", revision=revision)
+    return lens, load_tokenizer(source), recipe
+
+
+def _prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
+    """Measure with this formula, where computing is fastest."""
+    if kl is not None:
+        lens.config = lens.phi.config = replace(lens.config, kl=kl)
+    if torch.accelerator.is_available():
+        lens.to(torch.accelerator.current_accelerator())
+
+
+def _shown(scores: Iterable[TokenScores], count: int) -> Iterable[TokenScores]:
+    """The same, with a bar on standard error if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(scores, "scoring", count, console=console, transient=True, disable=not console.is_terminal)

@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from philens.errors import InputError
 from philens.findings.complexity import PARTS
 from philens.findings.tasks import INTERESTING
-from philens.report.terminal import task_label
+from philens.report.terminal import count_of, task_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,14 @@ TASK_STYLES = {  # colour (Okabe-Ito; grey for random), marker
     "copy": ("#CC79A7", "v"),
 }
 _OTHER_STYLE = ("#000000", "o")
+_LEVEL_STYLES = {  # as above; warm colours are what should be interesting
+    "trivial": ("#5F5F5F", "X"),
+    "memorised": ("#0072B2", "s"),
+    "shuffled": ("#CC79A7", "D"),
+    "code": ("#E69F00", "^"),
+    "prose": ("#D55E00", "o"),
+    "own": ("#D55E00", "o"),
+}
 PHI_LABEL = "PHi loss (nats per token)"
 SURPRISAL_LABEL = "surprisal (nats per token)"
 _FONT = 9
@@ -154,43 +162,124 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training curves from log records: losses per step, and phi and surprisal per task per evaluation.
+def figure_texts(results: Mapping[str, Any]) -> Figure:
+    """phi and surprisal of each level of text: means with 95 % intervals, and a dot for every text."""
+    levels, texts = results["levels"], results["texts"]
+    figure = _figure(height=1.1 + 0.62 * len(levels))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, quantity, label in ((panels[0], "phi", PHI_LABEL), (panels[1], "surprisal", SURPRISAL_LABEL)):
+        for row, (name, level) in enumerate(levels.items()):
+            colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+            values = [text[quantity] for text in texts if text["level"] == name]
+            values = [value for value in values if value is not None]
+            # Below each other, so that equal ones are seen.
+            rows = row + np.linspace(0.1, 0.42, len(values) + 2)[1:-1]
+            axes.plot(values, rows, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
+            if level[quantity] is not None:
+                style = {"fmt": marker, "color": colour, "markeredgecolor": "white", "markersize": 7}
+                style |= {"xerr": _error(level[quantity]), "elinewidth": 1.8, "capsize": 3}
+                axes.errorbar(level[quantity]["mean"], row - 0.1, **style)
+        axes.set(xlabel=label)
+        axes.margins(x=0.06)
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1e-3))
+        axes.set_title(quantity, fontsize=_FONT + 1, loc="left")
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    labels = [
+        f"{name}{', built' * level['built']}\n{count_of(level['texts'], 'text')}"
+        for name, level in levels.items()
+    ]
+    panels[0].set_yticks(range(len(levels)), labels)
+    panels[0].set_ylim(len(levels) - 0.5, -0.5)
+    for label in panels[0].get_yticklabels():
+        label.set_parse_math(False)  # a level's name may hold dollar signs
+    panels[1].set_title("95 % intervals over texts; dots: texts", fontsize=_FONT - 1, loc="right")
+    _set_fonts(figure)
+    return figure
 
-    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/TASK/phi`, `eval/TASK/surprisal`.
+
+def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training curves from log records: losses per step, and what every evaluation found.
+
+    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/PART/phi`, `eval/PART/surprisal`,
+    `eval/PART/loss_gap` for the parts of a text or for tasks. With several layers at once, evaluations are
+    drawn by insertion point (`eval/phi@POINT`), not by part; of layers in a trained base with the loss gap.
     """
     if not history:
         raise InputError("There is no training history to draw; train for at least one logged step.")
     figure = _figure(height=5.4)
-    (losses, train_phi), (task_surprisal, task_phi) = figure.subplots(2, 2, sharex=True)
+    (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
+    keys = dict.fromkeys(key for record in history for key in record)
+    points = list(dict.fromkeys(key.split("@")[1] for key in keys if "@" in key))
+    parts = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
     _line(losses, history, "loss", color="#000000", label="loss")
-    _line(losses, history, "surprisal", color="#0072B2", label="surprisal")
+    for at in [f"@{point}" for point in points] or [""]:
+        styles = _style(at, [f"@{point}" for point in points]) if at else {"color": "#0072B2"}
+        _line(losses, history, f"surprisal{at}", color=styles["color"], label=None if at else "surprisal")
+        _line(train_phi, history, f"phi{at}", color=styles["color"] if at else "#D55E00")
     losses.set(ylabel="nats per token")
     losses.set_title("training loss", fontsize=_FONT + 1, loc="left")
-    _line(train_phi, history, "phi", color="#D55E00", label="phi")
     train_phi.set(ylabel=PHI_LABEL)
     train_phi.set_title("training phi", fontsize=_FONT + 1, loc="left")
-    keys = dict.fromkeys(key for record in history for key in record if key.startswith("eval/"))
-    tasks = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
-    for axes, quantity, label in (
-        (task_surprisal, "surprisal", SURPRISAL_LABEL),
-        (task_phi, "phi", PHI_LABEL),
-    ):
-        for task in tasks:
-            colour, marker = TASK_STYLES.get(task, _OTHER_STYLE)
-            style = {"color": colour, "marker": marker, "markersize": 4}
-            _line(axes, history, f"eval/{task}/{quantity}", label=task_label(task), **style)
-        axes.set(xlabel="step", ylabel=label)
-        axes.set_title(f"{quantity} per task", fontsize=_FONT + 1, loc="left")
-    for axes in (train_phi, task_phi):
+    quantity, label = "surprisal", SURPRISAL_LABEL
+    if any("loss_gap" in key for key in keys):
+        quantity, label = "loss_gap", "loss gap (nats per token)"
+    for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
+        for series in points or parts:
+            key = f"eval/{name}@{series}" if points else f"eval/{series}/{name}"
+            style = _style(series, points or parts)
+            _line(axes, history, key, label=task_label(series), markersize=4, **style)
+        axes.set(xlabel="step", ylabel=ylabel)
+        kind = "insertion point" if points else "task" if quantity == "surprisal" else "part"
+        axes.set_title(f"{name.replace('_', ' ')} per {kind}", fontsize=_FONT + 1, loc="left")
+    for axes in (train_phi, right):
         _log_if_wide(axes)
     if losses.get_legend_handles_labels()[1]:
         losses.legend(fontsize=_FONT - 1, frameon=False)
-    handles, labels = task_phi.get_legend_handles_labels()
+    handles, labels = right.get_legend_handles_labels()
+    if not handles:
+        handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=_FONT - 1, frameon=False)
     _set_fonts(figure)
     return figure
+
+
+def figure_sweep(results: Mapping[str, Any]) -> Figure:
+    """Phi and loss gap of each insertion point at the end (above), and on the way there (below)."""
+    points, course = results["points"], results["course"]
+    figure = _figure(height=5.4)
+    above, below = figure.subplots(2, 2)
+    for top, bottom, name, label in (
+        (above[0], below[0], "phi", PHI_LABEL),
+        (above[1], below[1], "loss_gap", "loss gap (nats per token)"),
+    ):
+        values = [found.get(name) for found in points.values()]
+        top.plot(range(len(points)), values, color="#8A8A8A", linewidth=1)
+        for place, point in enumerate(points):
+            style = _style(point, list(points))
+            top.plot([place], [values[place]], linestyle="", markersize=6, **style)
+            history = [record for record in course if record["insertion_point"] == point]
+            _line(bottom, history, name, label=point, markersize=4, **style)
+        top.set_xticks(range(len(points)), [point.rsplit(".", 1)[-1] for point in points])
+        top.set(xlabel="insertion point (block)", ylabel=label, ylim=(min(0.0, *values), None))
+        bottom.set(xlabel="step", ylabel=label)
+    _log_if_wide(below[0])
+    handles, labels = below[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=_FONT - 1, frameon=False)
+    _set_fonts(figure)
+    return figure
+
+
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Colour and marker of a series: a task's own, else by its place among all."""
+    if name in TASK_STYLES:
+        colour, marker = TASK_STYLES[name]
+    else:
+        # Grey stays for what is random.
+        styles = [style for task, style in TASK_STYLES.items() if task != "random"]
+        colour, marker = styles[names.index(name) % len(styles)]
+    return {"color": colour, "marker": marker}
 
 
 def _figure(height: float) -> Figure:

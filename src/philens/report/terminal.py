@@ -1,6 +1,6 @@
 """Findings as tables for a terminal: functions from results to rich tables, to print with a Console."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +9,8 @@ from rich.text import Text
 
 from philens.findings.complexity import CORRELATIONS, PARTS
 from philens.findings.tasks import INTERESTING
+from philens.findings.texts import PAPER
+from philens.tasks.levels import INTERESTING as INTERESTING_LEVELS
 
 CORRELATION_LABELS = {
     "spearman": "phi (Spearman)",
@@ -16,6 +18,8 @@ CORRELATION_LABELS = {
     "partial_given_surprisal": "phi given surprisal",
     "partial_given_surprisal_and_square": "phi given surprisal & its square",
 }
+# With fewer, a bootstrap has hardly anything to draw from.
+FEW_TEXTS = 5
 LEVELS = {"token_wise": "tokens", "document_means": "document means"}
 
 
@@ -67,6 +71,56 @@ def complexity_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def texts_table(results: Mapping[str, Any]) -> Table:
+    """Per level of text: phi, surprisal and gap with their intervals, and the paper's phi and surprisal."""
+    levels = results["levels"]
+    caption = [
+        "Nats per token with 95 % intervals over texts; gap: surprisal with the layer minus without.",
+        "Paper: Llama 3.2 3B, phi / surprisal; orders can be compared, values can't.",
+        _verdict_on_texts(results),
+    ]
+    few = [name for name, level in levels.items() if level["texts"] < FEW_TEXTS]
+    if few:
+        caption.append(f"Fewer than {FEW_TEXTS} texts, so that an interval says little: {_listed(few)}.")
+    table = _table("phi and surprisal per level of text", "\n".join(caption))
+    table.add_column("level")
+    for heading in ("phi", "surprisal", "gap", "paper"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, level in levels.items():
+        built = ", built" if level["built"] else ""
+        counts = f"{count_of(level['texts'], 'text')}{built}\n{count_of(level['tokens'], 'token')}"
+        cells = []
+        for key, digits in (("phi", 2), ("surprisal", 2), ("gap", 3)):
+            found = level[key]
+            text = "none" if found is None else _estimate(found["mean"], found["ci95"], digits)
+            cells.append(Text(text.replace(" [", "\n[")))
+        paper = PAPER.get(level["role"])
+        label = Text.assemble((name, "bold" if level["role"] in INTERESTING_LEVELS else ""), f"\n{counts}")
+        table.add_row(label, *cells, "" if paper is None else f"{paper[0]} / {paper[1]}")
+    return table
+
+
+def text_pairs_table(results: Mapping[str, Any]) -> Table:
+    """What the paper's claim says of pairs of levels, and what was found."""
+    table = _table(
+        "phi of one level against another",
+        "Of the first to the second, with 95 % intervals over texts; difference in nats per token.\n"
+        "above, below: the intervals of the two levels are separate.",
+    )
+    table.add_column("levels")
+    for heading in ("difference", "ratio", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pair in results["pairs"]:
+        if pair["claim"]:
+            found = [_estimate(pair[key]["value"], pair[key]["ci95"]) for key in ("difference", "ratio")]
+            verdict = "not separated"
+            if pair["separated"]:
+                verdict = "above" if pair["difference"]["value"] > 0 else "below"
+            cells = [Text(cell.replace(" [", "\n[")) for cell in found]
+            table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells, verdict)
+    return table
+
+
 def spread_table(spread: Mapping[str, Any]) -> Table:
     """What `philens.findings.combine_seeds` made of either finding, as mean, sd and range over seeds."""
     sections: dict[str, dict[str, Any]] = {}
@@ -101,6 +155,21 @@ def spread_table(spread: Mapping[str, Any]) -> Table:
     return table
 
 
+def sweep_table(results: Mapping[str, Any]) -> Table:
+    """What a sweep over insertion points found."""
+    caption = "Nats per token on held-out text, after training all layers for as long."
+    if results["collapsed"]:
+        caption += "\nAt least one layer has collapsed: its latents carry almost no information."
+    table = _table("Insertion points", caption)
+    table.add_column("after", no_wrap=True)
+    names = ("phi", "phi_static", "surprisal", "surprisal_base", "loss_gap")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for path, found in results["points"].items():
+        table.add_row(Text(path), *(_value(found.get(name), 2 if "phi" in name else 3) for name in names))
+    return table
+
+
 def _table(title: str, caption: str) -> Table:
     # Text, not str: rich would read square brackets as markup.
     return Table(
@@ -120,6 +189,11 @@ def _counts(numbers: list[int], unit: str) -> str:
     return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
 
 
+def count_of(number: int, unit: str) -> str:
+    """A number with its unit, in the plural where it is not one."""
+    return f"{number:,} {unit}{'s' * (number != 1)}"
+
+
 def task_label(name: str) -> str:
     """A task's name as DESIGN spells it: `in_context_language` becomes `in-context language`."""
     return name.replace("in_context", "in-context").replace("_", " ")
@@ -135,6 +209,25 @@ def _verdict_on_tasks(results: Mapping[str, Any]) -> str:
     if beaten == len(results["ratios"]):
         return f"The phi of {ours} stands above every boring task's, but surprisal orders them the same way."
     return f"The phi of {ours} stands clearly above {beaten} of {len(results['ratios'])} boring tasks'."
+
+
+def _verdict_on_texts(results: Mapping[str, Any]) -> str:
+    claimed = [pair for pair in results["pairs"] if pair["claim"]]
+    if not claimed:
+        return "Nothing to compare: the paper's claim is about code and prose against boring levels."
+    above = sum(pair["separated"] and pair["difference"]["value"] > 0 for pair in claimed)
+    verdict = "holds" if results["holds"] else "does not hold"
+    otherwise = "otherwise" if results["orders_differ"] else "the same way"
+    ours, theirs = (_listed([pair[side] for pair in claimed]) for side in ("first", "second"))
+    return (
+        f"The claim that the phi of {ours} stands above that of {theirs} {verdict} here: {above} of "
+        f"{len(claimed)} pairs are above with separate intervals; surprisal orders these levels {otherwise}."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    once = list(dict.fromkeys(names))
+    return ", ".join([*once[:-2], " and ".join(once[-2:])])
 
 
 def _estimate(value: float | None, interval: list[float | None], digits: int = 2) -> str:

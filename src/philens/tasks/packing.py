@@ -1,18 +1,64 @@
 """Rows of a fixed length out of documents of any length."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from philens.errors import ConfigError, InputError
 from philens.tasks.automata import Documents, TaskConfig, generate, task_index
 from philens.tasks.random_streams import derive, uniform
+
+
+@dataclass(frozen=True)
+class TokenDocuments:
+    """A batch of n documents with N tokens in all, end to end.
+
+    Attributes:
+        tokens: (N,) ids.
+        offsets: (n + 1,) where each document starts, and N.
+        counted: (N,) whether a token counts in the loss; those of a user's message do not.
+    """
+
+    tokens: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+
+    @classmethod
+    def join(cls, documents: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]) -> "TokenDocuments":
+        """Documents, each given by its tokens and which of them count, as one batch."""
+        lengths = [len(tokens) for tokens, _ in documents]
+        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in documents)])
+        counted = np.concatenate([np.zeros(0, bool), *(counted for _, counted in documents)])
+        return cls(tokens, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))), counted)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) tokens in each document."""
+        return np.diff(self.offsets)
+
+    def select(self, indices: ArrayLike) -> "TokenDocuments":
+        """The documents at these places, in this order."""
+        spans = [slice(*self.offsets[[i, i + 1]]) for i in np.atleast_1d(np.asarray(indices, np.int64))]
+        return self.join([(self.tokens[span], self.counted[span]) for span in spans])
+
+    def cut(self, length: int) -> "TokenDocuments":
+        """The same documents, those longer than `length` tokens cut to it."""
+        spans = [slice(start, min(start + length, end)) for start, end in pairwise(self.offsets)]
+        return self.join([(self.tokens[span], self.counted[span]) for span in spans])
+
+
+AnyDocuments: TypeAlias = Documents | TokenDocuments
 
 
 @dataclass(frozen=True)
@@ -70,7 +116,7 @@ class _GroupedRows(Dataset[dict[str, Tensor]], ABC):
     """
 
     def __init__(
-        self, documents: Callable[[NDArray[np.int64]], Documents], length: int, rows: int, group: int = 16
+        self, documents: Callable[[NDArray[np.int64]], AnyDocuments], length: int, rows: int, group: int = 16
     ) -> None:
         if min(length, rows, group) < 1:
             raise ConfigError("length, rows and group must be at least 1.")
@@ -101,8 +147,8 @@ class PackedRows(_GroupedRows):
     document is lost, none is seen twice, and row r depends on nothing but r: workers, ranks and resumed runs
     read exactly the rows they should.
 
-    A row has, each (length,): `input_ids`, `labels` (-100 on padding), `position_ids` (0 at each document's
-    start, and at the padding's), `attention_mask` (0 on padding).
+    A row has, each (length,): `input_ids`, `labels` (-100 on padding and on what does not count),
+    `position_ids` (0 at each document's start, and at the padding's), `attention_mask` (0 on padding).
 
     Args:
         documents: maps indices to documents, such as `Mixture.documents`.
@@ -113,7 +159,7 @@ class PackedRows(_GroupedRows):
 
     def __init__(
         self,
-        documents: Callable[[NDArray[np.int64]], Documents],
+        documents: Callable[[NDArray[np.int64]], AnyDocuments],
         length: int,
         rows: int,
         group: int = 16,
@@ -130,7 +176,7 @@ class PackedRows(_GroupedRows):
 
     def group_documents(
         self, number: int
-    ) -> tuple[Documents, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    ) -> tuple[AnyDocuments, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Documents drawn for a group; length, start in the tokens, and row of each piece that is placed.
 
         Raises:
@@ -169,12 +215,14 @@ class PackedRows(_GroupedRows):
         target = np.repeat(placed * self.length + column, lengths) + within
         size = self.group * self.length
         input_ids, mask = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        input_ids[target] = batch.tokens[np.repeat(starts, lengths) + within]
+        source = np.repeat(starts, lengths) + within
+        input_ids[target] = batch.tokens[source]
         mask[target] = 1
         used = np.bincount(placed, lengths, self.group).astype(np.int64)
         positions = (np.arange(self.length) - used[:, None]).ravel()
         positions[target] = within
-        labels = np.where(mask == 1, input_ids, -100)
+        labels = np.full(size, -100)
+        labels[target] = np.where(_counted(batch)[source], input_ids[target], -100)
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
         return {name: torch.from_numpy(a.reshape(self.group, self.length)) for name, a in arrays.items()}
 
@@ -191,7 +239,13 @@ class SingleRows(_GroupedRows):
         return {name: rows[name] for name in ("input_ids", "labels")}
 
 
-def pad(documents: Documents, length: int | None = None) -> dict[str, Tensor]:
+def _counted(documents: AnyDocuments) -> NDArray[np.bool_]:
+    """(N,) whether each token counts: of formal languages, all."""
+    is_text = isinstance(documents, TokenDocuments)
+    return documents.counted if is_text else np.ones(len(documents.tokens), bool)
+
+
+def pad(documents: AnyDocuments, length: int | None = None) -> dict[str, Tensor]:
     """Documents as rows padded on the right to `length`, by default the longest's; longer ones are cut.
 
     Returns:
@@ -202,7 +256,7 @@ def pad(documents: Documents, length: int | None = None) -> dict[str, Tensor]:
     mask = place < documents.lengths[:, None]
     source = np.minimum(documents.offsets[:-1, None] + place, len(documents.tokens) - 1)
     input_ids = np.where(mask, documents.tokens[source], 0).astype(np.int64)
-    labels = np.where(mask, input_ids, -100)
+    labels = np.where(mask & _counted(documents)[source], input_ids, -100)
     arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
     return {name: torch.from_numpy(a) for name, a in arrays.items()}
 

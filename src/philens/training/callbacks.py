@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -11,15 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.errors import TrainingError
 from philens.findings import write_atomically
 from philens.model import PHiModel
-from philens.scoring.documents import score_documents
-from philens.tasks.automata import TASKS, generate
+from philens.tasks.packing import TokenDocuments
+from philens.training.evaluation import evaluate
 from philens.training.recipe import Recipe
 from philens.training.run import METRICS_FILE, read_metrics
 
@@ -27,26 +26,6 @@ if TYPE_CHECKING:
     from philens.training.trainer import PHiTrainer
 
 logger = logging.getLogger(__name__)
-
-# Evaluation reads documents that no training stream of any run has.
-EVALUATION_SEED = 2**40
-
-
-def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, float]:
-    """Mean phi and surprisal of each task in nats per token, on documents that training never reads.
-
-    Documents are cut to the length of a training row.
-    """
-    metrics: dict[str, float] = {}
-    # Sampled latents must not draw from the generator that training resumes from.
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-        for task in TASKS:
-            docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents))
-            table = score_documents(lens, docs.cut(recipe.data.length))
-            metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
-            if lens.enabled:
-                metrics[f"eval/{task}/phi"] = float(table.phi.mean())
-    return metrics
 
 
 def draw_course(folder: Path) -> None:
@@ -138,7 +117,7 @@ _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 class Evaluation(TrainerCallback):
-    """Measures every task now and then, draws the course, and says when the layer has collapsed.
+    """Measures the model now and then, draws the course, and says when a layer has collapsed.
 
     Attributes:
         trainer: whose log takes the figures; set once it is made.
@@ -146,35 +125,57 @@ class Evaluation(TrainerCallback):
 
     trainer: "PHiTrainer"
 
-    def __init__(self, recipe: Recipe, lens: PHiModel, folder: Path) -> None:
-        self.recipe, self.lens, self.folder = recipe, lens, folder
+    def __init__(
+        self, recipe: Recipe, lens: PHiModel, folder: Path, held_out: dict[str, TokenDocuments]
+    ) -> None:
+        self.recipe, self.lens, self.folder, self.held_out = recipe, lens, folder, held_out
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Where a layer goes into a trained base, its course begins with the fresh layer.
+        if state.global_step == 0 and self.recipe.model.base is not None:
+            self._evaluate(state, control)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         train = self.recipe.train
         last = state.global_step == train.steps
-        if not last and not (train.eval_every and state.global_step % train.eval_every == 0):
-            return
+        if last or (train.eval_every and state.global_step % train.eval_every == 0):
+            self._evaluate(state, control)
+            if not last:
+                draw_course(self.folder)
+
+    def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
         begin, should_log = time.monotonic(), control.should_log
         self.trainer.check_weights()
-        metrics = evaluate_tasks(self.lens, self.recipe, train.evaluation_documents)
+        metrics = evaluate(self.lens, self.recipe, self.held_out)
         if self.lens.enabled:
-            phi = float(np.mean([value for name, value in metrics.items() if name.endswith("/phi")]))
-            information = self.trainer.information()
-            least = phi if information is None else min(phi, information)
-            metrics["collapsed"] = float(least < train.collapse_threshold)
-            if metrics["collapsed"]:
-                logger.warning(
-                    "The PHi layer has collapsed at step %d: its latents carry almost no information (phi is "
-                    "%.3g nats on average over all tasks). Lower phi.phi_weight, or insert the layer deeper.",
-                    state.global_step,
-                    phi,
-                )
+            metrics["collapsed"] = float(any([self._collapsed(path, metrics, state) for path in self._at()]))
         self.trainer.log(metrics)
         # Trainer takes any record for the step's own, which is still to come.
         control.should_log = should_log
-        if not last:
-            draw_course(self.folder)
         self.trainer.pause_clock(begin)
+
+    def _at(self) -> list[str]:
+        several = self.lens.config.layers is not None
+        return [f"@{path}" for path in self.lens.module_paths] if several else [""]
+
+    def _collapsed(self, at: str, metrics: dict[str, float], state: TrainerState) -> bool:
+        values = [
+            value for name, value in metrics.items() if name.count("/") == 2 and name.endswith(f"/phi{at}")
+        ]
+        phi = sum(values) / len(values) if values else math.inf
+        information = self.trainer.information(at)
+        collapsed = (
+            min(phi, phi if information is None else information) < self.recipe.train.collapse_threshold
+        )
+        if collapsed:
+            logger.warning(
+                "The PHi layer%s has collapsed at step %d: its latents carry almost no information (phi is "
+                "%.3g nats on average). Lower phi.phi_weight, or insert the layer deeper.",
+                at.replace("@", " after "),
+                state.global_step,
+                phi,
+            )
+        return collapsed
 
 
 class Interrupt(TrainerCallback):

@@ -1,15 +1,17 @@
 """The typed recipe: everything that decides what a training run is."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from philens.errors import ConfigError, RecipeError
 from philens.layer import PHiConfig
 from philens.tasks.automata import TaskConfig, task_index
+from philens.tasks.sources import TextPart
 from philens.typed import convert, nearest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -17,10 +19,19 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 @dataclass
 class ModelRecipe:
-    """The base model, made from its configuration with fresh weights.
+    """The base model: made from its configuration with fresh weights, or a trained one.
 
     Attributes:
-        architecture: `transformer` (Llama-shaped) or `lstm`.
+        base: a trained model, as an id on the Hub or a folder; None makes one by what stands from
+            `architecture` on, which is not looked at otherwise.
+        revision: of the base on the Hub.
+        dtype: of the base's weights; `auto` is what they are stored in.
+        quantization: of the base's weights, when they are loaded; needs philens[quantize].
+        frozen: train only the PHi layer in the base. The base is then not saved with it.
+        trust_remote_code: run code that comes with the base.
+        architecture: `transformer` (Llama-shaped) or `lstm`; `pretrained` says that a base must be given.
+        tokenizer: `characters` of ASCII, `bytes`, or `bpe`, byte pairs learned from the training text.
+        vocab_size: tokens of `bpe`; the others have their own number.
         hidden_size: D.
         intermediate_size: width of the MLP (Transformer) or of the LSTM inside a block.
         layers: number of blocks.
@@ -30,7 +41,15 @@ class ModelRecipe:
             takes for models of any width.
     """
 
-    architecture: Literal["transformer", "lstm"] = "transformer"
+    base: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantization: Literal["none", "int8", "int4"] = "none"
+    frozen: bool = True
+    trust_remote_code: bool = False
+    architecture: Literal["transformer", "lstm", "pretrained"] = "transformer"
+    tokenizer: Literal["characters", "bytes", "bpe"] = "characters"
+    vocab_size: int = 2048
     hidden_size: int = 128
     intermediate_size: int = 344
     layers: int = 4
@@ -41,10 +60,11 @@ class ModelRecipe:
 
 @dataclass
 class DataRecipe:
-    """What the model reads.
+    """What the model reads: formal languages, or text.
 
     Attributes:
-        mixture: weight of each task among the documents.
+        parts: parts of a training text by name (docs/data.md); if there are any, they are all that is read.
+        mixture: weight of each task of formal languages among the documents.
         tasks: sizes of the tasks.
         length: T, tokens in a row.
         document_lengths: from a step on, documents are cut to so many tokens. Short ones first make a
@@ -54,6 +74,7 @@ class DataRecipe:
         workers: processes that make them ahead.
     """
 
+    parts: dict[str, TextPart] = field(default_factory=dict)
     mixture: dict[str, float] = field(default_factory=lambda: {"in_context_language": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     length: int = 2048
@@ -145,13 +166,13 @@ class Recipe:
     Attributes:
         name: of the run.
         seed: of weights, noise and training documents.
-        model, phi, phi_schedule, data, optimizer, train: its parts.
+        model, phi, phi_schedule, data, optimizer, train: its parts. `phi: null` trains the base model alone.
     """
 
     name: str = "run"
     seed: int = 0
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    phi: PHiConfig = field(default_factory=lambda: PHiConfig(layer=0))
+    phi: PHiConfig | None = field(default_factory=lambda: PHiConfig(layer=0))
     phi_schedule: PhiSchedule = field(default_factory=PhiSchedule)
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
@@ -172,13 +193,26 @@ FREE_ON_RESUME = {
 }
 
 
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field's type is, None being allowed beside it."""
+    return next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)  # pyright: ignore[reportReturnType]
+
+
+def _sections(kind: Any) -> type | None:
+    """The dataclass whose sections, by name, a field holds."""
+    return _section(get_args(kind)[1]) if get_origin(kind) is dict else None
+
+
 def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
-    """Every key of a recipe, dotted, sections included."""
+    """Every key of a recipe, dotted, sections included; NAME stands for a name to be chosen."""
     keys = []
     for entry in fields(kind):
-        keys.append(prefix + entry.name)
-        if isinstance(entry.type, type) and is_dataclass(entry.type):
-            keys += recipe_keys(entry.type, f"{prefix}{entry.name}.")
+        key = prefix + entry.name
+        keys.append(key)
+        if named := _sections(entry.type):
+            keys += [f"{key}.NAME", *recipe_keys(named, f"{key}.NAME.")]
+        elif section := _section(entry.type):
+            keys += recipe_keys(section, f"{key}.")
     return keys
 
 
@@ -187,7 +221,7 @@ _DICTS = ("data.mixture", "data.document_lengths")
 
 
 # An insertion point given on the command line takes the place of a recipe's.
-_ALTERNATIVES = {"phi.module": "phi.layer", "phi.layer": "phi.module"}
+_ALTERNATIVES = {"phi.module", "phi.layer", "phi.layers"}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,8 +238,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_key(key: str, source: str) -> None:
     keys = recipe_keys()
-    if key not in keys and not key.startswith("data.mixture."):
-        near = nearest(key, keys)
+    pattern = re.sub(r"^data\.parts\.[^.]+", "data.parts.NAME", key)
+    if pattern not in keys and not key.startswith("data.mixture."):
+        near = nearest(pattern, keys)
+        if pattern != key:
+            near = near.replace("data.parts.NAME", ".".join(key.split(".")[:3]))
         raise RecipeError(f"{source} has an unknown key {key!r}; the nearest valid one is {near!r}.")
 
 
@@ -244,22 +281,28 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             reason = " ".join(str(error).split())
             raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it.") from error
         if not isinstance(values, dict):
-            raise RecipeError(f"{path} must hold keys and values, such as \"seed: 1\", not {values!r:.40}.")
+            raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {values!r:.40}.')
     flat = flatten(values)
     for key in flat:
         _check_key(key, str(path))
-    for name, value in (overrides or {}).items():
+    given = overrides or {}
+    for name, value in given.items():
         if isinstance(value, str):
             value = _read_yaml(name, value)
+        if name == "data.parts" or not isinstance(value, dict):
+            # All parts, or a whole section that becomes null, take the place of what was there.
+            flat = {key: old for key, old in flat.items() if not key.startswith(f"{name}.")}
         for key, single in flatten({name: value}).items():
             _check_key(key, "The command line")
             mixture = flat.get("data.mixture", {})
             if key.startswith("data.mixture.") and isinstance(mixture, dict):
                 key, single = "data.mixture", {**mixture, key.removeprefix("data.mixture."): single}
+            if flat.get("phi", 0) is None and key.startswith("phi."):
+                del flat["phi"]
             flat[key] = single
-            if key in _ALTERNATIVES and _ALTERNATIVES[key] not in (overrides or {}):
-                flat[_ALTERNATIVES[key]] = None
-    recipe: Recipe = _build(Recipe(), _nested(flat))
+            if key in _ALTERNATIVES:
+                flat |= dict.fromkeys(_ALTERNATIVES - {key} - given.keys())
+    recipe: Recipe = _build(Recipe, Recipe(), _nested(flat))
     check_recipe(recipe)
     return recipe
 
@@ -286,23 +329,19 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _build(default: Any, values: dict[str, Any], prefix: str = "") -> Any:
-    """`default`, a dataclass, with some fields replaced by values of the right type."""
-    if isinstance(default, PHiConfig) and values.get("module") is not None:
-        values = {"layer": None, **values}  # a module path takes the default layer's place
-    options: dict[str, Any] = {}
+def _build(kind: type, default: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """A dataclass, `default` or a fresh one, with some fields replaced by values of the right type."""
+    if kind is PHiConfig and any(values.get(name) is not None for name in ("module", "layers")):
+        values = {"layer": None, **values}  # another insertion point takes the default layer's place
     try:
-        for entry in fields(default):
-            if entry.name not in values:
-                continue
-            key, value = prefix + entry.name, values[entry.name]
-            if not is_dataclass(entry.type):
-                options[entry.name] = convert(value, entry.type, key)
-            elif isinstance(value, dict):
-                options[entry.name] = _build(getattr(default, entry.name), value, f"{key}.")
-            else:
-                raise RecipeError(f"{key} must be a section of keys, not {value!r}.")
-        return replace(default, **options)
+        options = {
+            entry.name: _value(
+                entry.type, getattr(default, entry.name, None), values[entry.name], prefix + entry.name
+            )
+            for entry in fields(kind)
+            if entry.name in values
+        }
+        return kind(**options) if default is None else replace(default, **options)
     except RecipeError:
         raise
     except ConfigError as error:
@@ -310,10 +349,29 @@ def _build(default: Any, values: dict[str, Any], prefix: str = "") -> Any:
         raise RecipeError(message if message.startswith(prefix) else f"{prefix[:-1]}: {message}") from error
 
 
+def _value(kind: Any, default: Any, value: Any, key: str) -> Any:
+    section, named = _section(kind), _sections(kind)
+    if not (section or named) or (value is None and kind is not section and not named):
+        return convert(value, kind, key)
+    if not isinstance(value, dict):
+        raise RecipeError(f"{key} must be a section of keys, not {value!r}.")
+    if named:
+        return {name: _value(named, None, one, f"{key}.{name}") for name, one in value.items()}
+    return _build(section, default, value, f"{key}.")  # pyright: ignore[reportArgumentType]
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Raise a RecipeError about the first value that cannot work."""
     positive = {
-        "model": ("hidden_size", "intermediate_size", "layers", "heads", "rope_theta", "initializer_range"),
+        "model": (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "rope_theta",
+            "initializer_range",
+        ),
         "data": ("length", "group"),
         "optimizer": ("learning_rate",),
         "train": ("steps", "batch_size", "accumulate", "log_every", "keep", "evaluation_documents"),
@@ -346,11 +404,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(f"data.mixture.{name} must be at least 0, not {weight}.")
     if not sum(recipe.data.mixture.values()) > 0:
         raise RecipeError("data.mixture needs at least one task with a weight above 0.")
-    if recipe.model.architecture == "transformer" and recipe.model.hidden_size % (2 * recipe.model.heads):
-        raise RecipeError(
-            f"model.hidden_size {recipe.model.hidden_size} must be a multiple of twice "
-            f"model.heads {recipe.model.heads}."
-        )
+    _check_model(recipe)
     optimizer, steps = recipe.optimizer, recipe.train.steps
     for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
         if not 0 <= value < 1:
@@ -360,7 +414,40 @@ def check_recipe(recipe: Recipe) -> None:
             f"optimizer.warmup_steps {optimizer.warmup_steps} and optimizer.decay {optimizer.decay} "
             f"do not fit into train.steps {steps}; lower one of them."
         )
-    data = recipe.data
+    if not recipe.data.parts:
+        _check_documents_fit(recipe.data)
+
+
+def _check_model(recipe: Recipe) -> None:
+    model, parts = recipe.model, recipe.data.parts
+    if model.base is None:
+        if model.architecture == "pretrained":
+            raise RecipeError("model.base must be given: the model's id on the Hub, or its folder.")
+        for name in ("revision", "quantization", "trust_remote_code", "dtype"):
+            if getattr(model, name) != getattr(ModelRecipe(), name):
+                raise RecipeError(f"model.{name} is of a trained base model; give model.base too.")
+        if model.architecture == "transformer" and model.hidden_size % (2 * model.heads):
+            raise RecipeError(
+                f"model.hidden_size {model.hidden_size} must be a multiple of twice model.heads "
+                f"{model.heads}."
+            )
+        if model.tokenizer != "characters" and not parts:
+            raise RecipeError("model.tokenizer must be characters for formal languages, or give data.parts.")
+        if model.tokenizer == "bpe" and model.vocab_size < 262:
+            raise RecipeError(f"model.vocab_size must be at least 262 (all bytes), not {model.vocab_size}.")
+    elif recipe.phi is None and model.frozen:
+        raise RecipeError("Nothing would be trained: give phi, or set model.frozen to false.")
+    elif model.quantization != "none" and not model.frozen:
+        raise RecipeError("A quantized base cannot be trained; set model.frozen to true.")
+    if recipe.phi is None and recipe.phi_schedule != PhiSchedule():
+        raise RecipeError("phi_schedule is of a PHi layer, and phi is null; leave it out.")
+    if parts and not sum(part.weight for part in parts.values()) > 0:
+        raise RecipeError("data.parts needs at least one part with a weight above 0.")
+    if parts and recipe.data.mixture != DataRecipe().mixture:
+        raise RecipeError("Give data.mixture (formal languages) or data.parts (text), not both.")
+
+
+def _check_documents_fit(data: DataRecipe) -> None:
     longest = data.tasks.strings[1] * (data.tasks.string_length[1] + 1) - 1
     longest = min(longest, data.tasks.max_length or longest)
     if data.packing and longest > data.group * data.length:

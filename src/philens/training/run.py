@@ -1,8 +1,6 @@
 """Models from recipes, and the run folders that training leaves behind."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,20 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
+from philens import hub
 from philens.adapter import (
     WEIGHTS_FILE,
     load,
     load_weights,
-    read_json,
     read_safetensors,
     save_adapter,
     written_whole,
 )
 from philens.errors import AdapterError, RecipeError, TrainingError
+from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
+from philens.tasks.packing import TokenDocuments
+from philens.tasks.text import TextMixture, open_parts
 from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 
 # The run of recipes/small.yaml that comes with philens.
@@ -30,27 +31,135 @@ RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "vers
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 
 
-def build_base(recipe: Recipe) -> Any:
+def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
+    """The model that a recipe trains, before its first step, and its tokenizer.
+
+    Args:
+        checkpoint: where to take a tokenizer from that was made when the run started; the model's weights are
+            not read.
+
+    Raises:
+        RecipeError: sizes that do not fit together, or a base that does not fit the data.
+        PhilensError: the base, or the text that a tokenizer is made from, cannot be read.
+    """
+    if recipe.model.base is None:
+        tokenizer = (
+            _make_tokenizer(recipe) if checkpoint is None else load_tokenizer(checkpoint / MODEL_FOLDER)
+        )
+        return attach_fresh(build_base(recipe, tokenizer), recipe), tokenizer
+    if recipe.data.parts:
+        open_parts(
+            recipe.data.parts, recipe.data.tasks, recipe.seed
+        )  # an error there comes before a large model
+    base, tokenizer = _load_named_base(recipe)
+    if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
+        raise RecipeError(
+            f"{recipe.model.base} does not read characters as formal languages need it; give data.parts."
+        )
+    torch.manual_seed(recipe.seed)
+    return attach_fresh(base, recipe), tokenizer
+
+
+def build_model(recipe: Recipe) -> PHiModel:
+    """The recipe's base model with its PHi layer, fresh."""
+    return start_model(recipe)[0]
+
+
+def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
+    """A base model with the recipe's PHi layer, fresh. For a recipe without one, the smallest there is, which
+    stays out of the path and is neither trained nor saved."""
+    if recipe.phi is None:
+        lens = attach(base, PHiConfig(layer=0, latent_size=1, prior="unit", init="random"))
+        lens.phi.requires_grad_(False)
+        lens.disable()
+        return lens
+    lens = attach(base, recipe.phi)
+    if recipe.model.base is not None and recipe.model.frozen:
+        lens.freeze_base()
+    return lens
+
+
+def _load_named_base(recipe: Recipe, tokenizer: bool = True) -> tuple[Any, Any]:
+    model = recipe.model
+    return hub.load_pretrained(
+        str(model.base),
+        revision=model.revision,
+        dtype=model.dtype,
+        quantization=None if model.quantization == "none" else model.quantization,
+        trust_remote_code=model.trust_remote_code,
+        tokenizer=tokenizer,
+    )
+
+
+def _make_tokenizer(recipe: Recipe) -> Any:
+    from philens.tokenizer import byte_tokenizer, character_tokenizer, train_bpe
+
+    if recipe.model.tokenizer == "characters":
+        return character_tokenizer()
+    tokenizer = byte_tokenizer()
+    if recipe.model.tokenizer == "bytes":
+        return tokenizer
+    return train_bpe(text_mixture(recipe, tokenizer).sample(), recipe.model.vocab_size)
+
+
+def text_mixture(recipe: Recipe, tokenizer: Any) -> TextMixture:
+    """The stream of documents that a recipe with `data.parts` reads."""
+    return TextMixture(recipe.data.parts, tokenizer, recipe.data.length, recipe.seed, recipe.data.tasks)
+
+
+def evaluation_documents(recipe: Recipe, tokenizer: Any, count: int) -> dict[str, TokenDocuments]:
+    """At most so many documents of each text part that training never reads, each at most a row long.
+
+    Parts without any are left out: those with fewer than 20 documents.
+    """
+    text = text_mixture(recipe, tokenizer)
+    found = {name: text.held_out(name, count) for name in text.sources}
+    return {name: documents for name, documents in found.items() if len(documents)}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{folder} does not hold a tokenizer that can be loaded ({reason}).") from error
+
+
+def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
     """The recipe's base model with fresh weights, drawn from its seed; a transformers model.
+
+    Args:
+        tokenizer: whose ids the model reads; None means ASCII characters.
 
     Raises:
         RecipeError: sizes that do not fit together.
     """
     torch.manual_seed(recipe.seed)
     try:
-        return _build_base(recipe)
+        return _build_base(recipe, tokenizer)
     except StrictDataclassError as error:
         raise RecipeError(f"model does not hold together: {' '.join(str(error).split())}.") from error
 
 
-def _build_base(recipe: Recipe) -> Any:
+def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
     model = recipe.model
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if model.tokenizer != "characters" and tokenizer is not None:
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        tokens = {"vocab_size": len(tokenizer), **ids}
     if model.architecture == "lstm":
         from philens.lstm import LSTMConfig, LSTMForCausalLM
 
         return LSTMForCausalLM(
             LSTMConfig(
-                vocab_size=128,
+                **tokens,
                 hidden_size=model.hidden_size,
                 intermediate_size=model.intermediate_size,
                 num_hidden_layers=model.layers,
@@ -60,7 +169,7 @@ def _build_base(recipe: Recipe) -> Any:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=128,
+            **tokens,
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             num_hidden_layers=model.layers,
@@ -69,89 +178,56 @@ def _build_base(recipe: Recipe) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
             tie_word_embeddings=True,
             initializer_range=model.initializer_range,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
         )
     )
 
 
-def build_model(recipe: Recipe) -> PHiModel:
-    """The recipe's base model with its PHi layer, fresh."""
-    return attach(build_base(recipe), recipe.phi)
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the bars that transformers shows for every file: training has its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_base(folder: str | Path) -> Any:
-    """A base model that philens saved; its weights file is checked first.
+    """A base model that philens saved, in evaluation mode.
 
     Raises:
         AdapterError: it is missing or damaged.
     """
-    from transformers import AutoModelForCausalLM
-
-    import philens.lstm  # noqa: F401  (registers the LSTM with transformers)
-
-    folder = Path(folder)
-    read_json(folder / "config.json")
-    read_safetensors(folder / "model.safetensors")
-    try:
-        with _no_bars():
-            base, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                folder, output_loading_info=True, local_files_only=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{folder} does not hold a model that can be loaded ({reason}).") from error
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong:
-        raise AdapterError(
-            f"{folder} has missing or unknown weights ({wrong[0]}); it is damaged or something else."
-        )
-    return base
+    return hub.load_pretrained(folder, tokenizer=False, local_only=True)[0]
 
 
-def save_model(lens: PHiModel, folder: Path) -> None:
-    """Write base and layer into `folder`, each in a folder of its own.
+def _keeps_base(recipe: Recipe) -> bool:
+    """Whether the base belongs to the run; one from elsewhere that nothing changes is not copied."""
+    return recipe.model.base is None or not recipe.model.frozen
+
+
+def save_model(lens: PHiModel, folder: Path, recipe: Recipe, tokenizer: Any) -> None:
+    """Write base with tokenizer, and layer, into `folder`, each in a folder of its own.
+
+    A frozen base that was loaded is left out, and so is the layer of a recipe without one.
 
     Raises:
         OutputError: they cannot be written.
     """
-    from philens.tokenizer import character_tokenizer
+    if _keeps_base(recipe):
+        with written_whole(folder / MODEL_FOLDER) as staging, hub.quiet():
+            lens.base.save_pretrained(staging)  # pyright: ignore[reportCallIssue]
+            tokenizer.save_pretrained(staging)
+    if recipe.phi is not None:
+        save_adapter(lens, folder / ADAPTER_FOLDER)
 
-    with written_whole(folder / MODEL_FOLDER) as staging, _no_bars():
-        lens.base.save_pretrained(staging)  # pyright: ignore[reportCallIssue]
-        character_tokenizer().save_pretrained(staging)
-    save_adapter(lens, folder / ADAPTER_FOLDER)
 
-
-def load_model_weights(lens: PHiModel, folder: Path) -> None:
+def load_model_weights(lens: PHiModel, folder: Path, recipe: Recipe) -> None:
     """Load the weights that `save_model` wrote into a model of the same shape.
 
     Raises:
         AdapterError: they are missing, damaged or another model's.
     """
-    path = folder / MODEL_FOLDER / "model.safetensors"
-    weights = read_safetensors(path)
-    # Tied weights are stored once, under the name that named_parameters has.
-    stored = {name for name, _ in (*lens.base.named_parameters(), *lens.base.named_buffers())}
-    tied = {name: value for name, value in lens.base.state_dict().items() if name not in stored}
-    load_weights(lens.base, tied | weights, path)
-    path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
-    load_weights(lens.phi, read_safetensors(path), path)
+    if _keeps_base(recipe):
+        path = folder / MODEL_FOLDER / "model.safetensors"
+        weights = read_safetensors(path)
+        # Tied weights are stored once, under the name that named_parameters has.
+        stored = {name for name, _ in (*lens.base.named_parameters(), *lens.base.named_buffers())}
+        tied = {name: value for name, value in lens.base.state_dict().items() if name not in stored}
+        load_weights(lens.base, tied | weights, path)
+    if recipe.phi is not None:
+        path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
+        load_weights(lens.phi, read_safetensors(path), path)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -175,33 +251,51 @@ def check_same_recipe(then: dict[str, Any], recipe: Recipe, source: Path) -> Non
 
 
 def finished_model(folder: Path, recipe: Recipe) -> PHiModel | None:
-    """The model of a run if it is finished.
+    """A run's model if it is finished, in evaluation mode; the base alone if the recipe has no PHi layer.
 
     Raises:
         TrainingError: it is another recipe's.
     """
-    if not (folder / ADAPTER_FOLDER).is_dir():
+    if not (folder / RECIPE_FILE).is_file():
         return None
-    lens, found = load_run(folder)
+    found = load_recipe(folder / RECIPE_FILE)
+    if not _is_finished(folder, found):
+        return None
     check_same_recipe(_plain(found), recipe, folder)
-    return lens
+    return _load_finished(folder, found)
+
+
+def _is_finished(folder: Path, recipe: Recipe) -> bool:
+    return (folder / (MODEL_FOLDER if recipe.phi is None else ADAPTER_FOLDER)).is_dir()
+
+
+def _load_finished(folder: Path, recipe: Recipe) -> PHiModel:
+    base = load_base(folder / MODEL_FOLDER) if _keeps_base(recipe) else _load_named_base(recipe, False)[0]
+    if recipe.phi is None:
+        return attach_fresh(base, recipe).eval()
+    return load(base, folder / ADAPTER_FOLDER)
 
 
 def load_run(folder: str | Path) -> tuple[PHiModel, Recipe]:
     """A finished run's model, in evaluation mode, and its recipe.
 
     Raises:
-        AdapterError: the folder is not a finished run, or is damaged.
+        AdapterError: the folder is not a finished run, is damaged, or has no PHi layer.
     """
     folder = Path(folder)
     if not (folder / RECIPE_FILE).is_file():
         raise AdapterError(
             f"{folder} is not a run folder: it has no {RECIPE_FILE}; give the folder of a finished run."
         )
-    if not (folder / ADAPTER_FOLDER).is_dir():
-        raise AdapterError(f"The run in {folder} is not finished; finish it with philens train --resume.")
     recipe = load_recipe(folder / RECIPE_FILE)
-    return load(load_base(folder / MODEL_FOLDER), folder / ADAPTER_FOLDER), recipe
+    if not _is_finished(folder, recipe):
+        raise AdapterError(f"The run in {folder} is not finished; finish it with philens train --resume.")
+    if recipe.phi is None:
+        raise AdapterError(
+            f"The run in {folder} has no PHi layer; give it one by training with --model.base "
+            f"{folder / MODEL_FOLDER}."
+        )
+    return _load_finished(folder, recipe), recipe
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -36,15 +36,16 @@ from philens.training.run import (
     METRICS_FILE,
     RECIPE_FILE,
     VERSIONS_FILE,
-    build_model,
     check_same_recipe,
+    evaluation_documents,
     find_checkpoints,
     finished_model,
     load_model_weights,
-    load_run,
     read_metrics,
     recipe_yaml,
     save_model,
+    start_model,
+    text_mixture,
     versions,
 )
 
@@ -53,10 +54,15 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_RECIPE, CHECKPOINT_LOGS = "recipe.json", "logs.json"
 
 
-def training_rows(recipe: Recipe) -> Dataset[dict[str, Tensor]]:
-    """The rows a run reads, in order."""
+def training_rows(recipe: Recipe, tokenizer: Any = None) -> Dataset[dict[str, Tensor]]:
+    """The rows a run reads, in order.
+
+    Args:
+        tokenizer: needed where the recipe reads text.
+    """
     data, train = recipe.data, recipe.train
-    documents = Mixture(data.tasks, data.mixture, recipe.seed).documents
+    formal = Mixture(data.tasks, data.mixture, recipe.seed)
+    documents = text_mixture(recipe, tokenizer).documents if data.parts else formal.documents
     rows_per_step = train.batch_size * train.accumulate
     rows = train.steps * rows_per_step
     if not data.packing:
@@ -81,8 +87,8 @@ class PHiTrainer(Trainer):
     """A Trainer that logs every part of the loss, stops at a loss that is not finite, and writes each
     checkpoint whole or not at all."""
 
-    def __init__(self, recipe: Recipe, lens: PHiModel, folder: Path, **kwargs: Any) -> None:
-        self.recipe, self.lens, self.folder = recipe, lens, folder
+    def __init__(self, recipe: Recipe, lens: PHiModel, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
+        self.recipe, self.lens, self.tokenizer, self.folder = recipe, lens, tokenizer, folder
         self._parts: dict[str, list[Tensor]] = {}  # of the loss, since the last record
         self._tokens, self._since = 0, time.monotonic()
         self._staging: Path | None = None
@@ -104,19 +110,23 @@ class PHiTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        output = model(**inputs)
+        # A large vocabulary's logits are made in parts; a compiled program has them whole.
+        returns = "logits" if self.recipe.train.compile else "states"
+        output = model(**inputs, returns=returns)
         for name, value in output.losses.items():
             self._parts.setdefault(name, []).append(value.float())
-        if output.layer_output is not None and "information" not in self._parts:
-            layer, counted = output.layer_output, inputs["labels"] != -100
-            information = latent_information(layer.posterior_mean, layer.posterior_logvar, counted)
-            self._parts["information"] = [information.float()]
+        counted = inputs["labels"] != -100
+        for path, layer in zip(self.lens.module_paths, output.layer_outputs, strict=False):
+            name = "information" if self.lens.config.layers is None else f"information@{path}"
+            if name not in self._parts:
+                information = latent_information(layer.posterior_mean, layer.posterior_logvar, counted)
+                self._parts[name] = [information.float()]
         self._tokens += inputs["input_ids"].numel()
         return output.loss
 
-    def information(self) -> float | None:
-        """What the latents could tell in the first batch since the last record, in nats per token."""
-        values = self._parts.get("information")
+    def information(self, at: str = "") -> float | None:
+        """What a layer's latents could tell in the first batch since the last record, in nats per token."""
+        values = self._parts.get(f"information{at}")
         return float(values[0]) if values else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -182,10 +192,10 @@ class PHiTrainer(Trainer):
         self.pause_clock(begin)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_model(self.lens, Path(output_dir or self.folder))
+        save_model(self.lens, Path(output_dir or self.folder), self.recipe, self.tokenizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model_weights(self.lens, Path(resume_from_checkpoint))
+        load_model_weights(self.lens, Path(resume_from_checkpoint), self.recipe)
 
     # A record may be a mean over several steps; a checkpoint between two records keeps what is summed so far.
 
@@ -203,6 +213,26 @@ class PHiTrainer(Trainer):
                 self._parts[name] = list(torch.tensor(values, device=device))
             # What is free to differ on resuming is this run's, not the checkpoint's.
             self.state.compute_steps(self.args, self.state.max_steps)
+
+
+def training_record(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What a model card says of a run: the recipe, the data, and the last evaluation."""
+    record, data = asdict(recipe), recipe.data
+    # Where folders lie on this machine is nobody else's business.
+    if recipe.model.base is not None and Path(recipe.model.base).exists():
+        record["model"]["base"] = Path(recipe.model.base).name
+    for part in record["data"]["parts"].values():
+        if Path(part["source"]).exists():
+            part["source"] = Path(part["source"]).name
+    weights = {name: part.weight for name, part in data.parts.items()} or data.mixture
+    evaluations = [one for one in read_metrics(folder) if any(name.startswith("eval/") for name in one)]
+    metrics: dict[str, dict[str, float]] = {}
+    for key, value in (evaluations[-1] if evaluations else {}).items():
+        if key.startswith("eval/"):
+            part, name = ["all parts", *key.split("/")[1:]][-2:]
+            metrics.setdefault(part, {})[name] = value
+    texts = [f"{name}, weight {weight:g}" for name, weight in weights.items() if weight]
+    return {"recipe": record, "data": texts, "metrics": metrics}
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -323,21 +353,28 @@ def train(
     if resume and (lens := finished_model(folder, recipe)):
         return lens
     checkpoint = _check_folder(folder, recipe, resume)
-    lens = build_model(recipe)
+    lens, tokenizer = start_model(recipe, checkpoint)
+    rows = training_rows(recipe, tokenizer)
     if recipe.train.checkpoint_activations:
-        lens.gradient_checkpointing_enable()
+        lens.checkpoint_activations()
     _start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
-    interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder)
-    callbacks: list[TrainerCallback] = [Phases(recipe, lens), Records(recipe, folder), evaluation, interrupt]
+    held_out = {}
+    if recipe.data.parts:
+        held_out = evaluation_documents(recipe, tokenizer, recipe.train.evaluation_documents)
+    interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder, held_out)
+    callbacks: list[TrainerCallback] = [Records(recipe, folder), evaluation, interrupt]
+    if recipe.phi is not None:
+        callbacks.insert(0, Phases(recipe, lens))
     bar = Progress() if (sys.stderr.isatty() if progress is None else progress) else None
     if bar:
         callbacks.append(bar)
     trainer = PHiTrainer(
         recipe,
         lens,
+        tokenizer,
         folder,
         args=_arguments(recipe, folder),
-        train_dataset=training_rows(recipe),
+        train_dataset=rows,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -363,7 +400,8 @@ def train(
     if interrupt.stopped and trainer.state.global_step < recipe.train.steps:
         return None
     trainer.check_weights()
-    save_model(lens, folder)
+    lens.record = training_record(recipe, folder)
+    save_model(lens, folder, recipe, tokenizer)
     draw_course(folder)
     # Not the one that was trained: it may be compiled, and cast what it computes.
-    return load_run(folder)[0]
+    return finished_model(folder, recipe)

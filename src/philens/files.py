@@ -1,0 +1,155 @@
+"""Files that are written whole or not at all, and read with one clear sentence when they are damaged.
+
+Nothing here, or anywhere in philens, unpickles.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from philens.errors import AdapterError, OutputError
+
+# Far above any configuration, far below what would fill the memory.
+MAX_JSON_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when everything in it is written, or is removed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another folder.") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if folder.exists():
+            _check_replaceable(folder, staging)
+            old = staging.with_name(staging.name + ".old")
+            folder.rename(old)
+            staging.rename(folder)
+            shutil.rmtree(old)
+        else:
+            staging.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"Cannot write {folder}: {reason}; free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, staging: Path) -> None:
+    """Only what an earlier save left may be replaced: nothing else of the user's is ever deleted."""
+    if not folder.is_dir():
+        raise OutputError(f"Cannot write {folder}: it is a file; choose another folder.")
+    others = {path.name for path in folder.iterdir()} - {path.name for path in staging.iterdir()}
+    if others:
+        raise OutputError(
+            f"Cannot write {folder}: it holds other files ({min(others)}); choose another folder."
+        )
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes.
+
+    Raises:
+        AdapterError: there is no such file, or it holds something else.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise AdapterError(
+                f"{path} is larger than {limit} bytes; it is damaged or something else than a configuration."
+            )
+        value = json.loads(text.decode("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} is not readable as JSON ({error}); it is damaged or something else."
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} does not hold a JSON object; it is damaged or something else.")
+    return value
+
+
+def check_file(path: Path) -> None:
+    """Raise an AdapterError unless `path` is a regular file: no folder, pipe, or link that leads nowhere."""
+    try:
+        found, regular = os.path.lexists(path), path.is_file()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"Cannot read {path}: {reason}; check the path.") from error
+    if not found:
+        raise AdapterError(f"There is no file {path}; check the path.")
+    if not regular:
+        raise AdapterError(f"{path} is not a regular file; it is damaged or something else.")
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        AdapterError: there is no such file, or it is not a whole safetensors file.
+    """
+    check_file(Path(path))
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _not_whole(path, error) from error
+
+
+def check_safetensors(path: str | Path) -> None:
+    """Raise an AdapterError unless `path` is a whole safetensors file; reads no more than its header."""
+    check_file(Path(path))
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: str | Path, error: Exception) -> AdapterError:
+    return AdapterError(
+        f"{path} is not a whole safetensors file ({error}); it is damaged or something else: "
+        "fetch or save it again."
+    )
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        AdapterError: a missing or extra key, or another shape.
+    """
+    expected = module.state_dict()
+    problems = [f"misses {key}" for key in expected.keys() - weights.keys()]
+    problems += [f"has an unknown {key}" for key in weights.keys() - expected.keys()]
+    problems += [
+        f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in expected.keys() & weights.keys()
+        if weights[key].shape != expected[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise AdapterError(
+            f"{source} does not fit this model: it {min(problems)}{more}; load what was saved for it."
+        )
+    module.load_state_dict(weights)

@@ -1,0 +1,312 @@
+"""Texts and chats with an id each, read from files, standard input or the Hub, however much there is.
+
+At no time is more in memory than one document (a Parquet file: one batch of its rows).
+"""
+
+import codecs
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from philens.errors import InputError
+
+# A longer text becomes several documents, cut at line ends where there are any.
+MAX_CHARACTERS = 1 << 20
+# A longer line is no record.
+MAX_RECORD_BYTES = 1 << 26
+_PARQUET_ROWS = 64
+_HUB = "hub:"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a chat.
+
+    Attributes:
+        id: where it is from: `FILE`, or `FILE:LINE` from 1 on (in a table the row), or `FILE:LINE:CHARACTER`
+            where a line (a record) was cut.
+        content: the text, or the messages, each with `role` and `content`.
+        end: bytes of all inputs read when it had been read, as far as is known.
+    """
+
+    id: str
+    content: str | list[Message]
+    end: int
+
+
+class Corpus:
+    """Documents from `inputs`, in order. Iterating reads from the beginning; standard input only once.
+
+    Args:
+        inputs: text files; JSON Lines (`.jsonl`, `.ndjson`) and `.parquet`; `-` for text from standard input;
+            Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
+        field: of records, the field (column) with the text or the messages; by default `text`, else
+            `messages`.
+        by: what in a text file is a document: the `file` or a `line`. Texts of more than MAX_CHARACTERS
+            become several documents either way.
+        split: of Hub data sets.
+        limit: stop after as many documents.
+
+    Attributes:
+        size: bytes of all inputs, None where that is not known.
+        skipped: empty documents, or only of white space, left out in the last iteration.
+
+    Raises:
+        InputError: an input does not exist, or the options do not fit. While iterating: text that is not
+            UTF-8, or a record without the field.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        field: str | None = None,
+        by: Literal["file", "line"] = "file",
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        if not inputs:
+            raise InputError(
+                "There is nothing to score; give files, - for standard input, or hub:owner/name."
+            )
+        if limit is not None and limit < 1:
+            raise InputError(f"limit must be at least 1, not {limit}.")
+        self.inputs, self.field, self.by, self.split, self.limit = list(inputs), field, by, split, limit
+        self.skipped = 0
+        self.size: int | None = 0
+        for name in self.inputs:
+            size = self._check(name)
+            self.size = None if self.size is None or size is None else self.size + size
+
+    def _check(self, name: str) -> int | None:
+        """Raise an InputError if an input cannot be read; its size in bytes, None if not known."""
+        structured = name.startswith(_HUB) or _suffix(name) in _RECORDS
+        if self.field is not None and not structured:
+            raise InputError(
+                f"{name} is read as text and has no fields; --field goes with .jsonl, .parquet and hub:."
+            )
+        if name == "-" or name.startswith(_HUB):
+            return None
+        path = Path(name)
+        if path.is_dir():
+            raise InputError(f"{name} is a folder; give the files in it.")
+        if not path.exists():
+            raise InputError(f"There is no file {name}; check the path.")
+        return path.stat().st_size if path.is_file() else None
+
+    def __iter__(self) -> Iterator[Document]:
+        self.skipped = count = start = 0
+        for name in self.inputs:
+            for document in self._read(name):
+                if _is_empty(document.content):
+                    self.skipped += 1
+                    continue
+                yield Document(document.id, document.content, start + document.end)
+                count += 1
+                if count == self.limit:
+                    return
+            path = Path(name)
+            start += path.stat().st_size if path.is_file() else 0
+
+    def _read(self, name: str) -> Iterator[Document]:
+        if name.startswith(_HUB):
+            yield from self._read_hub(name)
+        elif _suffix(name) == ".parquet":
+            yield from self._read_parquet(name)
+        else:
+            with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+                if _suffix(name) in _RECORDS:
+                    yield from self._read_json_lines(name, file)
+                elif self.by == "line":
+                    yield from _read_lines(name, file)
+                else:
+                    yield from _read_whole(name, file)
+
+    def _read_json_lines(self, name: str, file: BinaryIO) -> Iterator[Document]:
+        end = 0
+        for number, line in enumerate(iter(lambda: file.readline(MAX_RECORD_BYTES), b""), start=1):
+            end += len(line)
+            place = f"{name} line {number}"
+            if len(line) == MAX_RECORD_BYTES:
+                raise InputError(f"{place} is longer than {MAX_RECORD_BYTES >> 20} MB; it is no JSON Lines.")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{place} is not JSON ({error}); correct or remove it.") from error
+            if not isinstance(record, dict):
+                raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
+            yield from self._documents(record, place, f"{name}:{number}", end)
+
+    def _read_parquet(self, name: str) -> Iterator[Document]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(name, buffer_size=1 << 20) as file:
+                fields, number = file.schema_arrow.names, 0
+                columns = [self._field(fields, name)]
+                rows, size = max(file.metadata.num_rows, 1), Path(name).stat().st_size
+                for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+                    for record in batch.to_pylist():
+                        number += 1
+                        place, end = f"{name} row {number}", size * number // rows
+                        yield from self._documents(record, place, f"{name}:{number}", end)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{name} cannot be read as Parquet ({reason}); it is damaged or something else."
+            ) from error
+
+    def _read_hub(self, name: str) -> Iterator[Document]:
+        from datasets import load_dataset
+
+        from philens.hub import quiet, reason
+
+        repository, _, config = name.removeprefix(_HUB).partition(":")
+        try:
+            with quiet():
+                records = iter(load_dataset(repository, config or None, split=self.split, streaming=True))
+        except Exception as error:  # anything a network can do
+            raise InputError(f"The data set {repository} cannot be read ({reason(error)}).") from error
+        number = 0
+        while True:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except Exception as error:  # the same
+                raise InputError(
+                    f"The data set {repository} broke off after row {number} ({reason(error)}); try again."
+                ) from error
+            number += 1
+            yield from self._documents(record, f"{name} row {number}", f"{name}:{number}", 0)
+
+    def _field(self, fields: Sequence[str], place: str) -> str:
+        """The field that holds the text or the messages."""
+        for wanted in [self.field] if self.field is not None else ["text", "messages"]:
+            if wanted in fields:
+                return wanted
+        have = ", ".join(map(repr, fields)) or "none"
+        missing = self.field or "text"
+        raise InputError(f"{place} has no field {missing!r}; it has {have}: choose one with --field.")
+
+    def _documents(self, record: dict[str, Any], place: str, identity: str, end: int) -> Iterator[Document]:
+        field = self._field(list(record), place)
+        value = record[field]
+        if isinstance(value, list) and all(map(_is_message, value)):
+            yield Document(identity, value, end)
+        elif isinstance(value, str) or value is None:
+            text = value or ""
+            if not _is_unicode(text):
+                raise InputError(f"{place}: field {field!r} holds half a character; correct or remove it.")
+            for start, part in _cut(text):
+                yield Document(identity if part is text else f"{identity}:{start + 1}", part, end)
+        else:
+            raise InputError(
+                f"{place}: field {field!r} must be text, or a list of messages with role and content, "
+                f"not {str(value)[:40]!r}."
+            )
+
+
+_RECORDS = (".jsonl", ".ndjson", ".parquet")
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _is_empty(content: str | list[Message]) -> bool:
+    return not (content.strip() if isinstance(content, str) else content)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        return False
+    return True
+
+
+def _cut(text: str) -> Iterator[tuple[int, str]]:
+    """Parts of at most MAX_CHARACTERS and where each begins; they end at line ends where there are any."""
+    start = 0
+    while len(text) - start > MAX_CHARACTERS:
+        end = text.rfind("\n", start, start + MAX_CHARACTERS) + 1 or start + MAX_CHARACTERS
+        yield start, text[start:end]
+        start = end
+    yield start, text[start:]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line with its end, or a part of a line that is too long."""
+
+    text: str
+    number: int  # from 1 on
+    character: int  # where in its line it begins, from 1 on
+    whole: bool
+    end: int  # bytes of the file up to its end
+
+    def id(self, name: str) -> str:
+        return f"{name}:{self.number}" if self.whole else f"{name}:{self.number}:{self.character}"
+
+
+def _lines(name: str, file: BinaryIO) -> Iterator[_Line]:
+    """The lines of a text in UTF-8, never more than MAX_CHARACTERS at once.
+
+    Raises:
+        InputError: a byte that is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number = character = 1
+    end, ended = 0, False
+    while not ended:
+        raw = file.readline(MAX_CHARACTERS)
+        ended = not raw
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(raw, final=ended)
+        except UnicodeDecodeError as error:
+            place, byte = end - waiting + error.start, error.object[error.start]
+            raise InputError(
+                f"{name} is not UTF-8: byte {place + 1} is 0x{byte:02x}; "
+                "if it is text, convert it (iconv -t UTF-8)."
+            ) from error
+        text = text.removeprefix("\ufeff") if end == 0 else text
+        end += len(raw)
+        complete = raw.endswith(b"\n")
+        if text:
+            whole = character == 1 and (complete or len(raw) < MAX_CHARACTERS)
+            yield _Line(text, number, character, whole, end)
+        number, character = (number + 1, 1) if complete else (number, character + len(text))
+
+
+def _read_lines(name: str, file: BinaryIO) -> Iterator[Document]:
+    for line in _lines(name, file):
+        yield Document(line.id(name), line.text.removesuffix("\n").removesuffix("\r"), line.end)
+
+
+def _read_whole(name: str, file: BinaryIO) -> Iterator[Document]:
+    """A text as one document, or in several of whole lines where it is longer than MAX_CHARACTERS."""
+    lines: list[_Line] = []
+    length, alone = 0, True
+    for line in _lines(name, file):
+        if lines and length + len(line.text) > MAX_CHARACTERS:
+            yield Document(lines[0].id(name), "".join(one.text for one in lines), lines[-1].end)
+            lines, length, alone = [], 0, False
+        lines.append(line)
+        length += len(line.text)
+    if lines:
+        identity = name if alone else lines[0].id(name)
+        yield Document(identity, "".join(one.text for one in lines), lines[-1].end)

@@ -1,0 +1,224 @@
+"""A corpus scored: shown in the terminal, written into a folder of shards, or onto a page."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from philens.errors import ConfigError, InputError
+from philens.scoring.corpus import Corpus, Document
+from philens.scoring.shards import chunks, json_line, write_shards
+
+if TYPE_CHECKING:
+    from philens.model import PHiModel
+    from philens.scoring.scores import TokenScores
+
+Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
+# What is batched by length at once; the same everywhere, so that every form gives the same scores.
+SHARD_CHARACTERS = 1_000_000
+
+
+def load_lens(
+    model: str,
+    adapter: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple["PHiModel", Any]:
+    """A base model with a PHi layer in it, on the accelerator where there is one, and its tokenizer.
+
+    Args:
+        model: folder or Hub id; or a run folder, whose own adapter is taken where none is given.
+        adapter: folder or Hub id.
+        revision: of the base on the Hub.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        trust_remote_code: run Python code that the base's repository brings.
+
+    Raises:
+        AdapterError: model or adapter are missing, damaged or do not belong together.
+        ConfigError: there is no adapter.
+    """
+    import torch
+
+    from philens.adapter import load
+    from philens.hub import load_pretrained
+    from philens.training.run import ADAPTER_FOLDER
+
+    if adapter is None and not (Path(model) / ADAPTER_FOLDER).is_dir():
+        raise ConfigError(f"Which PHi layer should go into {model}? Give --adapter, or the folder of a run.")
+    base, tokenizer = load_pretrained(
+        model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    lens = load(base, adapter or model)
+    if torch.accelerator.is_available():
+        lens.to(torch.accelerator.current_accelerator())
+    return lens, tokenizer
+
+
+@dataclass
+class Summary:
+    """What was scored.
+
+    Attributes:
+        documents: with any text in them, and their `tokens`.
+        skipped: empty ones.
+        new: False if all scores were there already.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    new: bool = True
+
+    def __str__(self) -> str:
+        documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
+        empty = f", {self.skipped:,} empty left out" if self.skipped else ""
+        return f"{documents} with {self.tokens:,} tokens{empty}"
+
+
+def score_corpus(
+    corpus: Corpus,
+    load: "Callable[[], tuple[PHiModel, Any]]",
+    form: Form,
+    output: Path | None,
+    *,
+    metrics: Sequence[str] | None = None,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+    shard_characters: int = SHARD_CHARACTERS,
+    options: dict[str, Any] | None = None,
+) -> Summary:
+    """Score a corpus and show or write it.
+
+    Args:
+        corpus: the documents.
+        load: gives the lens and its tokenizer; called when there is something to score.
+        form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
+        output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
+        metrics: as for `philens.score`, like `batch_tokens` and `window`.
+        shard_characters: of text in a shard, about; it also bounds which texts are batched together.
+        options: what else decides the rows of shards; `philens.scoring.shards` says more.
+
+    Raises:
+        PhilensError: what `philens.score`, the corpus or the shards raise.
+    """
+    _check_output(form, output)
+    if shard_characters < 1:
+        raise ConfigError(f"shard_characters must be at least 1, not {shard_characters}.")
+    loaded: tuple[PHiModel, Any] | None = None
+
+    def score(group: Sequence[Document]) -> "Iterator[TokenScores]":
+        from philens.scoring.score import iter_scores
+
+        nonlocal loaded
+        loaded = loaded or load()
+        return iter_scores(
+            *loaded,
+            [document.content for document in group],
+            metrics=metrics,
+            batch_tokens=batch_tokens,
+            window=window,
+            names=[document.id for document in group],
+        )
+
+    with _progress(corpus, shown=output is not None or not sys.stdout.isatty()) as done:
+        if output is not None and form in ("jsonl", "parquet"):
+            decisive = {
+                "inputs": corpus.inputs,
+                "field": corpus.field,
+                "by": corpus.by,
+                "split": corpus.split,
+                "limit": corpus.limit,
+                "metrics": None if metrics is None else sorted(metrics),
+                "batch_tokens": batch_tokens,
+                "window": window,
+            }
+            decisive |= options or {}
+            state, new = write_shards(output, corpus, score, decisive, form, shard_characters, done)
+            return Summary(state.documents, state.tokens, corpus.skipped, new)
+        summary = Summary()
+
+        def scored() -> "Iterator[tuple[Document, TokenScores]]":
+            for group in chunks(corpus, shard_characters):
+                for document, scores in zip(group, score(group), strict=True):
+                    summary.documents += 1
+                    summary.tokens += len(scores)
+                    done(document, len(scores))
+                    yield document, scores
+
+        _show(scored(), form, output)
+        summary.skipped = corpus.skipped
+    if not summary.documents:
+        raise InputError("There is nothing to score: the input holds no text.")
+    return summary
+
+
+def _check_output(form: str, output: Path | None) -> None:
+    if form in ("terminal", "table") and output is not None:
+        raise ConfigError(
+            f"--format {form} goes to the terminal; with --output give --format jsonl, parquet or html."
+        )
+    if form in ("parquet", "html") and output is None:
+        what = "FOLDER" if form == "parquet" else "PAGE.html"
+        raise ConfigError(f"--format {form} needs a place to write to; give --output {what}.")
+    if form in ("jsonl", "parquet") and output is not None and output.suffix == f".{form}":
+        raise ConfigError(
+            f"--format {form} writes a folder, and {output} is named like a file; name a folder."
+        )
+    if form == "html" and output is not None and not output.parent.is_dir():
+        raise ConfigError(
+            f"There is no folder {output.parent} for the page; make it or choose another --output."
+        )
+
+
+def _show(scored: "Iterator[tuple[Document, TokenScores]]", form: str, output: Path | None) -> None:
+    """Everything but shards."""
+    from rich.console import Console
+
+    from philens.report import tokens
+    from philens.report.page import MAX_DOCUMENTS, MAX_TOKENS, write_scores_page
+
+    if form == "jsonl":
+        for document, scores in scored:
+            sys.stdout.write(json_line(document, scores) + "\n")
+    elif form == "html" and output is not None:
+        # One more than the page shows, so that it can say that there is more.
+        pages, count = [], 0
+        for _, scores in scored:
+            pages.append(scores)
+            count += len(scores)
+            if count > MAX_TOKENS or len(pages) > MAX_DOCUMENTS:
+                break
+        write_scores_page(output, pages)
+    else:
+        named = ((document.id, scores) for document, scores in scored)
+        console = Console()
+        if form == "terminal" and tokens.has_colour(console):
+            tokens.print_coloured(console, named)
+        else:
+            tokens.print_rows(sys.stdout, named)
+
+
+@contextmanager
+def _progress(corpus: Corpus, shown: bool) -> Iterator[Callable[[Document, int], None]]:
+    """A bar on standard error, if that is a terminal; gives what is to be called with each document done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    documents = tokens = 0
+    with Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
+        task = bar.add_task("reading", total=corpus.size)
+
+        def done(document: Document, count: int) -> None:
+            nonlocal documents, tokens
+            documents, tokens = documents + 1, tokens + count
+            text = f"{documents:,} documents, {tokens:,} tokens"
+            bar.update(task, completed=document.end, description=text)
+
+        yield done

@@ -1,0 +1,370 @@
+"""The scores of one text: numbers per token, and the same by word, span, table, page and figure."""
+
+import json
+import os
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from philens.errors import InputError
+from philens.findings import write_atomically
+from philens.typed import nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+FORMAT = 1
+# Of the columns that are not in nats.
+UNITS = {"settling_depth": "blocks", "step_length": ""}
+# A longer text's figure has token numbers, not tokens, below it.
+_TOKENS_NAMED = 80
+
+
+class Span(NamedTuple):
+    """A named part of a text: characters `start` to `end` (not included)."""
+
+    name: str
+    start: int
+    end: int
+
+
+class Spans(list[Span]):
+    """The spans of a text (of a chat: its messages). Called, it gives the scores by span as a table."""
+
+    def __init__(self, spans: Iterable[Span], table: "Callable[[Sequence[Span]], pd.DataFrame]") -> None:
+        super().__init__(spans)
+        self._table = table
+
+    def __call__(self, spans: Iterable[Any] | None = None) -> "pd.DataFrame":
+        """One row per span, with name, start, end, tokens, and sum and mean of every column.
+
+        Args:
+            spans: `Span`s, (name, start, end) or matches of a regular expression (their name is the group
+                that matched last, or else what they matched); they may overlap. None means the text's own.
+
+        Raises:
+            InputError: something else.
+        """
+        return self._table(self if spans is None else [_as_span(span) for span in spans])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenScores:
+    """What a lens found in one text of T tokens; made by `philens.score`.
+
+    Attributes:
+        text: the text scored; of a chat, what the tokenizer's template made of it.
+        token_ids: (T,) int64.
+        offsets: (T, 2) int64, each token's characters in `text`, end not included; start equals end for
+            tokens without text, such as a BOS token.
+        columns: by name, (T,) float32, NaN where there is no value; docs/scoring.md says what each is.
+        spans: parts of the text; of a chat one for each message, with its role as the name. `spans(...)`
+            gives a table of these or of other spans.
+        provenance: what the numbers were made with.
+
+    Raises:
+        InputError: shapes that do not fit together.
+    """
+
+    text: str
+    token_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    columns: dict[str, NDArray[np.float32]]
+    spans: Spans = field(default=())  # pyright: ignore[reportAssignmentType]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.token_ids)
+        if self.offsets.shape != (count, 2):
+            raise InputError(
+                f"offsets must have shape ({count}, 2) like the tokens, not {self.offsets.shape}."
+            )
+        for name, values in self.columns.items():
+            if values.shape != (count,):
+                raise InputError(f"{name} must have shape ({count},) like the tokens, not {values.shape}.")
+        table = partial(_span_table, self.text, self.offsets, self.columns)
+        object.__setattr__(self, "spans", Spans(map(_as_span, self.spans), table))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        start = self.text if len(self.text) <= 32 else self.text[:31] + "…"
+        means = ", ".join(f"{name} {value:.3g}" for name, value in self.means().items())
+        return f"TokenScores({start!r}, {len(self)} tokens; means: {means})"
+
+    @property
+    def phi(self) -> NDArray[np.float32]:
+        """(T,) nats; raises InputError where several layers have a phi each, or none was asked for."""
+        return self._column("phi")
+
+    @property
+    def surprisal(self) -> NDArray[np.float32]:
+        """(T,) nats, of the base model without the layer; NaN on the first token."""
+        return self._column("surprisal")
+
+    def _column(self, name: str) -> NDArray[np.float32]:
+        if name in self.columns:
+            return self.columns[name]
+        if not self.columns:
+            raise InputError(f"There is no column {name!r}, nor any other; score the text with metrics.")
+        close = nearest(name, list(self.columns))
+        raise InputError(
+            f"There is no column {name!r}; did you mean {close!r} (there are {', '.join(self.columns)})?"
+        )
+
+    def pieces(self) -> list[str]:
+        """The text of each token; `"".join(pieces)` is the text.
+
+        What lies between two tokens' characters goes to the second, what follows the last to the last token
+        with text. Of several tokens in one character (byte-level vocabularies) the first has it and the
+        others have an empty piece.
+        """
+        pieces, done = [], 0
+        ends = np.maximum.accumulate(self.offsets[:, 1]) if len(self) else self.offsets[:, 1]
+        with_text = np.flatnonzero(self.offsets[:, 1] > self.offsets[:, 0])
+        last = with_text[-1] if len(with_text) else len(self) - 1
+        for number, end in enumerate(ends.tolist()):
+            end = len(self.text) if number >= last else end
+            pieces.append(self.text[done:end])
+            done = end
+        return pieces
+
+    def words(self) -> "pd.DataFrame":
+        """One row per word: word, start, end, tokens, and sum and mean of every column (`phi_sum`, ...).
+
+        A word is a longest run of characters that are not space, cut where a span begins or ends; scripts
+        that put no space between words need spans from a segmenter. A token counts in the word of its first
+        character that is not space, and nowhere if it has none. Sum and mean are over tokens that have a
+        value, and NaN where none has. Texts with spans have a column `span`: the one the word is in.
+        """
+        edges = sorted({edge for span in self.spans for edge in span[1:]})
+        words = []
+        for match in re.finditer(r"\S+", self.text):
+            start, end = match.span()
+            inner = edges[bisect_right(edges, start) : bisect_left(edges, end)]
+            for first, last in zip([start, *inner], [*inner, end], strict=True):
+                words.append(Span(self.text[first:last], first, last))
+        table = self.spans(words).rename(columns={"name": "word"})
+        if self.spans:
+            names = np.full(len(table), None, object)
+            for span in reversed(self.spans):
+                names[((table["start"] >= span.start) & (table["start"] < span.end)).to_numpy()] = span.name
+            table.insert(1, "span", names)
+        return table
+
+    def means(self) -> dict[str, float]:
+        """The mean of each column over the tokens that have a value; NaN if none has."""
+        return {
+            name: float(np.mean(present, dtype=np.float64)) if len(present) else np.nan
+            for name, values in self.columns.items()
+            for present in [values[~np.isnan(values)]]
+        }
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per token: token (its piece of the text), token_id, start, end, and every column."""
+        import pandas as pd
+
+        tokens = {
+            "token": self.pieces(),
+            "token_id": self.token_ids,
+            "start": self.offsets[:, 0],
+            "end": self.offsets[:, 1],
+        }
+        return pd.DataFrame(tokens | self.columns)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The scores as JSON, written to `path` if given; NaN is null, floats come back bit by bit.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        value = {
+            "format": FORMAT,
+            "text": self.text,
+            "token_ids": self.token_ids.tolist(),
+            "offsets": self.offsets.tolist(),
+            "columns": {name: _json_numbers(values) for name, values in self.columns.items()},
+            "spans": [list(span) for span in self.spans],
+            "provenance": self.provenance,
+        }
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if path is not None:
+            write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> "TokenScores":
+        """Scores from what `to_json` gave: the JSON itself, or the path of the file.
+
+        Raises:
+            InputError: there is no such file, or it holds something else.
+        """
+        text, where = str(source), "The JSON"
+        try:
+            if not text.lstrip().startswith("{"):
+                where, text = text, Path(source).read_text(encoding="utf-8")
+            value = json.loads(text)
+        except OSError as error:
+            raise InputError(f"Cannot read {where}: {error.strerror}; check the path.") from error
+        except ValueError as error:
+            raise InputError(f"{where} is not readable as JSON ({error}); it is damaged.") from error
+        try:
+            if value["format"] != FORMAT:
+                raise InputError(
+                    f"{where} has format {value['format']!r} and this program reads format {FORMAT}; "
+                    "install the version that wrote it."
+                )
+            columns = {
+                name: np.array(
+                    [np.nan if number is None else float(number) for number in numbers], np.float32
+                )
+                for name, numbers in value["columns"].items()
+            }
+            offsets = np.array(value["offsets"], np.int64).reshape(-1, 2)
+            ids = np.array(value["token_ids"], np.int64)
+            return cls(value["text"], ids, offsets, columns, value["spans"], value["provenance"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where} does not hold scores of philens; give what to_json wrote.") from error
+
+    def to_html(self, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
+        """Write a page of the text, coloured by each metric; None means phi and surprisal.
+
+        Raises:
+            InputError: an unknown metric.
+            OutputError: the file cannot be written.
+        """
+        from philens.report.page import write_scores_page
+
+        return write_scores_page(path, [self], self._chosen(metrics))
+
+    def plot(self, metrics: Sequence[str] | None = None) -> "Figure":
+        """Each metric along the tokens, one panel below the other; None means phi and surprisal.
+
+        The figure can be shown in a notebook or saved with `savefig`; nothing global is touched.
+
+        Raises:
+            InputError: an unknown metric.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        from philens.report.colours import plain_label, visible
+
+        chosen = self._chosen(metrics)
+        few = len(self) <= _TOKENS_NAMED
+        width = min(24.0, max(6.0, 0.18 * len(self))) if few else 10.0
+        figure = Figure(figsize=(width, 0.8 + 1.7 * len(chosen)), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
+        places = np.arange(len(self))
+        for number, (axes, name) in enumerate(zip(panels, chosen, strict=True)):
+            values, error = self.columns[name], self.columns.get(name.replace("phi", "phi_standard_error", 1))
+            # Okabe and Ito's blue, vermillion, green and purple.
+            colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")[number % 4]
+            axes.stairs(values, np.arange(len(self) + 1) - 0.5, fill=True, color=colour)
+            if name.startswith("phi") and error is not None:
+                axes.errorbar(places, values, yerr=error, fmt="none", ecolor="#333333", elinewidth=0.8)
+            label = plain_label(name) + (f"\n({unit(name)})" if unit(name) else "")
+            axes.set_ylabel(label, fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+            axes.margins(x=0.01)
+        if few:
+            pieces = [visible(piece).replace(" ", "␣") or "∅" for piece in self.pieces()]
+            panels[-1].set_xticks(places, pieces, rotation=90)
+            for label in panels[-1].get_xticklabels():
+                label.set_parse_math(False)  # a text's dollar signs are dollar signs
+        panels[-1].set_xlabel("token", fontsize=9)
+        return figure
+
+    def _chosen(self, metrics: Sequence[str] | None) -> list[str]:
+        if metrics is None:
+            phis = [name for name in self.columns if name.split("@")[0] == "phi"]
+            metrics = [*phis, *(["surprisal"] if "surprisal" in self.columns else [])] or list(self.columns)
+        chosen = [metrics] if isinstance(metrics, str) else list(metrics)
+        for name in chosen or [""]:
+            self._column(name)
+        return chosen
+
+
+def unit(column: str) -> str:
+    """The unit of a column; empty where it is a plain number."""
+    return UNITS.get(column.partition("@")[0], "nats")
+
+
+def _as_span(span: Any) -> Span:
+    if isinstance(span, re.Match):
+        return Span(span.lastgroup or span.group(), *span.span())
+    if isinstance(span, Sequence) and len(span) == 3:
+        name, start, end = span
+        if isinstance(name, str) and all(isinstance(edge, int | np.integer) for edge in (start, end)):
+            return Span(name, int(start), int(end))
+    raise InputError(f"A span is (name, start, end) in characters, or a match of a pattern, not {span!r}.")
+
+
+def _token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(T,) the character by which a token belongs to words and spans: its first that is not space.
+
+    Its first one if all are, -1 if it has none.
+    """
+    return np.array(
+        [
+            next((place for place in range(start, end) if not text[place].isspace()), start)
+            if start < end
+            else -1
+            for start, end in offsets.tolist()
+        ],
+        np.int64,
+    )
+
+
+def _span_table(
+    text: str,
+    offsets: NDArray[np.int64],
+    columns: Mapping[str, NDArray[np.float32]],
+    spans: Sequence[Span],
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    places = _token_places(text, offsets)
+    order = np.argsort(places, kind="stable")
+    places = places[order]
+    starts = np.array([max(span.start, 0) for span in spans], np.int64)
+    ends = np.array([span.end for span in spans], np.int64)
+    first = np.searchsorted(places, starts)
+    last = np.maximum(np.searchsorted(places, ends), first)
+
+    def totals(values: NDArray[Any]) -> NDArray[Any]:
+        """The sum of `values`, in the order of places, over each span's tokens."""
+        # Pairs of edges: every other sum is a span's. The added 0 makes the end of the text an edge.
+        sums = np.add.reduceat(np.append(values, values.dtype.type(0)), np.stack([first, last], 1).ravel())
+        return np.where(last > first, sums[::2], 0)
+
+    table = pd.DataFrame(
+        {"name": [span.name for span in spans], "start": starts, "end": ends, "tokens": last - first}
+    )
+    for name, values in columns.items():
+        values = values[order].astype(np.float64)
+        present = ~np.isnan(values)
+        count = totals(present.astype(np.int64)) if len(spans) else np.zeros(0, np.int64)
+        total = totals(np.where(present, values, 0.0)) if len(spans) else np.zeros(0)
+        table[f"{name}_sum"] = np.where(count > 0, total, np.nan)
+        table[f"{name}_mean"] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return table
+
+
+def _json_numbers(values: NDArray[np.float32]) -> list[Any]:
+    """Float32 as the shortest decimals that give the same float32; NaN as None, infinities as text."""
+    shortest = values.astype(str).astype(np.float64).tolist()
+    return [None if x != x else x if abs(x) != np.inf else str(x) for x in shortest]

@@ -1,0 +1,192 @@
+"""Texts and chats made into tokens that know their characters."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from philens.errors import InputError
+from philens.scoring.scores import Span
+
+Text = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text in T tokens.
+
+    Attributes:
+        text: of a chat, what the template made of it.
+        token_ids: (T,) int64.
+        offsets: (T, 2) int64, characters.
+        spans: of a chat its messages.
+        leading: how many tokens at the start only begin a text: BOS and others that the tokenizer added.
+    """
+
+    text: str
+    token_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    spans: list[Span]
+    leading: int
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise an InputError unless this is a tokenizer of transformers that knows its tokens' characters."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} does not say which characters a token stands for; "
+            "load the fast tokenizer of transformers for this model (AutoTokenizer.from_pretrained)."
+        )
+
+
+def tokenize(tokenizer: Any, text: Text, where: str) -> TokenizedText:
+    """A text in tokens by the tokenizer's own settings, or a chat by its own template.
+
+    Args:
+        tokenizer: a fast tokenizer; it is left as it was.
+        text: a string, or a chat: messages with `role` and `content`.
+        where: what errors call the text.
+
+    Raises:
+        InputError: neither, or nothing to score in it.
+    """
+    is_plain = isinstance(text, str)
+    text, spans = (text, []) if isinstance(text, str) else render_chat(tokenizer, text, where)
+    if not text:
+        raise InputError(f"{where} is empty; leave it out.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds half a character (a lone surrogate, at character {error.start}); "
+            "read it with the right encoding."
+        ) from error
+    with _settings_kept(tokenizer.backend_tokenizer):
+        encoding = tokenizer(
+            text,
+            add_special_tokens=is_plain,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    ids = np.array(encoding["input_ids"], np.int64)
+    offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    added = np.array(encoding["special_tokens_mask"], bool) & (offsets[:, 0] == offsets[:, 1])
+    if np.isin(ids, [*special]).all():
+        what = "only special tokens" if len(ids) else "no token"
+        raise InputError(f"{where} gives {what}; there is nothing to score in it, leave it out.")
+    begins = added | (ids == tokenizer.bos_token_id)
+    return TokenizedText(text, ids, offsets, spans, int(np.argmin(begins)))
+
+
+@contextlib.contextmanager
+def _settings_kept(backend: Any) -> Iterator[None]:
+    """Calling a tokenizer of transformers switches off truncation and padding saved with it, for good."""
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def render_chat(tokenizer: Any, messages: Any, where: str) -> tuple[str, list[Span]]:
+    """A chat as the text that the tokenizer's template makes of it, and where each message's content is.
+
+    Contents are found by rendering the chat once more with marks in their place. A template that looks at
+    contents may give another text around the marks: they are then searched for one after the other. A
+    content that the template left out has an empty span.
+
+    Raises:
+        InputError: not a chat, no template, or the template refuses the chat.
+    """
+    _check_chat(messages, where)
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{where} is a chat and the tokenizer has no chat template; "
+            "set tokenizer.chat_template or give a text."
+        )
+    contents = [message["content"] for message in messages]
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise InputError(
+            f"The chat template refuses {where} ({' '.join(str(error).split())}); change the chat."
+        ) from error
+    try:
+        marked = tokenizer.apply_chat_template(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
+            tokenize=False,
+        )
+    except Exception:
+        marked = ""
+    places = _between_marks(text, marked, marks, contents) or _one_after_other(text, contents)
+    return text, [
+        Span(message["role"], start, end) for message, (start, end) in zip(messages, places, strict=True)
+    ]
+
+
+def _check_chat(messages: Any, where: str) -> None:
+    if isinstance(messages, Mapping):
+        raise InputError(
+            f"{where} is one message; a chat is a list of messages: put it in a list of its own."
+        )
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise InputError(
+            f"{where} is of type {type(messages).__name__}; give a string, or a chat as a list of messages "
+            "with role and content."
+        )
+    if not messages:
+        raise InputError(f"{where} is a chat without messages; leave it out.")
+    for message in messages:
+        fits = isinstance(message, Mapping) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not fits:
+            raise InputError(
+                f"{where} holds {message!r}; a chat is a list of messages, each with role and content."
+            )
+
+
+def _between_marks(
+    text: str, marked: str, marks: Sequence[str], contents: Sequence[str]
+) -> list[tuple[int, int]] | None:
+    """Where contents are if the template puts the same text around them as around marks."""
+    around, rest = [], marked
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            return None
+        around.append(before)
+    around.append(rest)
+    if not text.startswith(around[0]):
+        return None
+    places, start = [], len(around[0])
+    for content, after in zip(contents, around[1:], strict=True):
+        # Templates trim.
+        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(form + after, start):
+                break
+        else:
+            return None
+        places.append((start, start + len(form)))
+        start += len(form) + len(after)
+    return places if start == len(text) else None
+
+
+def _one_after_other(text: str, contents: Sequence[str]) -> list[tuple[int, int]]:
+    places, done = [], 0
+    for content in map(str.strip, contents):
+        start = text.find(content, done)
+        end = done if start < 0 else start + len(content)
+        places.append((done if start < 0 else start, end))
+        done = end
+    return places

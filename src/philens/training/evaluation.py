@@ -1,0 +1,103 @@
+"""What a model in training is measured on: documents that training never reads."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from philens.layer import PHiOutput, gaussian_kl
+from philens.losses import counted_tokens
+from philens.model import PHiModel
+from philens.scoring.documents import score_documents
+from philens.tasks.automata import TASKS, generate
+from philens.tasks.packing import TokenDocuments, pad
+from philens.training.recipe import Recipe
+
+# Evaluation reads formal documents that no training stream of any run has.
+EVALUATION_SEED = 2**40
+
+
+def evaluate(lens: PHiModel, recipe: Recipe, held_out: dict[str, TokenDocuments]) -> dict[str, float]:
+    """Means over held-out documents in nats per token: of each part of a text, or of each formal language.
+
+    Args:
+        held_out: documents of each part of the text; none where formal languages are read.
+    """
+    # Sampled latents must not draw from the generator that training resumes from.
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        if recipe.data.parts:
+            return evaluate_text(lens, held_out, recipe.train.batch_size)
+        return evaluate_tasks(lens, recipe, recipe.train.evaluation_documents)
+
+
+def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, float]:
+    """Mean phi and surprisal of each formal language, documents cut to the length of a training row."""
+    metrics: dict[str, float] = {}
+    for task in TASKS:
+        docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents))
+        table = score_documents(lens, docs.cut(recipe.data.length))
+        metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
+        if lens.enabled:
+            metrics[f"eval/{task}/phi"] = float(table.phi.mean())
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_size: int) -> dict[str, float]:
+    """Means over the counted tokens of each part, and over those of all parts alike.
+
+    `surprisal_base` of the untouched base; with each layer in the path `surprisal`, `loss_gap` =
+    surprisal - surprisal_base, `phi`, and `phi_static` = KL(q || N(0, 1)): what the latents would tell if
+    nothing were predicted.
+    """
+    metrics: dict[str, float] = {}
+    means: dict[str, list[float]] = defaultdict(list)
+    was_training = lens.training
+    lens.eval()
+    for part, documents in held_out.items():
+        for name, value in _means_of(lens, documents, batch_size).items():
+            metrics[f"eval/{part}/{name}"] = value
+            means[name].append(value)
+    lens.train(was_training)
+    return metrics | {f"eval/{name}": float(np.mean(values)) for name, values in means.items()}
+
+
+def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    device = next(lens.parameters()).device
+    order = np.argsort(documents.lengths, kind="stable")
+    for first in range(0, len(order), batch_size):
+        rows = pad(documents.select(order[first : first + batch_size]))
+        rows = {name: value.to(device) for name, value in rows.items()}
+        counted, predicted = counted_tokens(rows["labels"], rows["attention_mask"], None)
+        tokens = {"phi": float(counted.sum()), "surprisal": float(predicted.sum())}
+        for name, value in _batch_means(lens, rows, counted).items():
+            weight = tokens["surprisal" if name.startswith("surprisal") else "phi"]
+            sums[name] += float(value) * weight
+            counts[name] += weight
+    means = {name: value / max(counts[name], 1.0) for name, value in sums.items()}
+    for name in [name for name in means if name.split("@")[0] == "surprisal"]:
+        if lens.enabled:
+            means[name.replace("surprisal", "loss_gap")] = means[name] - means["surprisal_base"]
+    return means
+
+
+def _batch_means(lens: PHiModel, rows: dict[str, Tensor], counted: Tensor) -> dict[str, Any]:
+    output = lens(**rows, returns="states")
+    means: dict[str, Any] = dict(output.losses)
+    if lens.enabled and "surprisal_base" not in means:
+        with lens.disabled():
+            means["surprisal_base"] = lens(**rows, returns="states").losses["surprisal"]
+    for path, layer in zip(lens.module_paths, output.layer_outputs, strict=False):
+        at = "" if lens.config.layers is None else f"@{path}"
+        means[f"phi_static{at}"] = _static(layer)[counted].mean() if counted.any() else 0.0
+    return means
+
+
+def _static(output: PHiOutput) -> Tensor:
+    """(B, T) KL(q || N(0, 1)) in nats."""
+    zero = torch.zeros_like(output.posterior_mean)
+    return gaussian_kl(output.posterior_mean, output.posterior_logvar, zero, zero)
