@@ -274,7 +274,9 @@ def test_neighbouring_documents_are_told_apart():
 
 
 def token_documents(*documents):
-    return TokenDocuments.join([(np.array(ids), np.array(counted, bool)) for ids, counted in documents])
+    return TokenDocuments.join(
+        [(np.array(ids, np.int64), np.array(counted, bool)) for ids, counted in documents]
+    )
 
 
 def test_batches_of_tokens():
@@ -303,6 +305,6 @@ def test_what_does_not_count_has_no_label():
         row = packed[r]
         for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True):
             found[token] = label
-    assert found == {300: -100, 7: 7, 8: 8, 9: 9, 5: -100, 6: -100, 0: -100} or 0 not in found
+    assert found == {300: -100, 7: 7, 8: 8, 9: 9, 5: -100, 6: -100, 0: -100}
     single = SingleRows(lambda indices: batch.select(indices % 3), length=2, rows=3, group=2)
     assert [single[r]["labels"].tolist() for r in range(3)] == [[-100, 7], [9, -100], [-100, -100]]

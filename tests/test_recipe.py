@@ -12,8 +12,8 @@ from tiny import tiny_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 # What must be given to a recipe.
-GIVEN = {"any_model": {"model.base": "owner/name"}}
-PRETRAINED = ["any_model", "llama_3_2_3b"]
+GIVEN = {name: {"model.base": "owner/name"} for name in ("any_model", "text_phi")}
+PRETRAINED = [*GIVEN, "llama_3_2_3b"]
 
 
 def error_of(path: Path | str | None = None, **overrides) -> str:

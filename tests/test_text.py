@@ -314,7 +314,7 @@ def test_templates_that_change_what_they_render():
     with pytest.raises(InputError, match=r"refuses a chat of system, user \(No system!\)") as error:
         encode_chat(tokenizer, [{"role": "system", "content": "x"}, *CHAT[:1]])
     sentence(error)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(InputError, match="changes the assistant's words"):
         encode_chat(tokenizer, CHAT)
 

@@ -25,7 +25,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 LENGTH = 12  # tokens of a text that is tried; a model's windows and contexts may be longer
 TOLERANCE = 1e-4  # in float32; in coarser formats so many times their unit of rounding:
-_ROUNDINGS = 8
+_ROUNDINGS = 4
 
 
 @dataclass(frozen=True)

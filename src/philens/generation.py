@@ -109,7 +109,7 @@ def generate(
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 0 on padding, which is on the left.
         on_token: called with id, phi and surprisal of every token as soon as the model has read it, those of
-            the prompt first; for one row without beams, and one PHi layer.
+            the prompt first; for one row without padding, token by token, and one PHi layer.
         options: of the base's `generate`.
 
     Raises:
@@ -118,12 +118,12 @@ def generate(
     generator: Any = lens.base
     if not isinstance(lens.base, GenerationMixin):
         raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
-    if on_token is not None and (len(input_ids) > 1 or options.get("num_beams", 1) > 1):
-        raise InputError("Tokens can be followed in one row without beams; leave out on_token.")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if on_token is not None and (len(input_ids) > 1 or not mask.all()):
+        raise InputError("Tokens can be followed in one row without padding; leave out on_token.")
     if on_token is not None and len(lens.layers) * lens.enabled != 1:
         raise InputError("Tokens can be followed with one PHi layer, enabled; leave out on_token.")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    was_training = lens.training
+    modes = [(module, module.training) for module in lens.modules()]
     lens.eval()
 
     def hand_on(ids: Tensor, phi: Tensor | None, surprisal: Tensor, places: range) -> None:
@@ -149,22 +149,28 @@ def generate(
         hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
     finally:
         lens._start()
-        lens.train(was_training)
+        for module, training in modes:
+            module.training = training
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
 
 
 def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: dict[str, Any]) -> Tensor:
     """(B, T) 1 on the prompt's tokens and on generated ones up to the one that ended the row."""
-    config = options.get("generation_config") or base.generation_config
-    ends = options.get("eos_token_id", config.eos_token_id)
-    pad = options.get("pad_token_id", config.pad_token_id)
+
+    def setting(name: str) -> Any:
+        given = getattr(options.get("generation_config"), name, None)
+        return options.get(name, getattr(base.generation_config, name) if given is None else given)
+
     generated = sequences[:, prompt_mask.shape[1] :]
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    is_end = torch.isin(generated, torch.tensor(ends, device=generated.device, dtype=generated.dtype))
+    ends = setting("eos_token_id")
+    ends = torch.as_tensor([] if ends is None else ends, device=generated.device, dtype=generated.dtype)
+    is_end = torch.isin(generated, ends)
     ended = (is_end.cumsum(1) - is_end.long()) > 0
-    if pad is not None and not ends:
-        # Rows that other criteria ended are filled up with padding.
-        ended = (generated != pad).flip(1).cumsum(1).flip(1) == 0
+    # What fills rows that other criteria ended; transformers does so only where there is a token that ends.
+    pad = setting("pad_token_id") if ends.numel() else -1
+    if pad is not None:
+        ended |= (generated != pad).flip(1).cumsum(1).flip(1) == 0
+        ended &= ~(is_end & (is_end.cumsum(1) == 1))  # padding may be the token that ends, too
     return torch.cat((prompt_mask, (~ended).to(prompt_mask.dtype)), 1)
 
 
@@ -174,7 +180,8 @@ def _scores(lens: "PHiModel", sequences: Tensor, mask: Tensor) -> tuple[Tensor |
     place = torch.arange(mask.shape[1], device=mask.device)
     # Real tokens first: padding on the right changes nothing in any causal model.
     order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
-    ids, real = sequences.gather(1, order), mask.gather(1, order)
+    real = mask.gather(1, order)
+    ids = sequences.gather(1, order).masked_fill(real == 0, 0)  # what fills a row may be no token at all
     result = lens(ids, attention_mask=real, returns="states")
     surprisal = token_surprisal(result, ids)
 
@@ -196,6 +203,12 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int) -> Iterator[list[
     expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        rows, length = kwargs["input_ids"].shape
+        if rows > 1 or (length > 1 and read[0] + length > count):
+            raise InputError(
+                "Tokens can be followed in one row and token by token: not with beams, several sequences or "
+                "assistance; leave out on_token."
+            )
         cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
         if cache is None:
             raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
@@ -252,10 +265,9 @@ def stream(
         held.clear()
         shown = text
 
-    return generate(
-        lens,
-        encoded["input_ids"].to(device),
-        encoded["attention_mask"].to(device),
-        on_token,
-        **options,
-    )
+    prompt_ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+    generation = generate(lens, prompt_ids, mask, on_token, **options)
+    if held:  # it ended within a character
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+    return generation

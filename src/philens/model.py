@@ -313,7 +313,9 @@ class PHiModel(nn.Module):
             again: list[PHiModelOutput | None] = [None] * len(self.layers)
             if resumes:
                 decoded = [output.hidden_states for output in result.layer_outputs]
-                again = [self._read_again(input_ids, arguments, n, h, forms) for n, h in enumerate(decoded)]
+                pressed = torch.is_grad_enabled() and self.config.pressure == "next_token"
+                with torch.set_grad_enabled(pressed):
+                    again = [self._read_again(input_ids, arguments, n, h, forms) for n, h in enumerate(decoded)]
             self._add_losses(result, labels, counted, predicted, again)
         return result
 
@@ -358,9 +360,12 @@ class PHiModel(nn.Module):
         logits = getattr(output, "logits", None)
         if logits is None:
             logits = output[0] if isinstance(output, tuple) else output
-        if not isinstance(logits, Tensor):
+        if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.is_floating_point()):
+            what = type(logits).__name__
+            if isinstance(logits, Tensor):
+                what = f"{str(logits.dtype).removeprefix('torch.')} of shape {tuple(logits.shape)}"
             raise InsertionError(
-                f"{type(self.base).__name__} returns {type(logits).__name__}, not logits; "
+                f"{type(self.base).__name__} returns {what}, not logits; "
                 "wrap it so that it returns logits of shape (B, T, V)."
             )
         return logits
@@ -369,7 +374,9 @@ class PHiModel(nn.Module):
         """One forward pass: logits, or the states that the output head reads, or neither."""
         head = getattr(self.base, "get_output_embeddings", lambda: None)()
         try:
-            if returns == "states" and head is not None and self._head_is_last is not False:
+            # Finding out may take a second pass, which a cache would not bear.
+            last = self._head_is_last or (self._head_is_last is None and not arguments.get("use_cache"))
+            if returns == "states" and head is not None and last:
                 states: list[Tensor] = []
                 with head_input(head, states):
                     logits = self._call_base(input_ids, arguments)
@@ -377,15 +384,10 @@ class PHiModel(nn.Module):
                     # Some models scale or cap logits after the head; theirs are taken whole.
                     with torch.no_grad():
                         self._head_is_last = len(states) == 1 and bool(
-                            torch.equal(logits, head(states[0][:, :1]))
+                            torch.equal(logits.float(), head(states[0][:, :1]).float())
                         )
                 if self._head_is_last:
                     return PHiModelOutput(head=head, head_states=states[0])
-                if arguments.get("use_cache"):
-                    raise InputError(
-                        f"{type(self.base).__name__} changes logits after its head: with a cache, ask for "
-                        'returns="logits".'
-                    )
                 self._outputs = {}
             return PHiModelOutput(logits=self._call_base(input_ids, arguments))
         except StopForward:
@@ -439,7 +441,8 @@ class PHiModel(nn.Module):
                 total = total + self._layer_loss(output, counted, at, parts)
                 if passed is not None:
                     surprisal = parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
-                    total = total + surprisal * (self.config.pressure == "next_token")
+                    if self.config.pressure == "next_token":
+                        total = total + surprisal
         else:
             total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
             for output in result.layer_outputs:

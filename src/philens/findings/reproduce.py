@@ -101,7 +101,7 @@ def reproduce(
     holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
-        finding: `tasks` or `complexity`.
+        finding: `tasks` or `complexity`; `reproduce_texts` is for the third.
         scale: `smoke`, `small` or `paper`.
         output: folder of runs and results.
         architecture: `transformer` or `lstm`.
@@ -248,7 +248,9 @@ def _load_measured(model: str, adapter: str | Path | None) -> tuple[PHiModel, An
 def _prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
     """Measure with this formula, where computing is fastest."""
     if kl is not None:
-        lens.config = lens.phi.config = replace(lens.config, kl=kl)
+        lens.config = replace(lens.config, kl=kl)
+        for layer in lens.layers:
+            layer.config = lens.config
     if torch.accelerator.is_available():
         lens.to(torch.accelerator.current_accelerator())
 

@@ -176,8 +176,8 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
             rows = row + np.linspace(0.1, 0.42, len(values) + 2)[1:-1]
             axes.plot(values, rows, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
             if level[quantity] is not None:
-                style = {"fmt": marker, "color": colour, "markeredgecolor": "white", "markersize": 7}
-                style |= {"xerr": _error(level[quantity]), "elinewidth": 1.8, "capsize": 3}
+                style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.6, "capsize": 6}
+                style |= {"xerr": _error(level[quantity])}
                 axes.errorbar(level[quantity]["mean"], row - 0.1, **style)
         axes.set(xlabel=label)
         axes.margins(x=0.06)

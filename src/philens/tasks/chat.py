@@ -1,7 +1,6 @@
 """Texts and chats as tokens, with a mark on those that count in the loss."""
 
 import re
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def _span(tokenizer: Any, messages: Messages, number: int, text: str) -> tuple[i
     if number:
         before = _render(tokenizer, messages[:number], add_generation_prompt=True)
     else:  # an empty chat cannot be rendered
-        before = commonprefix([text, _render(tokenizer, [messages[0] | {"content": "\0"}])])
+        before = _render(tokenizer, [messages[0] | {"content": "\0"}]).partition("\0")[0]
     start = len(before) if text.startswith(before) else 0
     after = _render(tokenizer, messages[: number + 1])
     if text.startswith(before) and text.startswith(after):

@@ -1,0 +1,289 @@
+"""Every architecture, made small from its config, and every promise: what `lens.check()` finds is what is
+written down here and in docs/architectures.md.
+
+`PHILENS_WRITE_DOCS=1 pytest tests/test_architectures.py` writes the page anew.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+import philens
+from philens.check import check
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+WRITE = bool(os.environ.get("PHILENS_WRITE_DOCS"))
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    # Weights ten times the usual: differences between tokens then stand far above rounding.
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def small(*left_out, **changes):
+    return {name: value for name, value in (SMALL | changes).items() if name not in left_out}
+
+
+# meta-llama/Llama-3.2-3B-Instruct: its config.json, key by key, with fewer blocks and narrower.
+LLAMA_3_2 = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 80,  # 128000
+    "eos_token_id": [81, 88, 89],  # 128001, 128008, 128009
+    "head_dim": 8,  # 128
+    "hidden_act": "silu",
+    "hidden_size": 48,  # 3072
+    "initializer_range": 0.2,  # 0.02
+    "intermediate_size": 128,  # 8192
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 6,  # 24
+    "num_hidden_layers": 3,  # 28
+    "num_key_value_heads": 2,  # 8
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 96,  # 128256
+}
+RECURRENT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "eos_token_id": None}
+
+ARCHITECTURES = {
+    "Llama": lambda: hf.LlamaConfig(**SMALL),
+    "Llama 3.2": lambda: hf.LlamaConfig(**LLAMA_3_2),
+    "Qwen 2": lambda: hf.Qwen2Config(**SMALL),
+    "Qwen 3": lambda: hf.Qwen3Config(**SMALL, head_dim=8),
+    "Mistral": lambda: hf.MistralConfig(**SMALL, sliding_window=8),
+    "Gemma 2": lambda: hf.Gemma2Config(**SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+    "Gemma 3 (text)": lambda: hf.Gemma3TextConfig(
+        **SMALL,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "Phi-3": lambda: hf.Phi3Config(**SMALL),
+    "OLMo 2": lambda: hf.Olmo2Config(**SMALL),
+    "Mixtral (experts)": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4),
+    "Qwen 2 MoE (experts)": lambda: hf.Qwen2MoeConfig(
+        **SMALL, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24
+    ),
+    "GPT-2": lambda: hf.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, eos_token_id=2
+    ),
+    "GPT-NeoX": lambda: hf.GPTNeoXConfig(**small("num_key_value_heads")),
+    "OPT": lambda: hf.OPTConfig(
+        **small("intermediate_size", "num_key_value_heads", "initializer_range"),
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+        init_std=0.2,
+    ),
+    "Bloom": lambda: hf.BloomConfig(
+        vocab_size=96, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2, eos_token_id=2
+    ),
+    "Falcon": lambda: hf.FalconConfig(
+        **small("intermediate_size", "num_key_value_heads"), alibi=False, new_decoder_architecture=False
+    ),
+    "Mamba": lambda: hf.MambaConfig(**RECURRENT, state_size=8, initializer_range=0.2),
+    "Mamba 2": lambda: hf.Mamba2Config(
+        **RECURRENT, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=4, initializer_range=0.2
+    ),
+    "RecurrentGemma": lambda: hf.RecurrentGemmaConfig(
+        **small("max_position_embeddings", "initializer_range"),
+        lru_width=32,
+        attention_window_size=8,
+        block_types=("recurrent", "attention", "recurrent"),
+    ),
+    "RWKV": lambda: hf.RwkvConfig(**RECURRENT, attention_hidden_size=32),
+    "LSTM of philens": lambda: philens.LSTMConfig(**RECURRENT, intermediate_size=32, initializer_range=0.2),
+}
+
+# Where it is not `yes`: all of these are limits of the base models in transformers, with the reason in words.
+ABSOLUTE = "its attention does not tell documents apart by their positions"
+NO_POSITIONS = "it takes no positions, by which it could tell documents apart"
+RUNS_ON = "its state runs on from document to document"
+NO_GOING_BACK = "its state cannot forget the tokens that were guessed wrong"
+UNSUPPORTED = {
+    "OPT": {"packing": ABSOLUTE},
+    "Bloom": {"packing": NO_POSITIONS},
+    "Falcon": {"packing": ABSOLUTE},
+    "Mamba": {"packing": RUNS_ON, "assisted": NO_GOING_BACK},
+    "Mamba 2": {"packing": RUNS_ON, "assisted": NO_GOING_BACK},
+    "RecurrentGemma": {"packing": RUNS_ON, "assisted": NO_GOING_BACK},
+    "RWKV": {
+        "left padding": "it reads padding like any token",
+        "packing": RUNS_ON,
+        "cache": "it keeps its state in a form of its own, not in a cache of transformers",
+        "greedy": "with its state, its own generate mixes up the rows of a batch",
+        "beams": "its state cannot be reordered",
+        "assisted": NO_GOING_BACK,
+    },
+    "LSTM of philens": {"assisted": NO_GOING_BACK},
+}
+COLUMNS = (
+    "disabled,gradient,causal,batch,right padding,left padding,packing,cache,early exit,states,observing,same phi,"
+    "greedy,sampling,beams,assisted,checkpointing,compiled,saved"
+).split(",")
+# Compiling takes seconds: these are compiled in every run, the others among the slow tests.
+COMPILED = {"Llama", "GPT-2"}
+
+
+def make(name):
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
+
+
+def hooks_of(model):
+    return [
+        (type(module).__name__, number)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for number in hooks
+    ]
+
+
+def shaken_lens(base, **options):
+    lens = philens.attach(base, philens.PHiConfig(**({"layer": 1, "prior_heads": 2} | options)))
+    with torch.no_grad():
+        for parameter in lens.phi.parameters():
+            parameter.normal_(std=0.3)
+    return lens
+
+
+@functools.cache
+def checked(name, compiled):
+    """The report of `check`, and what it cannot see: the base before attaching, and after detaching."""
+    base = make(name)
+    ids = torch.randint(3, 96, (2, 14))
+    with torch.no_grad():
+        before = base(ids).logits
+    state, hooks = {key: value.clone() for key, value in base.state_dict().items()}, hooks_of(base)
+    lens = shaken_lens(base).train()
+    torch._dynamo.reset()
+    random = torch.get_rng_state()
+    report = check(lens, "aot_eager" if compiled else False)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in lens.modules())
+    assert all(p.requires_grad and p.grad is None for p in lens.parameters())
+    with torch.no_grad():
+        assert not torch.equal(lens(ids).logits, before)
+        assert lens.detach().eval() is base
+        assert torch.equal(base(ids).logits, before)
+    assert hooks_of(base) == hooks
+    assert base.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+    assert not any("forward" in module.__dict__ for module in base.modules())
+    return report
+
+
+def expected(name):
+    return {c: "not supported by the base" if c in UNSUPPORTED.get(name, {}) else "yes" for c in COLUMNS}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_promises(name):
+    compiled = name in COMPILED or WRITE
+    report = checked(name, compiled)
+    assert report.ok
+    wanted = expected(name)
+    assert report.results == {c: wanted[c] for c in COLUMNS if c != "compiled" or compiled}, str(report)
+    point = report.points[0]
+    blocks = ARCHITECTURES[name]().num_hidden_layers
+    assert (point.below, point.above) == (2, blocks - 2)
+    assert point.path.endswith(".1")
+    for proof in report.proofs:
+        assert proof.result != "yes" or proof.difference is None or proof.difference <= proof.allowed
+        # What exact arithmetic would make equal is far closer than what is allowed.
+        if proof.result == "yes" and proof.allowed:
+            assert proof.difference < 0.3 * proof.allowed, proof
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in COMPILED])
+def test_compiled(name):
+    assert checked(name, True).results == expected(name)
+
+
+def page():
+    """docs/architectures.md, by this run."""
+    reports = {name: checked(name, name in COMPILED or WRITE) for name in ARCHITECTURES}
+    promises = {proof.name: proof.promise for proof in reports["Llama"].proofs}
+    signs = {"yes": "✓", "not supported by the base": "–", "no": "✗", "not applicable": "·"}
+    lines = [
+        "# What works with which architecture",
+        "",
+        "<!-- Written by `PHILENS_WRITE_DOCS=1 pytest tests/test_architectures.py`; every test run compares. -->",
+        "",
+        "philens has no table of architectures inside: it finds a model's blocks by structure. This page shows",
+        "small models made from the configs of `transformers` and what `lens.check()` proves on each; the same",
+        "function tries your own model:",
+        "",
+        "```python",
+        "lens = philens.attach(base, philens.PHiConfig(layer=19))",
+        "print(lens.check())",
+        "```",
+        "",
+        "✓ holds; – the base itself cannot do it: with the layer disabled it fails the same trial.",
+        "",
+        f"| model | inserted after | {' | '.join(COLUMNS)} |",
+        f"|---|---|{':-:|' * len(COLUMNS)}",
+    ]
+    for name, report in reports.items():
+        results = expected(name) | report.results
+        path = f"`{report.points[0].path}`"
+        lines.append(f"| {name} | {path} | {' | '.join(signs[results[column]] for column in COLUMNS)} |")
+    lines += [
+        "",
+        "Float32; a value may differ by 1e-4 + 1e-4 of the largest of its kind (a phi of 300 nats by 0.03), and in",
+        "fact differs by less than a third of that. Texts are longer than the sliding windows of these models.",
+        "`torch.compile` with the backend `aot_eager`.",
+        "",
+        "What the columns mean:",
+        "",
+        *[f"- **{column}**: {promises[column].replace('... ', 'generated ')}" for column in COLUMNS],
+        "",
+        "What the bases cannot do:",
+        "",
+    ]
+    for name, reasons in UNSUPPORTED.items():
+        grouped = {reason: [c for c in reasons if reasons[c] == reason] for reason in reasons.values()}
+        said = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in grouped.items())
+        lines.append(f"- **{name}**: {said}")
+    return "\n".join([*lines, ""])
+
+
+def test_the_page_says_what_this_run_found():
+    if WRITE:
+        PAGE.write_text(page(), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_the_written_config_is_that_of_llama_3_2():
+    config = ARCHITECTURES["Llama 3.2"]()
+    assert config.rope_parameters["rope_type"] == "llama3"
+    assert config.rope_parameters["rope_theta"] == 500000.0
+    base = make("Llama 3.2")
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    assert heads / key_heads == 24 / 8
