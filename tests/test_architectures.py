@@ -141,10 +141,11 @@ UNSUPPORTED = {
     },
     "LSTM of philens": {"assisted": NO_GOING_BACK},
 }
-COLUMNS = (
-    "disabled,gradient,causal,batch,right padding,left padding,packing,cache,early exit,states,observing,same phi,"
-    "greedy,sampling,beams,assisted,checkpointing,compiled,saved"
-).split(",")
+COLUMNS = [
+    *("disabled", "gradient", "causal", "batch", "right padding", "left padding", "packing", "cache"),
+    *("early exit", "states", "observing", "same phi", "greedy", "sampling", "beams", "assisted"),
+    *("checkpointing", "compiled", "saved"),
+]
 # Compiling takes seconds: these are compiled in every run, the others among the slow tests.
 COMPILED = {"Llama", "GPT-2"}
 
@@ -167,7 +168,7 @@ def shaken_lens(base, **options):
     lens = philens.attach(base, philens.PHiConfig(**({"layer": 1, "prior_heads": 2} | options)))
     with torch.no_grad():
         for parameter in lens.phi.parameters():
-            parameter.normal_(std=0.3)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return lens
 
 
@@ -229,22 +230,22 @@ def page():
     """docs/architectures.md, by this run."""
     reports = {name: checked(name, name in COMPILED or WRITE) for name in ARCHITECTURES}
     promises = {proof.name: proof.promise for proof in reports["Llama"].proofs}
-    signs = {"yes": "✓", "not supported by the base": "–", "no": "✗", "not applicable": "·"}
+    signs = {"yes": "✓", "not supported by the base": "-", "no": "✗", "not applicable": "·"}
     lines = [
         "# What works with which architecture",
         "",
-        "<!-- Written by `PHILENS_WRITE_DOCS=1 pytest tests/test_architectures.py`; every test run compares. -->",
+        "<!-- Written by `PHILENS_WRITE_DOCS=1 pytest tests/test_architectures.py`; each run compares. -->",
         "",
-        "philens has no table of architectures inside: it finds a model's blocks by structure. This page shows",
-        "small models made from the configs of `transformers` and what `lens.check()` proves on each; the same",
-        "function tries your own model:",
+        "philens has no table of architectures inside: it finds a model's blocks by structure. This page",
+        "shows small models made from the configs of `transformers` and what `lens.check()` proves on each;",
+        "the same function tries your own model:",
         "",
         "```python",
         "lens = philens.attach(base, philens.PHiConfig(layer=19))",
         "print(lens.check())",
         "```",
         "",
-        "✓ holds; – the base itself cannot do it: with the layer disabled it fails the same trial.",
+        "✓ holds; - the base itself cannot do it: with the layer disabled it fails the same trial.",
         "",
         f"| model | inserted after | {' | '.join(COLUMNS)} |",
         f"|---|---|{':-:|' * len(COLUMNS)}",
@@ -255,9 +256,9 @@ def page():
         lines.append(f"| {name} | {path} | {' | '.join(signs[results[column]] for column in COLUMNS)} |")
     lines += [
         "",
-        "Float32; a value may differ by 1e-4 + 1e-4 of the largest of its kind (a phi of 300 nats by 0.03), and in",
-        "fact differs by less than a third of that. Texts are longer than the sliding windows of these models.",
-        "`torch.compile` with the backend `aot_eager`.",
+        "Float32; a value may differ by 1e-4 + 1e-4 of the largest of its kind (a phi of 300 nats by 0.03),",
+        "and in fact differs by less than a third of that. Texts are longer than the sliding windows of",
+        "these models. `torch.compile` with the backend `aot_eager`.",
         "",
         "What the columns mean:",
         "",

@@ -15,7 +15,7 @@ def shaken(base, **options):
     lens = attach(base, PHiConfig(**({"layer": 1, "prior_heads": 2} | options)))
     with torch.no_grad():
         for parameter in lens.phi.parameters():
-            parameter.normal_(std=0.3)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return lens
 
 
@@ -77,7 +77,9 @@ def odd_state(lens, which):
     elif which == "disabled":
         lens.disable()
     elif which == "settings of generation":
-        lens.base.generation_config.update(do_sample=True, min_new_tokens=3, repetition_penalty=3.0, eos_token_id=7)
+        lens.base.generation_config.update(
+            do_sample=True, min_new_tokens=3, repetition_penalty=3.0, eos_token_id=7
+        )
 
 
 @pytest.mark.parametrize(
@@ -203,8 +205,12 @@ def counts_its_runs(hidden_states, output):
 @pytest.mark.parametrize(
     ("change", "fails", "holds"),
     [
-        (sees_later_tokens, {"causal", "right padding", "left padding", "packing", "cache"}, {"batch", "states"}),
-        (sees_other_rows, {"causal", "batch", "right padding", "left padding"}, {"packing", "cache"}),
+        (
+            sees_later_tokens,
+            {"causal", "right padding", "left padding", "packing", "cache"},
+            {"batch", "states"},
+        ),
+        (sees_other_rows, {"batch", "right padding", "left padding"}, {"packing", "cache"}),
         (is_no_number, {"causal", "early exit", "same phi", "greedy"}, {"disabled", "observing"}),
         (counts_its_runs, {"causal", "batch", "cache", "early exit", "same phi", "saved"}, {"observing"}),
     ],
@@ -302,7 +308,9 @@ def test_a_vocabulary_that_is_not_known():
             return self.block(tokens[..., None].float())
 
     lens = attach(Continuous(), PHiConfig(module="block", prior_heads=1))
-    with pytest.raises(InputError, match="The vocabulary of Continuous is not known; give the model a config"):
+    with pytest.raises(
+        InputError, match="The vocabulary of Continuous is not known; give the model a config"
+    ):
         lens.check()
 
 

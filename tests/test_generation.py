@@ -317,7 +317,11 @@ def test_a_stream_that_ends_early(lens):
     end = int(text[0, 9])
     seen = []
     lens.generate(
-        prompts(1), on_token=lambda *token: seen.append(token[0]), eos_token_id=end, pad_token_id=end, **GREEDY
+        prompts(1),
+        on_token=lambda *token: seen.append(token[0]),
+        eos_token_id=end,
+        pad_token_id=end,
+        **GREEDY,
     )
     assert seen == text[0, :10].tolist()
 

@@ -66,7 +66,9 @@ def golden():
 
 def golden_layer(golden, kl):
     layer = PHiLayer(24, PHiConfig(prior="mlp", prior_mlp_size=40, kl=kl)).eval()
-    layer.load_state_dict({KEYS[name]: value for name, value in golden.items() if name in KEYS}, strict=True)
+    weights = {KEYS[name]: value for name, value in golden.items() if name in KEYS}
+    # The released layer reads hidden states as they are.
+    layer.load_state_dict(weights | {"shift": torch.zeros(24), "scale": torch.ones(24)}, strict=True)
     return layer
 
 
@@ -229,7 +231,7 @@ def test_contrastive_memory_has_no_factor_of_the_latent_size():
 
 # The file format
 
-ALWAYS = {"encoder.weight", "decoder.weight"}
+ALWAYS = {"encoder.weight", "decoder.weight", "shift", "scale"}
 WITH_PRIOR = (
     ALWAYS
     | {"prior.start", "prior.norm.weight"}
@@ -247,6 +249,32 @@ def test_state_dict_keys():
     assert all(key.startswith("prior.blocks.0.") for key in keys["deep"] - WITH_ATTENTION)
     deeper = PHiLayer(D, replace(PRIORS["deep"], prior_depth=4))
     assert {key.split(".")[2] for key in deeper.state_dict() if "blocks" in key} == {"0", "1", "2"}
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 300.0])
+def test_a_calibrated_layer_does_not_see_how_large_hidden_states_are(factor):
+    torch.manual_seed(3)
+    small = torch.randn(4, 50, D) * torch.rand(D).add(0.1)
+    states = factor * small + 5 * factor
+    layer, plain = PHiLayer(D, PHiConfig(prior_heads=2)), PHiLayer(D, PHiConfig(prior_heads=2))
+    plain.load_state_dict(layer.state_dict())
+    flat = states.flatten(0, 1)
+    layer.calibrate(flat.mean(0), flat.std(0, correction=0))
+    flat = small.flatten(0, 1)
+    out, expected = layer.eval()(states), plain.eval()((small - flat.mean(0)) / flat.std(0, correction=0))
+    torch.testing.assert_close(out.phi, expected.phi, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out.hidden_states, states, rtol=1e-4, atol=1e-4 * factor)  # near identity
+    assert float(out.posterior_mean.detach().std()) == pytest.approx(8.0, rel=0.02)  # init_scale
+
+
+def test_a_dimension_that_never_changes_is_not_blown_up():
+    layer = PHiLayer(D, PHiConfig(prior_heads=2))
+    layer.calibrate(torch.zeros(D), torch.ones(D).index_fill(0, torch.tensor([0]), 0.0))
+    assert layer.scale[0] == pytest.approx(1e-3)
+    assert torch.isfinite(layer(torch.randn(1, 5, D)).phi).all()
 
 
 # Invariances: nothing but a token's own document, up to the token, may change its phi

@@ -450,6 +450,21 @@ def test_near_identity_leaves_the_loss_of_a_trained_model_almost_unchanged():
     assert spoilt > plain + 0.5
 
 
+def test_calibration_takes_the_mean_and_deviation_of_real_tokens(base, tokens):
+    lens = attach(base, config(init="near_identity")).eval()
+    mask = torch.ones_like(tokens)
+    mask[0, -3:] = 0
+    seen = lens(tokens, attention_mask=mask).layer_outputs[0].observed
+    lens.calibrate([{"input_ids": row[None], "attention_mask": kept[None]} for row, kept in zip(tokens, mask, strict=True)])
+    real = seen[mask == 1].double()
+    close(lens.phi.shift, real.mean(0).float())
+    close(lens.phi.scale, real.std(0, correction=0).float())
+    with lens.disabled():
+        plain = lens(tokens, attention_mask=mask, labels=tokens).losses["surprisal"]
+    with_layer = lens(tokens, attention_mask=mask, labels=tokens).losses["surprisal"]
+    assert with_layer == pytest.approx(float(plain), rel=1e-3)
+
+
 # Training
 
 

@@ -204,14 +204,18 @@ def test_other_odd_outputs(form, tokens):
 
 
 def test_modules_that_are_not_causal(tokens):
-    with pytest.raises(InsertionError, match="A bidirectional LSTM has read the later tokens; choose a causal"):
+    with pytest.raises(
+        InsertionError, match="A bidirectional LSTM has read the later tokens; choose a causal"
+    ):
         attach(make(bidirectional=True), PHiConfig(module="rnn", prior_heads=1))
 
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_blocks_of_ones_own_are_given_by_path(layer, tokens):
     base = make(Convolutions)
-    with pytest.raises(InsertionError, match=r"candidates: blocks, mixed\); give the insertion point by its path"):
+    with pytest.raises(
+        InsertionError, match=r"candidates: blocks, mixed\); give the insertion point by its path"
+    ):
         attach(base, PHiConfig(layer=layer, prior_heads=1))
     lens = shaken(base, module=f"mixed.{layer % 3}")
     mask = torch.ones_like(tokens)

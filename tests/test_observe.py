@@ -201,7 +201,9 @@ def test_one_layer_learns_as_in_the_path_with_the_same_noise(name, tokens):
 
 
 def test_losses_add_up_as_documented(tokens):
-    lens = observing(make("llama"), [0, 2], phi_weight=0.5, pressure="reconstruction", reconstruction_weight=3.0)
+    lens = observing(
+        make("llama"), [0, 2], phi_weight=0.5, pressure="reconstruction", reconstruction_weight=3.0
+    )
     out = lens(tokens, labels=tokens)
     parts, total = out.losses, 0.0
     for path, output in zip(lens.module_paths, out.layer_outputs, strict=True):

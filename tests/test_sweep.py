@@ -74,8 +74,8 @@ def test_a_fresh_layer_leaves_the_loss_as_it_is_and_training_lowers_phi(swept):
 
 
 def test_each_layer_alone_in_the_path_gives_the_sweeps_figures(swept, base, options):
-    output, results = swept
-    together, recipe = load_run(output / "run")
+    output, _ = swept
+    together, _ = load_run(output / "run")
     assert together.config.mode == "observe"
     model, tokenizer = load_pretrained(str(base))
     ids = torch.tensor([tokenizer("7 bottles of beer on the wall.")["input_ids"]])

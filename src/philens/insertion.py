@@ -44,10 +44,10 @@ def find_blocks(base: nn.Module) -> tuple[str, nn.ModuleList]:
     )
     if recorded:
         found = [(path, blocks) for path, blocks in found if isinstance(blocks[0], recorded)] or found
-    if len(found) > 1 and hasattr(base, "get_decoder"):
+    get_decoder: Any = getattr(base, "get_decoder", None)
+    if len(found) > 1 and get_decoder is not None:
         # A model that sees or hears as well: the blocks that write.
-        decoder: Any = base.get_decoder()
-        inside = {id(module) for module in decoder.modules()}
+        inside = {id(module) for module in get_decoder().modules()}
         found = [(path, blocks) for path, blocks in found if id(blocks) in inside] or found
     if len(found) != 1:
         names = ", ".join(path for path, _ in found) or "none"

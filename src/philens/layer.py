@@ -50,7 +50,8 @@ class PHiConfig:
         inference: outside training, the latent is the posterior's `mean` or a `sample` of it.
         samples: with `inference="sample"`, phi is the mean over this many samples.
         init: `near_identity` leaves the model's loss almost unchanged at first (needs L >= D); `random`.
-        init_scale: with `near_identity`, how many posterior standard deviations one unit of hidden state is.
+        init_scale: with `near_identity`, how many posterior standard deviations one unit of hidden state is;
+            of a calibrated layer, one standard deviation of its dimension.
         logvar_min: lower clamp of log-variances.
         logvar_max: upper clamp of log-variances.
     """
@@ -317,9 +318,16 @@ class PHiLayer(nn.Module):
         hidden_size: D of the base model.
         config: options; the insertion point and the loss weights are used by `philens.attach`, not here.
 
+    Attributes:
+        shift, scale: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken back.
+            0 and 1 unless `calibrate` set them.
+
     Raises:
         ConfigError: sizes that do not fit together.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, hidden_size: int, config: PHiConfig | None = None) -> None:
         super().__init__()
@@ -330,6 +338,8 @@ class PHiLayer(nn.Module):
         self.encoder = nn.Linear(hidden_size, statistics * size, bias=False)
         self.decoder = nn.Linear(size, hidden_size, bias=False)
         self.prior = None if config.prior == "unit" else Prior(size, statistics * size, config)
+        self.register_buffer("shift", torch.zeros(hidden_size))
+        self.register_buffer("scale", torch.ones(hidden_size))
         if config.init == "near_identity":
             self._init_near_identity()
 
@@ -355,11 +365,26 @@ class PHiLayer(nn.Module):
 
     def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32."""
-        return self._statistics(self.encoder(hidden_states.to(self.encoder.weight.dtype)))
+        weight = self.encoder.weight
+        return self._statistics(self.encoder((hidden_states.to(weight.dtype) - self.shift) / self.scale))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""
-        return self.decoder(latent.to(self.decoder.weight.dtype))
+        return self.decoder(latent.to(self.decoder.weight.dtype)) * self.scale + self.shift
+
+    @torch.no_grad()
+    def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
+        """Let the encoder see every dimension with mean 0 and standard deviation 1, and the decoder undo it.
+
+        Models differ by orders of magnitude in the size of their hidden states, and in how much larger a few
+        dimensions are than the rest; without this, so would the steps that the layer's training takes.
+
+        Args:
+            mean, deviation: (D,) of the base's hidden states.
+        """
+        self.shift.copy_(mean)
+        # A dimension that never changes tells nothing, and must not be blown up.
+        self.scale.copy_(deviation.clamp(min=1e-3 * float(deviation.median())).clamp(min=1e-6))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.config.bottleneck:

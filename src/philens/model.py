@@ -1,7 +1,7 @@
 """A base model with PHi layers in it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -202,6 +202,30 @@ class PHiModel(nn.Module):
         self._frozen = True
         self.base.eval()
 
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Fit fresh layers to the size of the base's hidden states; see `PHiLayer.calibrate`.
+
+        Args:
+            batches: arguments of `forward` other than labels, such as input_ids (B, T) and attention_mask.
+        """
+        size = [layer.hidden_size for layer in self.layers]
+        device = next(self.parameters()).device
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        sums = [torch.zeros(2, width, dtype=torch.float64, device=device) for width in size]
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            outputs = self(**inputs, returns="phi").layer_outputs
+            mask = inputs.get("attention_mask")
+            real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+            count += real.sum()
+            for total, output in zip(sums, outputs, strict=True):
+                states = output.observed[real != 0].double()
+                total += torch.stack((states.sum(0), states.square().sum(0)))
+        for layer, total in zip(self.layers, sums, strict=True):
+            mean, square = total / count.clamp(min=1)
+            layer.calibrate(mean, (square - mean.square()).clamp(min=0).sqrt())
+
     def train(self, mode: bool = True) -> "PHiModel":
         """Switch between training and evaluation; a frozen base stays in evaluation mode."""
         super().train(mode)
@@ -282,9 +306,9 @@ class PHiModel(nn.Module):
         arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": position_ids} | kwargs
         if cache is not None:
             arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
-        # A base sees the documents of a pack by their positions; a padding mask beside them would switch that off.
-        packed = documents is not None and "position_ids" in self._arguments
-        if attention_mask is not None and not (packed and is_pack(documents, attention_mask)):
+        # A base sees the documents of a pack by their positions; a padding mask would switch that off.
+        placed = documents if "position_ids" in self._arguments else None
+        if attention_mask is not None and (placed is None or not is_pack(placed, attention_mask)):
             arguments["attention_mask"] = attention_mask
         observe = self.enabled and self.config.mode == "observe"
         # Training to reconstruct needs nothing from above the layers.
@@ -315,7 +339,8 @@ class PHiModel(nn.Module):
                 decoded = [output.hidden_states for output in result.layer_outputs]
                 pressed = torch.is_grad_enabled() and self.config.pressure == "next_token"
                 with torch.set_grad_enabled(pressed):
-                    again = [self._read_again(input_ids, arguments, n, h, forms) for n, h in enumerate(decoded)]
+                    for number, states in enumerate(decoded):
+                        again[number] = self._read_again(input_ids, arguments, number, states, forms)
             self._add_losses(result, labels, counted, predicted, again)
         return result
 

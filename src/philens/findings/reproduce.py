@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from philens import hub
 from philens.errors import ConfigError
 from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
@@ -18,18 +17,12 @@ from philens.findings.texts import measure_texts, score_texts, text_rows
 from philens.insertion import text_config
 from philens.model import PHiModel
 from philens.scoring.documents import TokenTable, score_documents
+from philens.scoring.run import load_lens
 from philens.scoring.scores import TokenScores
 from philens.tasks.automata import TASKS, concatenate, generate
 from philens.tasks.levels import load_levels, without_users
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import (
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    finished_model,
-    load_run,
-    load_tokenizer,
-    versions,
-)
+from philens.training.run import RECIPE_FILE, finished_model, load_run, versions
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +200,9 @@ def reproduce_texts(
     texts = load_levels(levels, documents, seed)
     if plain:
         texts = without_users(texts)
-    lens, tokenizer, recipe = _load_measured(str(model), adapter)
+    lens, tokenizer = load_lens(str(model), None if adapter is None else str(adapter))
+    has_recipe = adapter is None and (Path(model) / RECIPE_FILE).is_file()
+    recipe = load_recipe(Path(model) / RECIPE_FILE) if has_recipe else None
     _prepare(lens, kl)
     if window is None and recipe is not None:
         limit = getattr(text_config(lens.base), "max_position_embeddings", None)
@@ -228,21 +223,6 @@ def reproduce_texts(
     }
     write("texts", output / "texts", results, run)
     return run | results
-
-
-def _load_measured(model: str, adapter: str | Path | None) -> tuple[PHiModel, Any, Recipe | None]:
-    """A model, its tokenizer, and if it is a run's, the recipe."""
-    folder = Path(model)
-    if adapter is not None or not (folder / RECIPE_FILE).is_file():
-        from philens.scoring.run import load_lens
-
-        return *load_lens(model, None if adapter is None else str(adapter)), None
-    lens, recipe = load_run(folder)
-    source = folder / MODEL_FOLDER
-    if not source.is_dir():  # a frozen base from elsewhere is not kept in the run
-        base, revision = str(recipe.model.base), recipe.model.revision
-        source, _ = hub.find(base, hub._TEXT_FILES, MODEL_FOLDER, "config.json", revision=revision)
-    return lens, load_tokenizer(source), recipe
 
 
 def _prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:

@@ -65,17 +65,25 @@ def mean(values: ArrayLike, documents: ArrayLike, *, resamples: int = RESAMPLES,
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Ratio of two estimates from disjoint documents, each resampled on its own (use different seeds)."""
-    if len(numerator.samples) != len(denominator.samples):
-        raise InputError("A ratio needs two estimates with the same number of resamples.")
-    samples = _divide(numerator.samples, denominator.samples)
-    value = float(_divide(np.array([numerator.value]), np.array([denominator.value]))[0])
-    documents = min(numerator.documents, denominator.documents)
+    return _combined(numerator, denominator, _divide)
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """First minus second, from disjoint documents, each resampled on its own (use different seeds)."""
+    return _combined(first, second, np.subtract)
+
+
+def _combined(first: Estimate, second: Estimate, combine: Callable[[Floats, Floats], Floats]) -> Estimate:
+    if len(first.samples) != len(second.samples):
+        raise InputError("Two estimates are compared over the same number of resamples.")
+    samples = combine(first.samples, second.samples)
+    documents = min(first.documents, second.documents)
     return Estimate(
-        value=value,
+        value=float(combine(np.array([first.value]), np.array([second.value]))[0]),
         ci95=_interval(samples, documents),
-        rows=numerator.rows + denominator.rows,
+        rows=first.rows + second.rows,
         documents=documents,
-        dropped=numerator.dropped + denominator.dropped,
+        dropped=first.dropped + second.dropped,
         samples=samples,
     )
 

@@ -202,24 +202,10 @@ def _compare(
         "first": first,
         "second": second,
         "claim": role(first) in INTERESTING and role(second) in BORING,
-        "difference": difference(ours, theirs).as_dict(),
+        "difference": statistics.difference(ours, theirs).as_dict(),
         "ratio": statistics.ratio(ours, theirs).as_dict(),
         "separated": ours.ci95[0] > theirs.ci95[1] or ours.ci95[1] < theirs.ci95[0],
     }
-
-
-def difference(first: statistics.Estimate, second: statistics.Estimate) -> statistics.Estimate:
-    """First minus second, of disjoint documents, each resampled on its own (use different seeds)."""
-    samples = first.samples - second.samples
-    documents = min(first.documents, second.documents)
-    return statistics.Estimate(
-        value=first.value - second.value,
-        ci95=statistics._interval(samples, documents),
-        rows=first.rows + second.rows,
-        documents=documents,
-        dropped=first.dropped + second.dropped,
-        samples=samples,
-    )
 
 
 def _as_dict(estimate: statistics.Estimate) -> dict[str, Any] | None:

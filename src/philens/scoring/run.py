@@ -44,14 +44,23 @@ def load_lens(
 
     from philens.adapter import load
     from philens.hub import load_pretrained
-    from philens.training.run import ADAPTER_FOLDER
+    from philens.training.recipe import load_recipe
+    from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE
 
-    if adapter is None and not (Path(model) / ADAPTER_FOLDER).is_dir():
+    folder, base = Path(model), model
+    if adapter is None and not (folder / ADAPTER_FOLDER).is_dir():
         raise ConfigError(f"Which PHi layer should go into {model}? Give --adapter, or the folder of a run.")
-    base, tokenizer = load_pretrained(
-        model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    quantization = None
+    if (folder / RECIPE_FILE).is_file() and not (folder / MODEL_FOLDER).is_dir():
+        # A run keeps no copy of a frozen base from elsewhere.
+        recipe = load_recipe(folder / RECIPE_FILE).model
+        base, revision = recipe.base or base, revision or recipe.revision
+        dtype = recipe.dtype if dtype == "auto" else dtype
+        quantization = None if recipe.quantization == "none" else recipe.quantization
+    loaded, tokenizer = load_pretrained(
+        base, revision=revision, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
     )
-    lens = load(base, adapter or model)
+    lens = load(loaded, adapter or model)
     if torch.accelerator.is_available():
         lens.to(torch.accelerator.current_accelerator())
     return lens, tokenizer

@@ -74,7 +74,8 @@ def _span(tokenizer: Any, messages: Messages, number: int, text: str) -> tuple[i
     if number:
         before = _render(tokenizer, messages[:number], add_generation_prompt=True)
     else:  # an empty chat cannot be rendered
-        before = _render(tokenizer, [messages[0] | {"content": "\0"}]).partition("\0")[0]
+        marked = [messages[0] | {"content": "\0"}, *messages[1:]]
+        before = _render(tokenizer, marked).partition("\0")[0]
     start = len(before) if text.startswith(before) else 0
     after = _render(tokenizer, messages[: number + 1])
     if text.startswith(before) and text.startswith(after):

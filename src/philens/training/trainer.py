@@ -51,6 +51,8 @@ from philens.training.run import (
 
 logger = logging.getLogger(__name__)
 
+# Rows that tell a fresh layer how large a base's hidden states are.
+CALIBRATION_ROWS = 16
 CHECKPOINT_RECIPE, CHECKPOINT_LOGS = "recipe.json", "logs.json"
 
 
@@ -81,6 +83,17 @@ def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
     """
     mean, noise = mean[counted], logvar[counted].exp().mean(0)
     return 0.5 * torch.log1p(mean.var(0, correction=0) / noise).sum()
+
+
+def calibrate(lens: PHiModel, rows: Any) -> None:
+    """Fit a fresh layer to the hidden states of a trained base on the first rows that it will read."""
+    was_training = lens.training
+    lens.eval()
+    if torch.accelerator.is_available():
+        lens.to(torch.accelerator.current_accelerator())
+    chosen = [rows[number] for number in range(min(CALIBRATION_ROWS, len(rows)))]
+    lens.calibrate({key: row[key][None] for key in row if key != "labels"} for row in chosen)
+    lens.train(was_training)
 
 
 class PHiTrainer(Trainer):
@@ -357,6 +370,8 @@ def train(
     rows = training_rows(recipe, tokenizer)
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
+    if checkpoint is None and recipe.phi is not None and recipe.model.base is not None:
+        calibrate(lens, rows)
     _start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
     held_out = {}
     if recipe.data.parts:
