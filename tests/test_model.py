@@ -491,7 +491,7 @@ def test_gradient_checkpointing_changes_nothing_and_runs_the_layer_once(
     lens = shaken(attach(base, options)).train()
     expected, expected_gradients = gradients(lens, tokens)
     calls = []
-    lens.phi.register_forward_hook(lambda *_: calls.append(1))
+    lens.phi.register_forward_pre_hook(lambda *_: calls.append(1))
     blocks = []
     earlier = base.get_submodule(f"{path.rsplit('.', 1)[0]}.0.mlp")
     earlier.register_forward_pre_hook(lambda *_: blocks.append(1))
@@ -505,7 +505,7 @@ def test_gradient_checkpointing_changes_nothing_and_runs_the_layer_once(
         base.gradient_checkpointing_enable(**arguments)
         lens = attach(base, options).train()
         lens.phi.load_state_dict(layer)
-        lens.phi.register_forward_hook(lambda *_: calls.append(1))
+        lens.phi.register_forward_pre_hook(lambda *_: calls.append(1))
     out, found = gradients(lens, tokens)
     assert len(calls) == 1
     assert len(blocks) == 2  # another block is recomputed

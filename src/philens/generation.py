@@ -135,7 +135,8 @@ def generate(
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if on_token is None:
                 read = [0]
-                lens._start(predict=False)
+                # Phi comes afterwards; only sampled latents need the whole layer.
+                lens._start(predict=lens.config.inference == "sample")
             else:
                 count = input_ids.shape[1]
                 hand_on(input_ids, *_scores(lens, input_ids, mask), range(count))

@@ -319,8 +319,8 @@ class PHiLayer(nn.Module):
         config: options; the insertion point and the loss weights are used by `philens.attach`, not here.
 
     Attributes:
-        shift, scale: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken back.
-            0 and 1 unless `calibrate` set them.
+        shift, scale: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken
+            back by them. 0 and 1 unless `calibrate` set them.
 
     Raises:
         ConfigError: sizes that do not fit together.

@@ -262,7 +262,11 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
             history = [record for record in course if record["insertion_point"] == point]
             _line(bottom, history, name, label=point, markersize=4, **style)
         top.set_xticks(range(len(points)), [point.rsplit(".", 1)[-1] for point in points])
-        top.set(xlabel="insertion point (block)", ylabel=label, ylim=(min(0.0, *values), None))
+        low, high = min(0.0, *values), max(0.0, *values)
+        margin = 0.1 * (high - low or 1.0)
+        top.set(
+            xlabel="insertion point (block)", ylabel=label, ylim=(low - margin * (low < 0), high + margin)
+        )
         bottom.set(xlabel="step", ylabel=label)
     _log_if_wide(below[0])
     handles, labels = below[0].get_legend_handles_labels()
