@@ -455,7 +455,8 @@ def test_calibration_takes_the_mean_and_deviation_of_real_tokens(base, tokens):
     mask = torch.ones_like(tokens)
     mask[0, -3:] = 0
     seen = lens(tokens, attention_mask=mask).layer_outputs[0].observed
-    lens.calibrate([{"input_ids": row[None], "attention_mask": kept[None]} for row, kept in zip(tokens, mask, strict=True)])
+    rows = zip(tokens, mask, strict=True)
+    lens.calibrate([{"input_ids": row[None], "attention_mask": kept[None]} for row, kept in rows])
     real = seen[mask == 1].double()
     close(lens.phi.shift, real.mean(0).float())
     close(lens.phi.scale, real.std(0, correction=0).float())

@@ -113,7 +113,7 @@ def test_same_seed_same_interval() -> None:
 def test_wrong_shapes_are_an_input_error() -> None:
     with pytest.raises(InputError, match="one value per token"):
         statistics.mean([1.0, 2.0], [0])
-    with pytest.raises(InputError, match="same number of resamples"):
+    with pytest.raises(InputError, match="the same number of resamples"):
         statistics.ratio(statistics.mean([1.0], [0], resamples=5), statistics.mean([1.0], [0], resamples=6))
 
 

@@ -19,7 +19,8 @@ from philens import cli
 from philens.errors import ConfigError, InputError
 from philens.findings import statistics
 from philens.findings.reproduce import reproduce, reproduce_texts
-from philens.findings.texts import EARLY, difference, measure_texts, score_texts, text_rows
+from philens.findings.statistics import difference
+from philens.findings.texts import EARLY, measure_texts, score_texts, text_rows
 from philens.report.figures import figure_texts
 from philens.report.terminal import text_pairs_table, texts_table
 from philens.scoring.scores import Span, TokenScores

@@ -45,10 +45,12 @@ def load_lens(
     from philens.adapter import load
     from philens.hub import load_pretrained
     from philens.training.recipe import load_recipe
-    from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE
+    from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
 
     folder, base = Path(model), model
     if adapter is None and not (folder / ADAPTER_FOLDER).is_dir():
+        if (folder / RECIPE_FILE).is_file():
+            load_run(folder)  # says why this run has no adapter
         raise ConfigError(f"Which PHi layer should go into {model}? Give --adapter, or the folder of a run.")
     quantization = None
     if (folder / RECIPE_FILE).is_file() and not (folder / MODEL_FOLDER).is_dir():
