@@ -1,12 +1,15 @@
 """Peak memory of training by the Llama 3.2 3B recipe, on a model of that very shape with random weights.
 
-    python -m benchmarks.memory [--steps 2] [--blocks 28] [--folder FOLDER]
+    python -m benchmarks.memory [--steps 2] [--width 3072] [--folder FOLDER]
 
-Weights take 6.4 GB on disk and in memory; on a CPU a step takes minutes. On a GPU the figure is what torch
-allocated there, on a CPU the largest resident set of the process, Python and its libraries included.
+Weights take 6.4 GB on disk and in memory; on a CPU a step takes many minutes. On a GPU the figure is what
+torch allocated there. On a CPU it is the largest resident set of the process, with Python, its libraries and
+what they pack for themselves; with `--tensors`, the most bytes that tensors held at once, which is what a GPU
+would hold but for its workspaces (slow: meant for a smaller width, from which activations go up in proportion).
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import sys
@@ -16,9 +19,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
-def make_model(folder: Path, blocks: int) -> int:
+def make_model(folder: Path, blocks: int, width: int) -> int:
     """Write a model of Llama 3.2 3B's shape with random weights; returns its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,11 +32,11 @@ def make_model(folder: Path, blocks: int) -> int:
 
     config = LlamaConfig(
         vocab_size=128_256,
-        hidden_size=3072,
-        intermediate_size=8192,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
         num_hidden_layers=blocks,
-        num_attention_heads=24,
-        num_key_value_heads=8,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 384,
         head_dim=128,
         max_position_embeddings=131_072,
         rope_parameters={
@@ -82,7 +88,36 @@ class Peak(threading.Thread):
             time.sleep(0.02)
 
 
-def measure(model: Path, folder: Path, steps: int, layer: int) -> dict[str, float]:
+class LiveTensors(TorchDispatchMode):
+    """Follows how many bytes tensors hold; `peak` is the most at once."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.total = self.peak = 0
+        for tensor in known:
+            self.note(tensor)
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.held or self.held[key][0].expired():
+            self.total += storage.nbytes() - (self.held[key][1] if key in self.held else 0)
+            self.held[key] = (StorageWeakRef(storage), storage.nbytes())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor)
+        if self.total > self.peak:
+            self.held = {key: entry for key, entry in self.held.items() if not entry[0].expired()}
+            self.total = sum(size for _, size in self.held.values())
+            self.peak = max(self.peak, self.total)
+        return result
+
+
+def measure(model: Path, folder: Path, steps: int, layer: int, tensors: bool) -> dict[str, float]:
     """Train for some steps by the recipe, on text that is installed; returns gigabytes."""
     from philens.training.recipe import load_recipe
     from philens.training.trainer import train
@@ -106,8 +141,12 @@ def measure(model: Path, folder: Path, steps: int, layer: int) -> dict[str, floa
     peak = Peak()
     peak.start()
     begin = time.monotonic()
-    train(recipe, folder)
+    live = LiveTensors([])
+    with live if tensors else contextlib.nullcontext():
+        train(recipe, folder)
     found = {"seconds": time.monotonic() - begin}
+    if tensors:
+        return found | {"peak_gb": live.peak / 1e9}
     if on_gpu:
         return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
     return found | {"peak_gb": peak.gigabytes, "of_it_python_and_libraries_gb": before}
@@ -118,15 +157,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=28)
+    parser.add_argument("--width", type=int, default=3072, help="a multiple of 384")
+    parser.add_argument("--tensors", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         model = Path(scratch) / "model"
-        parameters = make_model(model, options.blocks)
+        parameters = make_model(model, options.blocks, options.width)
         layer = 19 * options.blocks // 28
-        found = measure(model, Path(scratch) / "run", options.steps, layer)
+        found = measure(model, Path(scratch) / "run", options.steps, layer, options.tensors)
         records = (Path(scratch) / "run" / "metrics.jsonl").read_text()
-    described = {"parameters": parameters, "blocks": options.blocks, "layer": layer, "steps": options.steps}
+    described = {"parameters": parameters, "width": options.width, "blocks": options.blocks}
+    described |= {"layer": layer, "steps": options.steps}
     sys.stderr.write(records)
     sys.stdout.write(json.dumps(described | found, indent=2) + "\n")
 
