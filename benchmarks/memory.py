@@ -5,7 +5,7 @@
 Weights take 6.4 GB on disk and in memory; on a CPU a step takes many minutes. On a GPU the figure is what
 torch allocated there. On a CPU it is the largest resident set of the process, with Python, its libraries and
 what they pack for themselves; with `--tensors`, the most bytes that tensors held at once, which is what a GPU
-would hold but for its workspaces (slow: meant for smaller widths, from which activations go up in proportion).
+would hold but for its workspaces (slow: for smaller widths, from which activations go up in proportion).
 """
 
 import argparse
