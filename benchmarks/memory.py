@@ -91,12 +91,10 @@ class Peak(threading.Thread):
 class LiveTensors(TorchDispatchMode):
     """Follows how many bytes tensors hold; `peak` is the most at once."""
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}
         self.total = self.peak = 0
-        for tensor in known:
-            self.note(tensor)
 
     def note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -107,7 +105,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
+        # Arguments too: weights may be read from a file, not made by an operation.
+        for tensor in tree_iter((args, kwargs, result)):
             if isinstance(tensor, torch.Tensor):
                 self.note(tensor)
         if self.total > self.peak:
@@ -141,7 +140,7 @@ def measure(model: Path, folder: Path, steps: int, layer: int, tensors: bool) ->
     peak = Peak()
     peak.start()
     begin = time.monotonic()
-    live = LiveTensors([])
+    live = LiveTensors()
     with live if tensors else contextlib.nullcontext():
         train(recipe, folder)
     found = {"seconds": time.monotonic() - begin}
