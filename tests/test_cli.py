@@ -77,6 +77,17 @@ def test_print_config_is_the_whole_recipe(philens, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_plain_base_is_told_how_to_get_a_layer(philens, tmp_path, monkeypatch):
+    monkeypatch.setattr("philens.training.trainer.draw_course", lambda folder: None)
+    keys = {key: value for key, value in tiny_values(train__steps=3).items() if not key.startswith("phi")}
+    keys |= {"phi": None, "phi_schedule.start_step": 0, "phi_schedule.warmup_steps": 0}
+    code, out, err = philens("train", "smoke", *as_options(keys), "--output", "base")
+    assert code == 0, err
+    assert "philens train text_phi --model.base base/model" in out
+    assert (tmp_path / "base" / "model" / "model.safetensors").is_file()
+    assert not (tmp_path / "base" / "adapter").exists()
+
+
 def test_train_takes_any_key(philens, tmp_path, monkeypatch):
     monkeypatch.setattr("philens.training.trainer.draw_course", lambda folder: None)
     keys = tiny_values(train__steps=5, name="mine", phi__layer=-1, data__mixture__copy=3, seed=4)

@@ -38,7 +38,7 @@ def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
 def train(
     recipe: str, output: Path | None = None, resume: bool = False, print_config: bool = False, **keys: Any
 ) -> int:
-    """Train a model from nothing by a recipe. Any recipe key can be given as --key value.
+    """Train a model, or a layer in one, by a recipe. Any recipe key can be given as --key value.
 
     Args:
         recipe: a YAML file, or the name of a recipe that comes with philens (small, smoke, ...).
@@ -60,7 +60,11 @@ def train(
     if train(resolved, folder, resume) is None:
         _say(f"Stopped; go on with: philens train {recipe} --output {folder} --resume")
         return 130
-    _say(f"Wrote {folder}; read it with philens.load_run({str(folder)!r}).")
+    if resolved.phi is None:
+        base = folder / "model"
+        _say(f"Wrote {folder}; a PHi layer goes into it by: philens train text_phi --model.base {base}")
+    else:
+        _say(f"Wrote {folder}; read it with philens.load_run({str(folder)!r}).")
     return 0
 
 
