@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from philens.errors import InputError, OutputError
-from philens.findings import combine_seeds, write_atomically, write_finding
+from philens.files import write_atomically
+from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.tasks import measure_tasks, task_rows
 from philens.report.figures import figure_tasks

@@ -10,10 +10,10 @@ from conftest import make_llama
 from philens.adapter import load
 from philens.cli import main
 from philens.errors import ConfigError
+from philens.findings.sweep import parse_layers, sweep
 from philens.hub import load_pretrained
 from philens.tokenizer import byte_tokenizer
 from philens.training.run import load_run, read_metrics
-from philens.training.sweep import parse_layers, sweep
 
 
 @pytest.fixture(scope="module")

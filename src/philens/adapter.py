@@ -23,10 +23,7 @@ import philens
 from philens import hub
 from philens.card import model_card
 from philens.errors import AdapterError, ConfigError, OutputError, PhilensError
-from philens.files import load_weights as load_weights
-from philens.files import read_json as read_json
-from philens.files import read_safetensors as read_safetensors
-from philens.files import written_whole as written_whole
+from philens.files import load_weights, read_json, read_safetensors, written_whole
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 

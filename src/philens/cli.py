@@ -257,8 +257,8 @@ def sweep(
         recipe: what the layers are trained by, a YAML file or name.
         output: folder of the run, the adapters and results; by default runs/sweep.
     """
+    from philens.findings.sweep import parse_layers, sweep
     from philens.report.terminal import sweep_table
-    from philens.training.sweep import parse_layers, sweep
 
     folder = output or Path("runs") / "sweep"
     results = sweep(model, parse_layers(layers or ""), folder, recipe, keys)

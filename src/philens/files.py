@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -20,6 +20,28 @@ from philens.errors import AdapterError, OutputError
 
 # Far above any configuration, far below what would fill the memory.
 MAX_JSON_BYTES = 1 << 20
+
+
+def write_atomically(path: str | os.PathLike[str], content: Callable[[BinaryIO], object]) -> Path:
+    """Let `content` write to a temporary file beside `path`, then move it there: all of it or nothing.
+
+    Raises OutputError where the folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"Cannot write {path}: {reason}; free some space or choose another.") from error
+    finally:
+        with contextlib.suppress(OSError):  # after the move it is gone
+            temporary.unlink()
+    return path
 
 
 @contextlib.contextmanager

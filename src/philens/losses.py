@@ -92,7 +92,8 @@ def mean_surprisal(result: PHiModelOutput, labels: Tensor, predicted: Tensor) ->
         return F.cross_entropy(head(states).float(), targets, reduction="sum")
 
     total = states.new_zeros((), dtype=torch.float32)
-    size = max(1, LOGITS_AT_ONCE // int(getattr(head, "out_features", 0) or labels.max() + 1))
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # pyright: ignore[reportFunctionMemberAccess]
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
     for start in range(0, len(targets), size):
         one = states[start : start + size], targets[start : start + size]
         recomputed = torch.is_grad_enabled() and states.requires_grad

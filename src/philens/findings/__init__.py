@@ -3,19 +3,19 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from philens.errors import InputError, OutputError
+from philens.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["combine_seeds", "write_atomically", "write_finding"]
+__all__ = ["combine_seeds", "write_finding"]
 
 
 def combine_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,28 +94,6 @@ def write_finding(
     text = json.dumps(_plain({**(run or {}), **results}), indent=2, ensure_ascii=False, allow_nan=False)
     write("results.json", lambda file: file.write(f"{text}\n".encode()))
     return paths
-
-
-def write_atomically(path: str | os.PathLike[str], content: Callable[[BinaryIO], object]) -> Path:
-    """Let `content` write to a temporary file beside `path`, then move it there: all of it or nothing.
-
-    Raises OutputError where the folder is missing or not writable, or the disk is full.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"Cannot write {path}: {reason}; free some space or choose another.") from error
-    finally:
-        with suppress(OSError):  # after the move it is gone
-            temporary.unlink()
-    return path
 
 
 def _plain(value: Any) -> Any:

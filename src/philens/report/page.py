@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from philens.errors import InputError
-from philens.findings import write_atomically
+from philens.files import write_atomically
 from philens.report.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label, unit, visible
 from philens.scoring.scores import TokenScores
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.errors import InputError
-from philens.findings import write_atomically
+from philens.files import write_atomically
 from philens.typed import nearest
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from philens.errors import InputError, OutputError
-from philens.findings import write_atomically
+from philens.files import write_atomically
 from philens.scoring.corpus import Document
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.errors import TrainingError
-from philens.findings import write_atomically
+from philens.files import write_atomically
 from philens.model import PHiModel
 from philens.tasks.packing import TokenDocuments
 from philens.training.evaluation import evaluate

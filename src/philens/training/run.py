@@ -10,15 +10,9 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from philens import hub
-from philens.adapter import (
-    WEIGHTS_FILE,
-    load,
-    load_weights,
-    read_safetensors,
-    save_adapter,
-    written_whole,
-)
+from philens.adapter import WEIGHTS_FILE, load, save_adapter
 from philens.errors import AdapterError, RecipeError, TrainingError
+from philens.files import load_weights, read_safetensors, written_whole
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
@@ -182,15 +176,6 @@ def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
     )
 
 
-def load_base(folder: str | Path) -> Any:
-    """A base model that philens saved, in evaluation mode.
-
-    Raises:
-        AdapterError: it is missing or damaged.
-    """
-    return hub.load_pretrained(folder, tokenizer=False, local_only=True)[0]
-
-
 def _keeps_base(recipe: Recipe) -> bool:
     """Whether the base belongs to the run; one from elsewhere that nothing changes is not copied."""
     return recipe.model.base is None or not recipe.model.frozen
@@ -270,7 +255,10 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
 
 
 def _load_finished(folder: Path, recipe: Recipe) -> PHiModel:
-    base = load_base(folder / MODEL_FOLDER) if _keeps_base(recipe) else _load_named_base(recipe, False)[0]
+    if _keeps_base(recipe):
+        base, _ = hub.load_pretrained(folder / MODEL_FOLDER, tokenizer=False, local_only=True)
+    else:
+        base, _ = _load_named_base(recipe, False)
     if recipe.phi is None:
         return attach_fresh(base, recipe).eval()
     return load(base, folder / ADAPTER_FOLDER)

@@ -17,8 +17,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from philens.adapter import read_json, written_whole
 from philens.errors import OutputError, TrainingError
+from philens.files import read_json, written_whole
 from philens.model import PHiModel
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.training.callbacks import (
