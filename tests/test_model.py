@@ -10,9 +10,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from conftest import make_gpt2, make_llama
+from philens.attention import document_ids
 from philens.errors import ConfigError, InputError, InsertionError
 from philens.layer import PHiConfig
-from philens.model import attach, document_ids
+from philens.model import attach
 from philens.scoring.documents import score_documents
 from philens.tasks.automata import TaskConfig, concatenate, generate
 

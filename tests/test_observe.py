@@ -3,6 +3,7 @@ what need not run does not."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, MambaConfig
 
 import philens.losses
@@ -350,16 +351,26 @@ def test_reconstruction_keeps_phi_from_collapsing(trained):
 # Cross-entropy in parts
 
 
-def in_parts(monkeypatch, lens, tokens, at_once, **kwargs):
-    """Losses and gradients with few logits at once, and how many the head was asked for at most."""
-    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", at_once)
-    asked = []
-    handle = lens.base.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: asked.append(output.numel())
-    )
-    found = learn(lens, tokens, returns="states", **kwargs)
-    handle.remove()
-    return *found, asked
+class MadeLogits(TorchDispatchMode):
+    """Notes how many rows of logits every product with the head's weights makes."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight, self.rows = head.weight, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and args[1].data_ptr() == self.weight.data_ptr():
+            self.rows += [len(out)] * (out.shape[1] == len(self.weight))
+        return out
+
+
+def in_parts(monkeypatch, lens, tokens, positions, **kwargs):
+    """Losses and gradients with few rows of logits at once, and how many the products made."""
+    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", positions * 128)
+    with MadeLogits(lens.base.get_output_embeddings()) as made:
+        found = learn(lens, tokens, returns="states", **kwargs)
+    return *found, made.rows
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
@@ -368,15 +379,14 @@ def in_parts(monkeypatch, lens, tokens, at_once, **kwargs):
 def test_cross_entropy_in_parts_equals_the_whole(monkeypatch, name, positions, kind, tokens):
     lens, kwargs = in_the_path(make(name), 1), batches(tokens)[kind]
     expected, expected_gradients = learn(lens, tokens, **kwargs)
-    out, gradients, asked = in_parts(monkeypatch, lens, tokens, positions * 128, **kwargs)
+    out, gradients, made = in_parts(monkeypatch, lens, tokens, positions, **kwargs)
     close(out.loss, expected.loss)
     assert out.logits is None
     for key, gradient in gradients[0].items():
         close(gradient, expected_gradients[0][key], 1e-4)
-    assert max(asked) <= max(positions, 3) * 128
-    count = int((kwargs.get("attention_mask", torch.ones_like(tokens)) != 0)[:, 1:].sum())
-    # To see what the head is given; whether it is last; the parts; and once more in the backward pass.
-    assert len(asked) == 2 + 2 * -(-count // positions)
+    # The backward pass does not make them again.
+    count = tokens.numel()
+    assert made == [min(positions, count - start) for start in range(0, count, positions)]
     monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", positions * 128)
     logits = lens.eval()(tokens).logits
     output = lens(tokens, returns="states")
@@ -392,7 +402,7 @@ def test_logits_changed_after_the_head_are_right_too(monkeypatch, name, tokens):
     lens = in_the_path(make(name), 1, bottleneck=False)
     expected, expected_gradients = learn(lens, tokens)
     for _ in range(2):  # it is found out the first time, known the second
-        out, gradients, _ = in_parts(monkeypatch, lens, tokens, 4 * 128)
+        out, gradients, _ = in_parts(monkeypatch, lens, tokens, 4)
         close(out.loss, expected.loss)
         close(out.phi, expected.phi)
         for key, gradient in gradients[0].items():

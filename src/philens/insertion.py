@@ -190,18 +190,3 @@ def recompute(block: nn.Module) -> Callable[[], None]:
 
     block.forward = run
     return undo
-
-
-@contextlib.contextmanager
-def head_input(head: nn.Module, found: list[Tensor]) -> Iterator[None]:
-    """Put what the output head would read, (B, T, D), into `found`, and let it read the first token only."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        found.append(args[0])
-        return (args[0][:, :1], *args[1:])
-
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -7,13 +7,15 @@ Prediction", ICML 2025, arXiv 2503.13431, section 2. Shapes: B rows, T tokens, D
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from philens.attention import Documents
+from philens.divergence import contrastive_loss, gaussian_kl, official_kl
 from philens.errors import ConfigError, InputError
+from philens.prior import Attend, Memory, Prior
 from philens.typed import convert
 
 
@@ -120,8 +122,8 @@ class PHiOutput:
         hidden_states: (B, T, D) decoded latents, which replace the base's hidden states.
         observed: (B, T, D) the base's hidden states.
         phi: (B, T) PHi loss in nats, float32, 0 on padding.
-        contrastive: (B, T) contrastive loss in nats, 0 on padding; None where its weight is 0 or there
-            is no bottleneck.
+        contrastive: (B, T) contrastive loss in nats, 0 on padding; None where it was not asked for, its
+            weight is 0, or there is no bottleneck.
         latent: (B, T, L) the latents z.
         posterior_mean, posterior_logvar: (B, T, L) of q(z_t | h_t).
         prior_mean, prior_logvar: (B, T, L) of p(z_t | z_<t).
@@ -138,177 +140,6 @@ class PHiOutput:
     prior_mean: Tensor
     prior_logvar: Tensor
     phi_standard_error: Tensor | None = None
-
-
-def gaussian_kl(mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
-    """KL(q || p) of diagonal Gaussians in nats, summed over the last dimension: (..., L) -> (...)."""
-    difference = logvar_q - logvar_p
-    squared = (mean_q - mean_p).square() * torch.exp(-logvar_p)
-    # expm1 keeps small divergences: exp(x) - 1 - x loses every digit near 0.
-    return 0.5 * (torch.expm1(difference) - difference + squared).sum(-1)
-
-
-def official_kl(mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
-    """The released code's formula, summed over the last dimension: (..., L) -> (...). Not a KL.
-
-    It reads log-variances as log standard deviations and divides the squared error by the posterior's
-    variance; the released code averages it over dimensions, so divide by L to compare.
-    """
-    difference = logvar_p - logvar_q
-    squared = (mean_p - mean_q).square() * torch.exp(-logvar_q)
-    return (difference + 0.5 * (torch.exp(-2 * difference) + squared - 1)).sum(-1)
-
-
-def contrastive_loss(z: Tensor, mean: Tensor, logvar: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """InfoNCE on latents: does a row's posterior find its own latent among those of all rows?
-
-    Source: the "self-critic" loss of the paper's code. The log-density of row b's latent under row c's
-    posterior is a quadratic form, so two batched matrix products give all pairs in O(T B^2) memory.
-
-    Args:
-        z, mean, logvar: (B, T, L), float32.
-        negatives: (B, T) bool, latents that may serve as negatives; None means all.
-
-    Returns:
-        (B, T) in nats.
-    """
-    rows = z.shape[0]
-    center = mean.mean(0, keepdim=True).detach()  # any shift is exact; this one spares float32 its digits
-    z, mean = (z - center).transpose(0, 1), (mean - center).transpose(0, 1)  # (T, B, L)
-    precision = torch.exp(-logvar).transpose(0, 1)
-    # Terms that depend only on c cancel in the softmax over b.
-    scores = z @ (mean * precision).mT - 0.5 * z.square() @ precision.mT  # (T, b, c)
-    if negatives is not None:
-        own = torch.eye(rows, dtype=torch.bool, device=z.device)
-        scores = scores.masked_fill(~(negatives.T[:, :, None] | own), -torch.inf)
-    return (scores.logsumexp(1) - scores.diagonal(dim1=1, dim2=2)).T
-
-
-def rotary(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding of (B, H, T, C) at positions (B or 1, T)."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions[:, None, :, None].float() * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-class Memory(Protocol):
-    """What is kept of the tokens before: the cache layers of `transformers` are this."""
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, H, T, C) keys and values; returns all of them so far."""
-        ...
-
-    def get_seq_length(self) -> int:
-        """Tokens kept."""
-        ...
-
-
-class PriorAttention(nn.Module):
-    """Causal self-attention within documents, (B, T, L) -> (B, T, L)."""
-
-    def __init__(self, size: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        projections = (nn.Linear(size, size, bias=False) for _ in range(4))
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
-
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, memory: Memory | None = None
-    ) -> Tensor:
-        rows, length, size = x.shape
-        q, k, v = (
-            project(x).view(rows, length, self.heads, size // self.heads).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotary(q, positions), rotary(k, positions)
-        if memory is not None:
-            k, v = memory.update(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(rows, length, size))
-
-
-class SwiGLU(nn.Module):
-    """Gated MLP with biases, (..., size) -> (..., out)."""
-
-    def __init__(self, size: int, width: int, out: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(size, width), nn.Linear(size, width)
-        self.down_proj = nn.Linear(width, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class PriorBlock(nn.Module):
-    """One more Transformer block of a deeper prior."""
-
-    def __init__(self, size: int, heads: int, width: int) -> None:
-        super().__init__()
-        self.attention = PriorAttention(size, heads)
-        self.norm = nn.RMSNorm(size, eps=1e-5)
-        self.mlp = SwiGLU(size, width, size)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, memory: Memory | None = None
-    ) -> Tensor:
-        x = x + self.attention(F.rms_norm(x, x.shape[-1:], eps=1e-5), positions, mask, memory)
-        return x + self.mlp(self.norm(x))
-
-
-class Prior(nn.Module):
-    """The autoregressive prior p(z_t | z_<t) of the latents of one document."""
-
-    def __init__(self, size: int, out: int, config: PHiConfig) -> None:
-        super().__init__()
-        width = config.prior_mlp_size or 8 * round(size / 3)
-        self.start = nn.Parameter(torch.zeros(1, 1, size))
-        self.attention, self.depth = None, 0
-        if config.prior == "attention":
-            self.depth = config.prior_depth
-            heads = config.prior_heads or max(1, size // 64)
-            if size % (2 * heads):
-                raise ConfigError(
-                    f"latent_size {size} must be a multiple of twice the prior's {heads} heads; "
-                    "set prior_heads."
-                )
-            if config.prior_depth > 1:
-                blocks = (PriorBlock(size, heads, width) for _ in range(config.prior_depth - 1))
-                self.blocks = nn.ModuleList(blocks)
-            self.attention = PriorAttention(size, heads)
-        self.norm = nn.RMSNorm(size, eps=1e-5)
-        self.mlp = SwiGLU(size, width, out)
-        nn.init.normal_(self.start, std=0.02)
-
-    def forward(
-        self,
-        z: Tensor,
-        starts: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        memories: Sequence[Memory] = (),
-    ) -> Tensor:
-        """(B, T, L) latents, (B, T) document starts -> (B, T, out) what earlier latents predict of each.
-
-        With `memories`, one for the latents and one for each attention layer, goes on from the tokens before.
-        """
-        before = torch.roll(z, 1, dims=1)
-        latents, *attentions = memories or (None,)
-        if latents is not None:
-            kept, _ = latents.update(z[:, None], z[:, None, :, :0])
-            if kept.shape[2] > z.shape[1]:
-                before = kept[:, 0, -z.shape[1] - 1 : -1]
-        x = torch.where(starts[..., None], self.start.to(z.dtype), before)
-        if self.attention is not None:
-            x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-            *inner, last = attentions or [None] * self.depth
-            for block, memory in zip(getattr(self, "blocks", ()), inner, strict=True):
-                x = block(x, positions, mask, memory)
-                x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
-            x = x + self.attention(x, positions, mask, last)
-        return self.mlp(self.norm(x))
 
 
 class PHiLayer(nn.Module):
@@ -365,12 +196,14 @@ class PHiLayer(nn.Module):
 
     def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32."""
-        weight = self.encoder.weight
-        return self._statistics(self.encoder((hidden_states.to(weight.dtype) - self.shift) / self.scale))
+        inverse = 1 / self.scale
+        states = torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
+        return self._statistics(self.encoder(states))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""
-        return self.decoder(latent.to(self.decoder.weight.dtype)) * self.scale + self.shift
+        decoded = self.decoder(latent.to(self.decoder.weight.dtype))
+        return torch.addcmul(self.shift, decoded.to(self.shift.dtype), self.scale)
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
@@ -397,13 +230,13 @@ class PHiLayer(nn.Module):
         z: Tensor,
         starts: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        attend: Attend,
         memories: Sequence[Memory] = (),
     ) -> tuple[Tensor, Tensor]:
         if self.prior is None:
             return torch.zeros_like(z), torch.zeros_like(z)
         z = z.to(self.decoder.weight.dtype)
-        return self._statistics(self.prior(z, starts, positions, mask, memories))
+        return self._statistics(self.prior(z, starts, positions, attend, memories))
 
     def _divergence(self, mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
         if self.config.detach_targets:
@@ -419,6 +252,7 @@ class PHiLayer(nn.Module):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         memories: Sequence[Memory] = (),
+        contrastive: bool = True,
     ) -> PHiOutput:
         """Encode, predict, decode.
 
@@ -428,6 +262,7 @@ class PHiLayer(nn.Module):
             document_ids: (B, T) integers of at least 0 that change where a new document starts in a pack.
             memories: `memory_count` of them, empty or those that an earlier call filled: the tokens then go
                 on from the earlier ones. Each row is one document.
+            contrastive: compute the contrastive loss, which only training reads.
 
         Raises:
             InputError: shapes that do not fit.
@@ -435,39 +270,41 @@ class PHiLayer(nn.Module):
         earlier = memories[0].get_seq_length() if memories else 0
         self._check(hidden_states, attention_mask, document_ids, memories, earlier)
         structure = document_structure(hidden_states, attention_mask, document_ids, earlier)
-        starts, positions, mask, padding = structure
+        starts, positions, attend, padding = structure
         mean_q, logvar_q = self.encode(hidden_states.detach() if self.config.detach_input else hidden_states)
         sampled = self.config.bottleneck and (self.training or self.config.inference == "sample")
         draws = self.config.samples if sampled and not self.training else 1
 
         def draw() -> Tensor:
-            return mean_q + torch.exp(0.5 * logvar_q) * torch.randn_like(mean_q) if sampled else mean_q
+            if not sampled:
+                return mean_q
+            return torch.addcmul(mean_q, torch.exp(0.5 * logvar_q), torch.randn_like(mean_q))
 
         z = draw()
-        mean_p, logvar_p = self._predict(z, starts, positions, mask, memories)
+        mean_p, logvar_p = self._predict(z, starts, positions, attend, memories)
         phi, error = self._divergence(mean_q, logvar_q, mean_p, logvar_p), None
         if draws > 1:
             others = [
-                self._divergence(mean_q, logvar_q, *self._predict(draw(), starts, positions, mask))
+                self._divergence(mean_q, logvar_q, *self._predict(draw(), starts, positions, attend))
                 for _ in range(draws - 1)
             ]
             every = torch.stack([phi, *others])
             phi, error = every.mean(0), every.std(0) / math.sqrt(draws)
-        contrastive = None
-        if self.config.contrastive_weight > 0 and self.config.bottleneck:
+        lost = None
+        if contrastive and self.config.contrastive_weight > 0 and self.config.bottleneck:
             # The released code lets padding serve as negatives; a row's padding should not matter.
             negatives = None if padding is None or self.config.kl == "official" else ~padding
             with torch.autocast(hidden_states.device.type, enabled=False):
-                contrastive = contrastive_loss(z, mean_q, logvar_q, negatives)
+                lost = contrastive_loss(z, mean_q, logvar_q, negatives)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)
             error = None if error is None else error.masked_fill(padding, 0.0)
-            contrastive = None if contrastive is None else contrastive.masked_fill(padding, 0.0)
+            lost = None if lost is None else lost.masked_fill(padding, 0.0)
         return PHiOutput(
             hidden_states=self.decode(z).to(hidden_states.dtype),
             observed=hidden_states,
             phi=phi,
-            contrastive=contrastive,
+            contrastive=lost,
             latent=z,
             posterior_mean=mean_q,
             posterior_logvar=logvar_q,
@@ -507,7 +344,7 @@ class PHiLayer(nn.Module):
 
 def document_structure(
     hidden_states: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, earlier: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Attend, Tensor | None]:
     """Where documents start, each token's position in its own, who may attend to whom, and what is padding.
 
     Args:
@@ -517,8 +354,7 @@ def document_structure(
         earlier: tokens read before, of the same documents.
 
     Returns:
-        starts (B, T) bool, positions (B, T), attention mask (B, 1, T, earlier + T) bool or None if plainly
-        causal, padding (B, T) bool or None.
+        starts (B, T) bool, positions (B, T), who attends to whom, padding (B, T) bool or None.
     """
     rows, length = hidden_states.shape[:2]
     index = torch.arange(earlier + length, device=hidden_states.device)[None]
@@ -531,8 +367,11 @@ def document_structure(
     first = torch.ones_like(documents[:, :1], dtype=torch.bool)
     starts = torch.cat((first, documents[:, 1:] != documents[:, :-1]), 1)
     positions = index - torch.where(starts, index, 0).cummax(1).values
-    starts, positions = starts[:, earlier:], positions[:, earlier:]
+    hidden = None if padding is None else padding[:, earlier:]
+    if not earlier:
+        return starts, positions, Documents(positions), hidden
     # Documents are contiguous, so a token may look back exactly as far as its own document's start.
+    starts, positions = starts[:, earlier:], positions[:, earlier:]
     distance = index[0][earlier:, None] - index[0][None, :]
     mask = (distance >= 0) & (distance <= positions[..., None])
-    return starts, positions, mask[:, None], None if padding is None else padding[:, earlier:]
+    return starts, positions, mask[:, None], hidden

@@ -1,16 +1,16 @@
 """What a forward pass returns, and the losses made of it. Shapes: B rows, T tokens, V vocabulary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from philens.errors import InputError
-from philens.layer import PHiOutput
+from philens.layer import PHiConfig, PHiOutput
 
 # Logits in float32 that are held at once where they are made in parts: 128 MiB.
 LOGITS_AT_ONCE = 2**25
@@ -76,29 +76,88 @@ def counted_tokens(
 def mean_surprisal(result: PHiModelOutput, labels: Tensor, predicted: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats over the predicted tokens (B, T - 1); 0 where there are none.
 
-    Logits that were not made yet are made in parts, and once more in the backward pass.
+    Logits that were not made yet are made in parts.
     """
     count = predicted.sum().clamp(min=1)
+    # The last position predicts nothing; so no states need to be copied.
+    targets = F.pad(labels[:, 1:].masked_fill(~predicted, -100), (0, 1), value=-100).flatten()
     if result.logits is not None:
-        targets = labels[:, 1:].masked_fill(~predicted, -100)
-        logits = result.logits[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum") / count
+        return F.cross_entropy(result.logits.flatten(0, 1).float(), targets, reduction="sum") / count
     head, states = result.head, result.head_states
     if head is None or states is None:
         raise InputError('There are no logits after returns="phi"; leave out labels.')
-    states, targets = states[:, :-1][predicted], labels[:, 1:][predicted]
+    return head_cross_entropy(states.flatten(0, 1), head, targets) / count
+
+
+def head_cross_entropy(states: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed, of what an output head makes of (N, D) states and (N,) targets, -100 on
+    those that do not count. Logits are made in parts, in the forward pass only where the head is linear."""
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # pyright: ignore[reportFunctionMemberAccess]
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    gradients = torch.is_grad_enabled()
+    if type(head) is nn.Linear:
+        return _LinearCrossEntropy.apply(states, head.weight, head.bias, targets, size, gradients)  # pyright: ignore[reportReturnType]
 
     def part(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, reduction="sum")
 
     total = states.new_zeros((), dtype=torch.float32)
-    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # pyright: ignore[reportFunctionMemberAccess]
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    for start in range(0, len(targets), size):
-        one = states[start : start + size], targets[start : start + size]
-        recomputed = torch.is_grad_enabled() and states.requires_grad
-        total = total + (checkpoint(part, *one, use_reentrant=False) if recomputed else part(*one))  # pyright: ignore[reportOperatorIssue]
-    return total / count
+    for some in zip(states.split(size), targets.split(size), strict=True):
+        recomputed = gradients and states.requires_grad
+        total = total + (checkpoint(part, *some, use_reentrant=False) if recomputed else part(*some))  # pyright: ignore[reportOperatorIssue]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are known as soon as a part's logits are: nothing of their size is kept or made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        size: int,
+        gradients: bool,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad if gradients else (False, False, False)
+        of_states = torch.empty_like(states) if needed[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), size):
+            some = slice(start, start + size)
+            made = F.linear(states[some], weight, bias)
+            logits, target = made.float(), targets[some]
+            counted = target != -100
+            place = torch.where(counted, target, 0)[:, None]
+            sums = logits.logsumexp(-1, keepdim=True)
+            total += ((sums - logits.gather(1, place))[:, 0] * counted).sum()
+            if not any(needed):
+                continue
+            # Softmax minus one at the target: the gradient of the logits.
+            change = torch.sub(logits, sums).exp_()
+            change.scatter_add_(1, place, torch.full_like(sums, -1.0)).mul_(counted[:, None])
+            change = change.to(made.dtype)
+            if of_states is not None:
+                of_states[some] = (change @ weight.to(made.dtype)).to(of_states.dtype)
+            if of_weight is not None:
+                of_weight += change.mT @ states[some].to(made.dtype)
+            if of_bias is not None:
+                of_bias += change.sum(0)
+        ctx.save_for_backward(of_states, of_weight, of_bias)
+        ctx.kinds = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kinds = (None, *ctx.kinds)
+        scaled = (
+            None if x is None else (x * grads[0]).to(kind or x.dtype)
+            for x, kind in zip(ctx.saved_tensors, kinds, strict=True)
+        )
+        return *scaled, None, None, None
 
 
 def token_surprisal(result: PHiModelOutput, input_ids: Tensor) -> Tensor:
@@ -127,6 +186,71 @@ def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:
 
     Every dimension counts alike, however large a model lets a few of them grow.
     """
-    target = output.observed[counted].float()
-    missed = (output.hidden_states[counted].float() - target).square().mean(0)
-    return (missed / target.var(0, correction=0).clamp(min=1e-8)).mean()
+    weights = counted[..., None] / counted.sum().clamp(min=1)
+    target = output.observed.float()
+    missed = ((output.hidden_states.float() - target).square() * weights).sum((0, 1))
+    mean = (target * weights).sum((0, 1))
+    variance = ((target - mean).square() * weights).sum((0, 1))
+    return (missed / variance.clamp(min=1e-8)).mean()
+
+
+def add_losses(
+    result: PHiModelOutput,
+    labels: Tensor,
+    counted: Tensor,
+    predicted: Tensor,
+    again: Sequence[PHiModelOutput | None] | None,
+    config: PHiConfig,
+    weight_scale: Tensor,
+    paths: Sequence[str],
+) -> None:
+    """Set `loss` and `losses`.
+
+    Args:
+        labels, counted, predicted: as of `counted_tokens`.
+        again: observing, for each layer the pass with it in the path, if there is one; else None.
+        config: of the layers.
+        weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
+        paths: the layers' insertion points.
+    """
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=labels.device)
+    if again is None:
+        total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
+        for output in result.layer_outputs:
+            total = total + _layer_loss(output, counted, "", parts, config, weight_scale)
+    else:
+        if result.logits is not None or result.head_states is not None:
+            with torch.no_grad():
+                parts["surprisal_base"] = mean_surprisal(result, labels, predicted)
+        for path, output, passed in zip(paths, result.layer_outputs, again, strict=True):
+            at = "" if config.layers is None else f"@{path}"
+            total = total + _layer_loss(output, counted, at, parts, config, weight_scale)
+            if passed is not None:
+                surprisal = parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
+                if config.pressure == "next_token":
+                    total = total + surprisal
+    result.loss = total
+    result.losses = {name: value.detach() for name, value in parts.items()}
+
+
+def _layer_loss(
+    output: PHiOutput,
+    counted: Tensor,
+    at: str,
+    parts: dict[str, Tensor],
+    config: PHiConfig,
+    weight_scale: Tensor,
+) -> Tensor:
+    """What one layer adds to the loss; its parts are noted under their names followed by `at`."""
+    weights, count = counted.float(), counted.sum().clamp(min=1)
+    phi = parts[f"phi{at}"] = (output.phi * weights).sum() / count
+    scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
+    loss = weight_scale * config.phi_weight * scale * phi
+    if output.contrastive is not None:
+        contrastive = parts[f"contrastive{at}"] = (output.contrastive * weights).sum() / count
+        loss = loss + weight_scale * config.contrastive_weight * contrastive
+    if config.pressure == "reconstruction":
+        lost = parts[f"reconstruction{at}"] = lost_variance(output, counted)
+        loss = loss + config.reconstruction_weight * lost
+    return loss

@@ -6,25 +6,25 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from philens.attention import document_ids
 from philens.errors import ConfigError, InputError, InsertionError
 from philens.insertion import (
     StopForward,
     accepted_arguments,
     find_blocks,
     find_insertion_point,
-    head_input,
     recompute,
     recorded_forms,
     skipped,
     text_config,
     transform_output,
 )
-from philens.layer import Memory, PHiConfig, PHiLayer, PHiOutput
-from philens.losses import PHiModelOutput, counted_tokens, lost_variance, mean_surprisal
+from philens.layer import PHiConfig, PHiLayer, PHiOutput
+from philens.losses import PHiModelOutput, add_losses, counted_tokens
+from philens.prior import Memory
 
 if TYPE_CHECKING:
     from philens.check import CheckReport
@@ -68,11 +68,16 @@ class PHiModel(nn.Module):
         self.register_buffer("weight_scale", torch.ones(()), persistent=False)
         self._arguments, self._takes_others = accepted_arguments(base)
         self._head_is_last: bool | None = None  # whether logits are the output head's output, untouched
+        self._head: list[Any] = []  # the output head that is watched, and what ends that
+        self._head_states: list[Tensor] | None = None  # what it would read, while that is asked for
+        self._watch_head(self._output_head())
+        self._below = self._blocks_below()
         self._not_recomputed: list[nn.Module] = []
         self._undo_recompute: list[Callable[[], None]] = []
         self._trainable: list[nn.Parameter] = []  # parameters of the base that freeze_base() froze
         self._frozen = False
         self._handles: list[RemovableHandle] = []
+        self._observing = config.mode == "observe"
         self.enabled = False
         self._start()
         self.enable()
@@ -92,6 +97,7 @@ class PHiModel(nn.Module):
         stop: bool = False,
         replace: tuple[int, Tensor] | None = None,
         predict: bool = True,
+        contrastive: bool = False,
     ) -> None:
         self._structure = (attention_mask, documents)
         self._memories: Sequence[Sequence[Memory]] = ()
@@ -102,17 +108,19 @@ class PHiModel(nn.Module):
         self._stop = stop
         self._replace = replace  # a pass with these hidden states after this layer; no layer runs
         self._predict = predict  # False leaves the prior and phi out
+        self._contrastive = contrastive
         self._outputs: dict[int, PHiOutput] = {}
 
     def _through_layer(self, number: int, hidden_states: Tensor) -> Tensor:
         if self._replace is not None:
             return self._replace[1] if self._replace[0] == number else hidden_states
-        layer, observe = self.layers[number], self.config.mode == "observe"
+        layer, observe = self.layers[number], self._observing
         if not self._predict:
             decoded = None if observe else layer.decode(layer.encode(hidden_states)[0])
             return hidden_states if decoded is None else decoded.to(hidden_states.dtype)
         memories = self._memories[number] if self._memories else ()
-        output = layer(hidden_states.detach() if observe else hidden_states, *self._structure, memories)
+        states = hidden_states.detach() if observe else hidden_states
+        output = layer(states, *self._structure, memories, self._contrastive)
         self._outputs[number] = output
         if self._stop and len(self._outputs) == len(self.layers):
             raise StopForward
@@ -144,9 +152,20 @@ class PHiModel(nn.Module):
             if was:
                 self.enable()
 
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within this context the layers read hidden states and leave them as they are, as with
+        `mode="observe"`: phi is the same, and logits are the base's own."""
+        was, self._observing = self._observing, True
+        try:
+            yield
+        finally:
+            self._observing = was
+
     def detach(self) -> nn.Module:
         """Remove the layers for good and return the base model as it was."""
         self.disable()
+        self._watch_head(None)
         self.keep_activations()
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             for module in self._not_recomputed:
@@ -272,6 +291,7 @@ class PHiModel(nn.Module):
         past_key_values: Any = None,
         use_cache: bool = False,
         returns: Literal["logits", "states", "phi"] = "logits",
+        packed: bool | None = None,
         **kwargs: Any,
     ) -> PHiModelOutput:
         """Read tokens; with labels, compute the training loss.
@@ -289,6 +309,8 @@ class PHiModel(nn.Module):
             use_cache: return a cache.
             returns: `logits`; `states` leaves logits to be made in parts by `logits_at`, so that no
                 (B, T, V) is held; `phi` stops at the deepest layer: no blocks above it, no vocabulary.
+            packed: whether rows hold several documents, by their position_ids. None looks, for which a GPU
+                must be waited for.
             kwargs: passed to the base model.
 
         Raises:
@@ -307,19 +329,22 @@ class PHiModel(nn.Module):
         if cache is not None:
             arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
         # A base sees the documents of a pack by their positions; a padding mask would switch that off.
-        placed = documents if "position_ids" in self._arguments else None
-        if attention_mask is not None and (placed is None or not is_pack(placed, attention_mask)):
+        if documents is None or "position_ids" not in self._arguments:
+            packed = False
+        if attention_mask is not None and packed is None and documents is not None:
+            packed = is_pack(documents, attention_mask)
+        if not packed:
             arguments["attention_mask"] = attention_mask
-        observe = self.enabled and self.config.mode == "observe"
+        observe = self.enabled and self._observing
         # Training to reconstruct needs nothing from above the layers.
         cheap = self.training and self.config.pressure == "reconstruction" and returns == "states"
         resumes = observe and labels is not None and not cheap
         stop = self.enabled and (returns == "phi" or (observe and labels is not None and cheap))
-        self._start(attention_mask, documents, cache, stop)
+        self._start(attention_mask, documents, cache, stop, contrastive=labels is not None)
         forms: dict[int, tuple[Any, ...] | None] = {}
         with contextlib.ExitStack() as stack:
             if resumes:
-                stack.enter_context(recorded_forms(self._blocks_below(), forms))
+                stack.enter_context(recorded_forms(self._below, forms))
             result = self._read(input_ids, arguments, returns)
         outputs, result.past_key_values = self._outputs, cache
         self._start()
@@ -341,7 +366,16 @@ class PHiModel(nn.Module):
                 with torch.set_grad_enabled(pressed):
                     for number, states in enumerate(decoded):
                         again[number] = self._read_again(input_ids, arguments, number, states, forms)
-            self._add_losses(result, labels, counted, predicted, again)
+            add_losses(
+                result,
+                labels,
+                counted,
+                predicted,
+                again if observe else None,
+                self.config,
+                self.weight_scale,
+                self.module_paths,
+            )
         return result
 
     def _accepts(self, name: str) -> bool:
@@ -397,14 +431,13 @@ class PHiModel(nn.Module):
 
     def _read(self, input_ids: Tensor, arguments: dict[str, Any], returns: str) -> PHiModelOutput:
         """One forward pass: logits, or the states that the output head reads, or neither."""
-        head = getattr(self.base, "get_output_embeddings", lambda: None)()
+        head = self._output_head()
         try:
-            # Finding out may take a second pass, which a cache would not bear.
-            last = self._head_is_last or (self._head_is_last is None and not arguments.get("use_cache"))
+            # Finding out may take a second pass, which a cache or a compiled program would not bear.
+            unknown, once = self._head_is_last is None, arguments.get("use_cache")
+            last = self._head_is_last or (unknown and not once and not torch.compiler.is_compiling())
             if returns == "states" and head is not None and last:
-                states: list[Tensor] = []
-                with head_input(head, states):
-                    logits = self._call_base(input_ids, arguments)
+                states, logits = self._read_states(head, input_ids, arguments)
                 if self._head_is_last is None:
                     # Some models scale or cap logits after the head; theirs are taken whole.
                     with torch.no_grad():
@@ -417,6 +450,44 @@ class PHiModel(nn.Module):
             return PHiModelOutput(logits=self._call_base(input_ids, arguments))
         except StopForward:
             return PHiModelOutput()
+
+    def _read_states(
+        self, head: nn.Module, input_ids: Tensor, arguments: dict[str, Any]
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the output head would read, and the base's logits of each row's first token."""
+        if not self._head or self._head[0] is not head:
+            self._watch_head(head)
+        self._head_states = []
+        try:
+            logits = self._call_base(input_ids, arguments)
+            return self._head_states, logits
+        finally:
+            self._head_states = None
+
+    def _output_head(self) -> Any:
+        return getattr(self.base, "get_output_embeddings", lambda: None)()
+
+    def _watch_head(self, head: nn.Module | None) -> None:
+        """See what this output head reads, and no other any more; where it is asked for, the head itself is
+        spared all but each row's first token."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self._head_states is None:
+                return None
+            self._head_states.append(args[0])
+            return (args[0][:, :1], *args[1:])
+
+        if self._head:
+            self._head[1].remove()
+        self._head = [] if head is None else [head, head.register_forward_pre_hook(hook)]
+
+    @torch.no_grad()
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass, as `torch.nn.Module.compile`; the first call here reads two tokens."""
+        device = next(self.base.parameters()).device
+        with self.disabled():
+            self(torch.zeros((1, 2), dtype=torch.long, device=device), returns="states")
+        super().compile(*args, **kwargs)
 
     def _blocks_below(self) -> Sequence[nn.Module]:
         """The blocks up to the deepest layer, where all insertion points are blocks."""
@@ -438,62 +509,12 @@ class PHiModel(nn.Module):
         """A pass with one layer in the path; blocks up to it do not run again."""
         self._start(replace=(number, decoded))
         with contextlib.ExitStack() as stack:
-            below = self._blocks_below()
-            if below:
-                end = next(i for i, block in enumerate(below) if block is self._modules_at[number]) + 1
-                stack.enter_context(skipped(below[:end], forms, decoded))
+            if self._below:
+                end = next(i for i, block in enumerate(self._below) if block is self._modules_at[number]) + 1
+                stack.enter_context(skipped(self._below[:end], forms, decoded))
             result = self._read(input_ids, arguments, "states")
         self._start()
         return result
-
-    def _add_losses(
-        self,
-        result: PHiModelOutput,
-        labels: Tensor,
-        counted: Tensor,
-        predicted: Tensor,
-        again: Sequence[PHiModelOutput | None],
-    ) -> None:
-        """Set `loss` and `losses`; `again` holds the passes with a layer in the path, where observing."""
-        parts: dict[str, Tensor] = {}
-        if self.enabled and self.config.mode == "observe":
-            if result.logits is not None or result.head_states is not None:
-                with torch.no_grad():
-                    parts["surprisal_base"] = mean_surprisal(result, labels, predicted)
-            total = torch.zeros((), device=labels.device)
-            for path, output, passed in zip(self.module_paths, result.layer_outputs, again, strict=True):
-                at = "" if self.config.layers is None else f"@{path}"
-                total = total + self._layer_loss(output, counted, at, parts)
-                if passed is not None:
-                    surprisal = parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
-                    if self.config.pressure == "next_token":
-                        total = total + surprisal
-        else:
-            total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
-            for output in result.layer_outputs:
-                total = total + self._layer_loss(output, counted, "", parts)
-        result.loss = total
-        result.losses = {name: value.detach() for name, value in parts.items()}
-
-    def _layer_loss(self, output: PHiOutput, counted: Tensor, at: str, parts: dict[str, Tensor]) -> Tensor:
-        """What one layer adds to the loss; its parts are noted under their names followed by `at`."""
-        config, weights, count = self.config, counted.float(), counted.sum().clamp(min=1)
-        phi = parts[f"phi{at}"] = (output.phi * weights).sum() / count
-        scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
-        loss = self.weight_scale * config.phi_weight * scale * phi
-        if output.contrastive is not None:
-            contrastive = parts[f"contrastive{at}"] = (output.contrastive * weights).sum() / count
-            loss = loss + self.weight_scale * config.contrastive_weight * contrastive
-        if config.pressure == "reconstruction":
-            lost = parts[f"reconstruction{at}"] = lost_variance(output, counted)
-            loss = loss + config.reconstruction_weight * lost
-        return loss
-
-
-def document_ids(position_ids: Tensor) -> Tensor:
-    """(B, T) positions -> (B, T) documents from 0 on; one starts where positions do not go up by one."""
-    jumps = torch.diff(position_ids, dim=1) != 1
-    return F.pad(jumps.long().cumsum(1), (1, 0))
 
 
 def is_pack(documents: Tensor, attention_mask: Tensor) -> bool:

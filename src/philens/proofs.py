@@ -348,7 +348,7 @@ def _alone(lens: "PHiModel", mode: Literal["bottleneck", "observe"]) -> Iterator
             try:
                 yield other.eval()
             finally:
-                other.disable()
+                other.detach()
 
 
 def _leaves(loss: Tensor) -> set[int]:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from philens.layer import PHiOutput, gaussian_kl
+from philens.divergence import gaussian_kl
+from philens.layer import PHiOutput
 from philens.losses import counted_tokens
 from philens.model import PHiModel
 from philens.scoring.documents import score_documents
@@ -25,8 +26,8 @@ def evaluate(lens: PHiModel, recipe: Recipe, held_out: dict[str, TokenDocuments]
     Args:
         held_out: documents of each part of the text; none where formal languages are read.
     """
-    # Sampled latents must not draw from the generator that training resumes from.
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+    torch.manual_seed(recipe.seed)  # sampled latents are the same in every process
+    with torch.compiler.set_stance("force_eager"):
         if recipe.data.parts:
             return evaluate_text(lens, held_out, recipe.train.batch_size)
         return evaluate_tasks(lens, recipe, recipe.train.evaluation_documents)
