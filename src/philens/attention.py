@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from philens.insertion import accepted_arguments, text_config
+
 # Name of this attention among those of `transformers` (`attn_implementation`).
 DOCUMENTS = "philens_documents"
 
@@ -27,13 +29,16 @@ class Documents:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """(B, H, T, C) queries, keys and values -> (B, H, T, C)."""
-        if q.device.type == "cpu":
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):  # scaled_dot_product_attention does so by itself
+            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        if kind == "cpu":
             return document_attention(q, k, v, self.positions, scale)[0]
-        if torch.compiler.is_compiling():
+        if kind == "cuda" and torch.compiler.is_compiling():
             from torch.nn.attention.flex_attention import flex_attention
 
             return flex_attention(q, k, v, block_mask=self._block_mask(), scale=scale)  # pyright: ignore[reportReturnType]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(), scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(), scale=scale)
 
     def _block_mask(self) -> Any:
         """Which blocks of the scores matter at all; for kernels that skip the others."""
@@ -49,7 +54,7 @@ class Documents:
             self._blocks = create_block_mask(may, rows, None, length, length, str(self.positions.device))
         return self._blocks
 
-    def _mask(self) -> Tensor:
+    def mask(self) -> Tensor:
         """(B, 1, T, T) bool, for devices that have no other way outside a compiled program."""
         if self._blocks is None:
             documents, place = document_ids(self.positions), torch.arange(self.positions.shape[1])
@@ -147,11 +152,24 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 document_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def register() -> str:
-    """Make this attention known to `transformers`; returns its name, an `attn_implementation`.
+def knows_packs(base: Any) -> bool:
+    """Whether a model of transformers tells the documents of a pack apart by their positions, in every layer,
+    and lets its attention be chosen: then `register_documents` is for it."""
+    config = getattr(base, "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        getattr(base, "_supports_attention_backend", False)
+        and text_config(base) is config
+        and kinds == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and "position_ids" in accepted_arguments(base)[0]
+    )
 
-    For models whose every layer attends to all tokens before: packs are known by `position_ids`, and all
-    other cases go through `sdpa`.
+
+def register_documents() -> str:
+    """Make `document_attention` known to transformers; returns its name, an `attn_implementation`.
+
+    For models of which `knows_packs` is true, on a CPU. Whatever is not a pack goes through `sdpa`.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -163,31 +181,40 @@ def register() -> str:
         key: Tensor,
         value: Tensor,
         attention_mask: Any,
+        dropout: float = 0.0,
         scaling: float | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        positions = kwargs.get("position_ids")
-        if attention_mask is not None or positions is None or query.shape[2] != key.shape[2]:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        documents = Documents(positions.expand(len(query), -1))
-        return documents.attend(query, key, value, scaling).transpose(1, 2), None
+        if attention_mask is None and position_ids is not None and query.shape[2] == key.shape[2] > 1:
+            documents = Documents(position_ids.expand(len(query), -1))
+            if not dropout and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+                groups = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+                return documents.attend(query, key, value, scaling).transpose(1, 2), None
+            attention_mask = documents.mask()
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
 
     def mask(
-        q_length: int, kv_length: int, mask_function: Any, attention_mask: Tensor | None = None, **kwargs: Any
+        q_length: int,
+        kv_length: int,
+        mask_function: Any,
+        attention_mask: Tensor | None = None,
+        use_vmap: bool = False,
+        **kwargs: Any,
     ) -> Tensor | None:
-        # Anything but plainly causal is a pack here, and `attend` sees that by the positions.
-        if attention_mask is None and q_length == kv_length and mask_function is not causal_mask_function:
+        # Unless the model has ideas of its own, what is not plainly causal is a pack, and known by positions.
+        own = use_vmap or mask_function is causal_mask_function
+        if attention_mask is None and q_length == kv_length and not own:
             return None
         return sdpa_mask(
             q_length=q_length,
             kv_length=kv_length,
             mask_function=mask_function,
             attention_mask=attention_mask,
+            use_vmap=use_vmap,
             **kwargs,
         )
 

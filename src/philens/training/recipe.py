@@ -29,6 +29,9 @@ class ModelRecipe:
         quantization: of the base's weights, when they are loaded; needs philens[quantize].
         frozen: train only the PHi layer in the base. The base is then not saved with it.
         trust_remote_code: run code that comes with the base.
+        attention: how the base computes it in training, an `attn_implementation` of transformers. `auto` is
+            one that passes over what lies between documents, where rows are packs and there is one for the
+            base and the device; else transformers' own choice.
         architecture: `transformer` (Llama-shaped) or `lstm`; `pretrained` says that a base must be given.
         tokenizer: `characters` of ASCII, `bytes`, or `bpe`, byte pairs learned from the training text.
         vocab_size: tokens of `bpe`; the others have their own number.
@@ -48,6 +51,7 @@ class ModelRecipe:
     quantization: Literal["none", "int8", "int4"] = "none"
     frozen: bool = True
     trust_remote_code: bool = False
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
     architecture: Literal["transformer", "lstm", "pretrained"] = "transformer"
     tokenizer: Literal["characters", "bytes", "bpe"] = "characters"
     vocab_size: int = 2048

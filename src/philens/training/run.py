@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from philens import hub
 from philens.adapter import WEIGHTS_FILE, load, save_adapter
+from philens.attention import knows_packs, register_documents
 from philens.errors import AdapterError, RecipeError, TrainingError
 from philens.files import load_weights, read_safetensors, written_whole
 from philens.layer import PHiConfig
@@ -40,7 +41,9 @@ def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiMode
         tokenizer = (
             _make_tokenizer(recipe) if checkpoint is None else load_tokenizer(checkpoint / MODEL_FOLDER)
         )
-        return attach_fresh(build_base(recipe, tokenizer), recipe), tokenizer
+        base = build_base(recipe, tokenizer)
+        set_attention(base, recipe)
+        return attach_fresh(base, recipe), tokenizer
     if recipe.data.parts:
         open_parts(
             recipe.data.parts, recipe.data.tasks, recipe.seed
@@ -50,8 +53,30 @@ def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiMode
         raise RecipeError(
             f"{recipe.model.base} does not read characters as formal languages need it; give data.parts."
         )
+    set_attention(base, recipe)
     torch.manual_seed(recipe.seed)
     return attach_fresh(base, recipe), tokenizer
+
+
+def set_attention(base: Any, recipe: Recipe) -> None:
+    """Let a base compute attention as the recipe has it.
+
+    Raises:
+        RecipeError: this base or this machine cannot.
+    """
+    chosen = recipe.model.attention
+    if chosen == "auto":
+        on_gpu = torch.cuda.is_available()
+        if not recipe.data.packing or not knows_packs(base) or (on_gpu and not recipe.train.compile):
+            return
+        chosen = "flex_attention" if on_gpu else register_documents()
+    try:
+        base.set_attn_implementation(chosen)
+    except (AttributeError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"model.attention {chosen} does not work here ({reason}); set it to auto."
+        ) from error
 
 
 def build_model(recipe: Recipe) -> PHiModel:
