@@ -1,0 +1,315 @@
+"""What keeps philens fast and small, held by counts that no machine's mood changes."""
+
+import pytest
+import torch
+from benchmarks.peak import peak_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import philens.losses
+from conftest import make_llama
+from philens import PHiConfig, attach
+from philens.attention import Documents, document_attention, document_ids, knows_packs, register_documents
+from philens.divergence import contrastive_loss, gaussian_kl
+from philens.layer import PHiLayer
+from philens.training.run import start_model
+from philens.training.trainer import training_rows
+from tiny import tiny_recipe
+
+# A host waits for its device where a number is taken out of a tensor, or a shape depends on one.
+WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique2"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations and the shapes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.shapes = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.append(func._schema.name.removeprefix("aten::"))
+        found = out if isinstance(out, tuple | list) else (out,)
+        self.shapes += [tuple(one.shape) for one in found if isinstance(one, torch.Tensor)]
+        return out
+
+    @property
+    def waits(self):
+        return [name for name in self.operations if name in WAITING]
+
+
+def trained_on_packs(**changes):
+    """A lens in training and a batch of packs, each row of several documents and padding."""
+    options = {"model__hidden_size": 32, "model__layers": 3, "data__length": 80, "phi__layer": 1}
+    recipe = tiny_recipe(**{**options, "phi_schedule__start_step": 0, **changes})
+    lens, tokenizer = start_model(recipe)
+    rows = training_rows(recipe, tokenizer)
+    batch = {name: torch.stack([rows[i][name] for i in range(3)]) for name in rows[0]}
+    assert (document_ids(batch["position_ids"]).amax(1) > 1).all()
+    return lens.train(), batch
+
+
+def learn(lens, batch, returns="states"):
+    lens.zero_grad()
+    torch.manual_seed(3)
+    out = lens(**batch, returns=returns, packed=True)
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}
+    return out, gradients
+
+
+def watched_step(lens, batch):
+    learn(lens, batch)  # what is found out once
+    with Watch() as watch:
+        out = lens(**batch, returns="states", packed=True)
+        out.loss.backward()
+    return watch
+
+
+# No graph breaks.
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["from scratch", "frozen base"])
+@pytest.mark.parametrize("returns", ["logits", "states"])
+def test_a_training_step_is_one_graph(frozen, returns):
+    lens, batch = trained_on_packs()
+    if frozen:
+        lens.freeze_base()
+    expected, gradients = learn(lens, batch, returns)
+    torch.compiler.reset()
+    lens.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # a graph break would raise
+    found, again = learn(lens, batch, returns)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert gradients.keys() == again.keys()
+    assert any(name.startswith("base.") for name in gradients) is not frozen
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_base_alone_is_one_graph_too():
+    lens, batch = trained_on_packs()
+    lens.disable()
+    torch.compiler.reset()
+    lens.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert learn(lens, batch)[0].loss.isfinite()
+
+
+# No waiting for the device.
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["from scratch", "frozen base"])
+def test_a_training_step_waits_for_nothing(frozen):
+    lens, batch = trained_on_packs()
+    if frozen:
+        lens.freeze_base()
+    with Watch() as alone:
+        lens.base(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    # transformers looks once whether positions are a pack's.
+    assert alone.waits == ["_local_scalar_dense"]
+    assert watched_step(lens, batch).waits == alone.waits
+
+
+def test_reconstruction_waits_for_nothing():
+    lens, batch = trained_on_packs(phi__mode="observe", phi__pressure="reconstruction")
+    lens.freeze_base()
+    assert watched_step(lens, batch).waits == ["_local_scalar_dense"]
+
+
+# No mask, no logits.
+
+
+def largest_square(watch, length):
+    return [shape for shape in watch.shapes if len(shape) > 1 and shape[-1] == shape[-2] == length]
+
+
+def test_no_mask_of_every_pair_of_tokens():
+    lens, batch = trained_on_packs()
+    length = batch["input_ids"].shape[1]
+    assert largest_square(watched_step(lens, batch), length) == []
+    other, batch = trained_on_packs(model__attention="sdpa")
+    assert largest_square(watched_step(other, batch), length) != []  # what would have been seen
+
+
+def test_no_logits_of_every_token(monkeypatch):
+    lens, batch = trained_on_packs()
+    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", 50 * 128)
+    shapes = watched_step(lens, batch).shapes
+    assert max(torch.Size(shape).numel() // 128 for shape in shapes if shape[-1:] == (128,)) == 50
+    assert batch["input_ids"].numel() > 4 * 50
+
+
+# Memory: beyond inputs, in units of one (B, T, L) float32.
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def test_memory_of_the_contrastive_loss(length):
+    inputs = [torch.randn(8, length, 64, requires_grad=True) for _ in range(3)]
+    unit = inputs[0].numel() * 4
+    peak = peak_bytes(torch.device("cpu"), lambda: contrastive_loss(*inputs).sum().backward(), inputs)
+    # Three gradients, and what a stretch needs; the literal scores (B, B, T, L) alone would be 8.
+    assert peak < 3 * unit + 12 * 2**20
+
+
+def test_memory_of_phi():
+    inputs = [torch.randn(8, 1024, 64, requires_grad=True) for _ in range(4)]
+    unit = inputs[0].numel() * 4
+    peak = peak_bytes(torch.device("cpu"), lambda: gaussian_kl(*inputs).sum().backward(), inputs)
+    assert peak < 4 * unit + 12 * 2**20
+
+
+def test_memory_of_the_layer():
+    torch.manual_seed(0)
+    layer = PHiLayer(64, PHiConfig(layer=0, prior_heads=2, init="random"))
+    states = torch.randn(8, 1024, 64, requires_grad=True)
+    documents = torch.arange(1024).div(100, rounding_mode="floor").expand(8, -1)
+
+    def work():
+        out = layer(states, document_ids=documents)
+        (out.phi.mean() + out.contrastive.mean() + out.hidden_states.square().mean()).backward()
+
+    before = [states, *layer.parameters(), *layer.buffers()]
+    peak = peak_bytes(torch.device("cpu"), work, before)
+    assert peak < 60 * states.numel() * 4
+    assert peak_bytes(torch.device("cpu"), work, before) == peak
+
+
+# Attention within documents.
+
+
+def dense(q, k, v, positions, scale=None):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=Documents(positions).mask(), scale=scale
+    )
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_document_attention_equals_a_dense_mask(scale, dtype):
+    torch.manual_seed(1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    inputs = [torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 3, 9, 8, dtype=dtype)
+    found = document_attention(*inputs, positions, scale)[0]
+    expected = dense(*inputs, positions, scale)
+    torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad((found * weight).sum(), inputs)
+    for one, other in zip(ours, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_document_attention_is_an_operator_that_compilers_understand():
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    inputs = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(document_attention, (*inputs, positions, None))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_knows_the_same_documents():
+    """What compiled programs on a GPU run, here without its kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]]).repeat(1, 16)
+    q, k, v = (torch.randn(2, 2, 128, 16) for _ in range(3))
+    found = flex_attention(q, k, v, block_mask=Documents(positions)._block_mask())
+    torch.testing.assert_close(found, dense(q, k, v, positions), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 1], ids=["multi-head", "grouped queries"])
+def test_packs_in_a_base_without_a_mask(heads):
+    torch.manual_seed(0)
+    base = make_llama(num_key_value_heads=heads)
+    assert knows_packs(base)
+    tokens = torch.randint(128, (2, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], list(range(12))])
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+
+    def readings():
+        packed = base(tokens, position_ids=positions, use_cache=False).logits
+        padded = base(tokens, attention_mask=mask, use_cache=False).logits[mask != 0]
+        first = base(tokens[:, :7], use_cache=True)
+        cached = base(tokens[:, 7:], past_key_values=first.past_key_values).logits
+        return (
+            packed,
+            padded,
+            first.logits,
+            cached,
+            base.generate(tokens[1:], max_new_tokens=5, do_sample=False),
+        )
+
+    expected = readings()
+    base.set_attn_implementation(register_documents())
+    for found, wanted in zip(readings(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_bases_that_know_more_than_documents_keep_their_attention():
+    assert not knows_packs(torch.nn.Linear(2, 2))
+    assert not knows_packs(
+        make_llama(layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2)
+    )
+
+
+# Losses by their gradients' formulas.
+
+
+def test_gradients_of_phi_and_of_the_contrastive_loss():
+    torch.manual_seed(2)
+    four = [torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    assert torch.autograd.gradcheck(gaussian_kl, four)
+    assert torch.autograd.gradcheck(contrastive_loss, four[:3])
+    negatives = torch.rand(3, 5) > 0.4
+    assert torch.autograd.gradcheck(lambda *x: contrastive_loss(*x, negatives), four[:3])
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**18])
+def test_stretches_change_nothing(at_once, monkeypatch):
+    torch.manual_seed(2)
+    four = [torch.randn(3, 5, 4, dtype=torch.float64) for _ in range(4)]
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(four[0], (0.5 * four[1]).exp()),
+        torch.distributions.Normal(four[2], (0.5 * four[3]).exp()),
+    ).sum(-1)
+    literal = torch.distributions.Normal(four[1][None], (0.5 * four[2][None]).exp())
+    log_density = literal.log_prob(four[0][:, None]).sum(-1)  # (b, c, T)
+    monkeypatch.setattr("philens.divergence.AT_ONCE_CPU", at_once)
+    torch.testing.assert_close(gaussian_kl(*four), expected)
+    own = log_density.logsumexp(0) - log_density.diagonal().T
+    torch.testing.assert_close(contrastive_loss(*four[:3]), own)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_cross_entropy_of_a_linear_head(bias, frozen, monkeypatch):
+    torch.manual_seed(2)
+    head = torch.nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(not frozen)
+    states = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([3, -100, 0, 10, 5, -100, 5, 1, 2])
+    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", 4 * 11)
+
+    def gradients(loss):
+        wanted = [states, *(p for p in head.parameters() if p.requires_grad)]
+        return loss.detach().double(), *torch.autograd.grad(2 * loss, wanted)
+
+    found = gradients(philens.losses.head_cross_entropy(states, head, targets))
+    expected = gradients(torch.nn.functional.cross_entropy(head(states), targets, reduction="sum"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # logits are float32
+
+
+def test_observing_gives_phi_and_the_base_s_logits():
+    torch.manual_seed(0)
+    lens = attach(make_llama(), PHiConfig(layer=1, prior_heads=2, init="random")).eval()
+    tokens = torch.randint(128, (2, 9))
+    with torch.no_grad():
+        in_path = lens(tokens)
+        with lens.observing():
+            observed = lens(tokens)
+        with lens.disabled():
+            plain = lens(tokens)
+        again = lens(tokens)
+    assert torch.equal(observed.phi, in_path.phi)
+    assert torch.equal(observed.logits, plain.logits)
+    assert not torch.allclose(in_path.logits, plain.logits)
+    assert torch.equal(again.logits, in_path.logits)
+    assert observed.layer_outputs[0].contrastive is None
