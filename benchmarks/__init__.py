@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat; each module is a command."""
+"""Measurements that anyone can repeat: `python -m benchmarks --help`, and each module that is a command."""

@@ -18,7 +18,7 @@ from philens.cli import main
 from philens.training import trainer as trainer_module
 from philens.training.trainer import PHiTrainer
 
-compute_loss, log_state = PHiTrainer.compute_loss, PHiTrainer._log_state
+compute_loss, save_model = PHiTrainer.compute_loss, trainer_module.save_model
 
 
 def kill(trainer):
@@ -56,13 +56,13 @@ def run(scenario) -> None:
             MISHAPS[scenario["mishap"]](trainer)
         return compute_loss(trainer, *args, **kwargs)
 
-    def while_saving(trainer):
-        if trainer.state.global_step == scenario["step"]:
-            kill(trainer)
-        return log_state(trainer)
+    def while_saving(lens, folder, *args):
+        save_model(lens, folder, *args)
+        if f"checkpoint-{scenario['step']}." in folder.name:
+            kill(lens)
 
     if scenario["mishap"] == "kill_while_saving":
-        PHiTrainer._log_state = while_saving
+        trainer_module.save_model = while_saving
     else:
         PHiTrainer.compute_loss = in_step
     output = os.open(scenario["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

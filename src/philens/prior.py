@@ -29,6 +29,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """What autocast would make of `x` for each product that reads it; once for all of them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Memory(Protocol):
     """What is kept of the tokens before: the cache layers of `transformers` are this."""
 
@@ -56,6 +62,7 @@ class PriorAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, memory: Memory | None = None) -> Tensor:
         rows, length, size = x.shape
+        x = cast_once(x)
         q, k, v = (
             project(x).view(rows, length, self.heads, size // self.heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -80,6 +87,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = cast_once(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -18,6 +18,7 @@ from philens.errors import TrainingError
 from philens.files import write_atomically
 from philens.model import PHiModel
 from philens.tasks.packing import TokenDocuments
+from philens.training.distributed import any_process, processes
 from philens.training.evaluation import evaluate
 from philens.training.recipe import Recipe
 from philens.training.run import METRICS_FILE, read_metrics
@@ -70,7 +71,7 @@ class Records(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs:
             return
         values = {key: value for key, value in logs.items() if key != "epoch"}
         try:
@@ -140,23 +141,21 @@ class Evaluation(TrainerCallback):
         last = state.global_step == train.steps
         if last or (train.eval_every and state.global_step % train.eval_every == 0):
             self._evaluate(state, control)
-            if not last:
+            if not last and state.is_world_process_zero:
                 draw_course(self.folder)
 
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
         begin, should_log = time.monotonic(), control.should_log
         self.trainer.check_weights()
-        metrics = evaluate(self.lens, self.recipe, self.held_out)
+        with self.trainer.autocast():
+            metrics = evaluate(self.lens, self.recipe, self.held_out)
         if self.lens.enabled:
-            metrics["collapsed"] = float(any([self._collapsed(path, metrics, state) for path in self._at()]))
+            found = [self._collapsed(at, metrics, state) for at in self.trainer.layer_names()]
+            metrics["collapsed"] = float(any(found))
         self.trainer.log(metrics)
         # Trainer takes any record for the step's own, which is still to come.
         control.should_log = should_log
         self.trainer.pause_clock(begin)
-
-    def _at(self) -> list[str]:
-        several = self.lens.config.layers is not None
-        return [f"@{path}" for path in self.lens.module_paths] if several else [""]
 
     def _collapsed(self, at: str, metrics: dict[str, float], state: TrainerState) -> bool:
         values = [
@@ -189,6 +188,10 @@ class Interrupt(TrainerCallback):
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
+        if processes() == 1:
+            self._say()
+
+    def _say(self) -> None:
         logger.warning("Stopping after this step; a checkpoint will be written. Once more stops at once.")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -197,7 +200,11 @@ class Interrupt(TrainerCallback):
             self._before = {number: signal.signal(number, self._stop) for number in numbers}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped:
+        # Several processes hear of it at different moments, and must stop after the same step.
+        if any_process(self.stopped):
+            if processes() > 1:
+                self._say()
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:

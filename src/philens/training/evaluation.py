@@ -102,3 +102,17 @@ def _static(output: PHiOutput) -> Tensor:
     """(B, T) KL(q || N(0, 1)) in nats."""
     zero = torch.zeros_like(output.posterior_mean)
     return gaussian_kl(output.posterior_mean, output.posterior_logvar, zero, zero)
+
+
+@torch.no_grad()
+def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
+    """How much latents can tell about hidden states: the capacity, in nats per token, of Gaussian channels
+    with the means' variance over the counted tokens as signal and the mean posterior variance as noise.
+
+    Args:
+        mean, logvar: (B, T, L) of the posterior. counted: (B, T) bool.
+    """
+    weights, count = counted[..., None].float(), counted.sum()  # to pick the tokens would wait for the device
+    center = (mean * weights).sum((0, 1)) / count
+    signal, noise = (mean - center).square(), logvar.exp()
+    return 0.5 * torch.log1p((signal * weights).sum((0, 1)) / (noise * weights).sum((0, 1))).sum()

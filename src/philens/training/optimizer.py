@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from philens.training.distributed import shard_state
 from philens.training.recipe import OptimizerRecipe
 
 
@@ -43,7 +44,7 @@ class ChainedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(shard_state(optimizer, state))
 
 
 def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
@@ -65,6 +66,12 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
         betas = (recipe.beta1, recipe.beta2)
         optimizers.append(AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=_has_fused()))
     return ChainedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the whole state of an optimiser, as a checkpoint has it; its parameters may be sharded."""
+    chained = isinstance(optimizer, ChainedOptimizer)
+    optimizer.load_state_dict(state if chained else shard_state(optimizer, state))
 
 
 def _has_fused() -> bool | None:

@@ -138,8 +138,9 @@ class TrainRecipe:
     Attributes:
         steps: optimiser steps.
         batch_size: rows in a forward pass.
-        accumulate: forward passes in a step. The step's loss is the mean of the passes' means over their
-            tokens, and the contrastive loss compares the rows of one pass.
+        accumulate: forward passes in a step, in all: several processes share them out evenly. The step's loss
+            is the mean of the passes' means over their tokens, and the contrastive loss compares the rows of
+            one pass, so that a recipe computes the same with any number of processes.
         precision: `auto` is bfloat16 autocast where the device has it.
         compile: `torch.compile` the training forward pass.
         checkpoint_activations: recompute activations in the backward pass to save memory.

@@ -1,6 +1,8 @@
 """Models from recipes, and the run folders that training leaves behind."""
 
 import json
+import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ from huggingface_hub.errors import StrictDataclassError
 from philens import hub
 from philens.adapter import WEIGHTS_FILE, load, save_adapter
 from philens.attention import knows_packs, register_documents
-from philens.errors import AdapterError, RecipeError, TrainingError
-from philens.files import load_weights, read_safetensors, written_whole
+from philens.errors import AdapterError, OutputError, RecipeError, TrainingError
+from philens.files import load_weights, read_json, read_safetensors, written_whole
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.text import TextMixture, open_parts
 from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 
+logger = logging.getLogger(__name__)
+
 # The run of recipes/small.yaml that comes with philens.
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
+CHECKPOINT_RECIPE = "recipe.json"
 
 
 def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
@@ -259,6 +264,63 @@ def check_same_recipe(then: dict[str, Any], recipe: Recipe, source: Path) -> Non
             f"{source} belongs to another recipe: {key} was {before.get(key)!r} and is now "
             f"{now.get(key)!r}{more}; give the same recipe or choose another --output."
         )
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Whether a run may go into the folder; returns the checkpoint to resume from."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; choose another --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        raise OutputError(
+            f"{folder} is not empty; give --resume to go on with the run in it, or another --output."
+        )
+    if not (folder / RECIPE_FILE).is_file():
+        raise OutputError(f"{folder} holds something else than a run; choose another --output.")
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints:
+        logger.warning("There is no checkpoint in %s yet; starting from the beginning.", folder)
+        return None
+    check_same_recipe(read_json(checkpoints[-1] / CHECKPOINT_RECIPE), recipe, checkpoints[-1])
+    return checkpoints[-1]
+
+
+def start_folder(folder: Path, recipe: Recipe, step: int) -> None:
+    """Write what a run is, and forget what was logged after `step`: it will be computed again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for half_written in folder.glob(".checkpoint-*"):
+            shutil.rmtree(half_written, ignore_errors=True)
+        (folder / RECIPE_FILE).write_text(recipe_yaml(recipe))
+        about = {"seed": recipe.seed, "versions": versions()}
+        (folder / VERSIONS_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+        new = folder / f".{METRICS_FILE}.new"
+        new.write_text("".join(kept))
+        new.replace(folder / METRICS_FILE)
+    except OSError as error:
+        raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another --output.") from error
+
+
+def training_record(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What a model card says of a run: the recipe, the data, and the last evaluation."""
+    record, data = asdict(recipe), recipe.data
+    # Where folders lie on this machine is nobody else's business.
+    if recipe.model.base is not None and Path(recipe.model.base).exists():
+        record["model"]["base"] = Path(recipe.model.base).name
+    for part in record["data"]["parts"].values():
+        if Path(part["source"]).exists():
+            part["source"] = Path(part["source"]).name
+    weights = {name: part.weight for name, part in data.parts.items()} or data.mixture
+    evaluations = [one for one in read_metrics(folder) if any(name.startswith("eval/") for name in one)]
+    metrics: dict[str, dict[str, float]] = {}
+    for key, value in (evaluations[-1] if evaluations else {}).items():
+        if key.startswith("eval/"):
+            part, name = ["all parts", *key.split("/")[1:]][-2:]
+            metrics.setdefault(part, {})[name] = value
+    texts = [f"{name}, weight {weight:g}" for name, weight in weights.items() if weight]
+    return {"recipe": record, "data": texts, "metrics": metrics}
 
 
 def finished_model(folder: Path, recipe: Recipe) -> PHiModel | None:

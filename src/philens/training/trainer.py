@@ -1,5 +1,6 @@
 """Training of models with a PHi layer, on `transformers.Trainer`."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from philens.errors import OutputError, TrainingError
+from philens.errors import InsertionError, OutputError, TrainingError
 from philens.files import read_json, written_whole
+from philens.insertion import find_blocks
+from philens.layer import PHiLayer
 from philens.model import PHiModel
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
+from philens.tasks.random_streams import derive
 from philens.training.callbacks import (
     Evaluation,
     Interrupt,
@@ -30,30 +36,43 @@ from philens.training.callbacks import (
     draw_course,
     require_trackers,
 )
-from philens.training.optimizer import make_optimizer
+from philens.training.distributed import (
+    StepSampler,
+    any_process,
+    is_sharded,
+    join,
+    mean_over_processes,
+    one_voice,
+    passes_each,
+    wait_for_all,
+    whole,
+    whole_weights,
+)
+from philens.training.evaluation import latent_information
+from philens.training.optimizer import load_state, make_optimizer
 from philens.training.recipe import Recipe
 from philens.training.run import (
-    METRICS_FILE,
-    RECIPE_FILE,
-    VERSIONS_FILE,
-    check_same_recipe,
+    CHECKPOINT_RECIPE,
+    check_folder,
     evaluation_documents,
     find_checkpoints,
     finished_model,
     load_model_weights,
-    read_metrics,
-    recipe_yaml,
     save_model,
+    start_folder,
     start_model,
     text_mixture,
-    versions,
+    training_record,
 )
 
 logger = logging.getLogger(__name__)
 
 # Rows that tell a fresh layer how large a base's hidden states are.
 CALIBRATION_ROWS = 16
-CHECKPOINT_RECIPE, CHECKPOINT_LOGS = "recipe.json", "logs.json"
+CHECKPOINT_LOGS = "logs.json"
+OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+# The noise of latents: one of the independent streams below a seed; automata have 0 to 2, text 10 to 13.
+_NOISE = 20
 
 
 def training_rows(recipe: Recipe, tokenizer: Any = None) -> Dataset[dict[str, Tensor]]:
@@ -73,48 +92,81 @@ def training_rows(recipe: Recipe, tokenizer: Any = None) -> Dataset[dict[str, Te
     return PackedRows(documents, data.length, rows, data.group, limits)
 
 
-@torch.no_grad()
-def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
-    """How much latents can tell about hidden states: the capacity, in nats per token, of Gaussian channels
-    with the means' variance over the counted tokens as signal and the mean posterior variance as noise.
-
-    Args:
-        mean, logvar: (B, T, L) of the posterior. counted: (B, T) bool.
-    """
-    mean, noise = mean[counted], logvar[counted].exp().mean(0)
-    return 0.5 * torch.log1p(mean.var(0, correction=0) / noise).sum()
-
-
 def calibrate(lens: PHiModel, rows: Any) -> None:
     """Fit a fresh layer to the hidden states of a trained base on the first rows that it will read."""
     was_training = lens.training
     lens.eval()
-    if torch.accelerator.is_available():
-        lens.to(torch.accelerator.current_accelerator())
     chosen = [rows[number] for number in range(min(CALIBRATION_ROWS, len(rows)))]
-    lens.calibrate({key: row[key][None] for key in row if key != "labels"} for row in chosen)
+    with torch.compiler.set_stance("force_eager"):
+        lens.calibrate({key: row[key][None] for key in row if key != "labels"} for row in chosen)
     lens.train(was_training)
 
 
 class PHiTrainer(Trainer):
     """A Trainer that logs every part of the loss, stops at a loss that is not finite, and writes each
-    checkpoint whole or not at all."""
+    checkpoint whole or not at all. Several processes compute what one would.
 
-    def __init__(self, recipe: Recipe, lens: PHiModel, tokenizer: Any, folder: Path, **kwargs: Any) -> None:
+    Args:
+        fresh: whether the layer is to be fitted to its base before the first step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        lens: PHiModel,
+        tokenizer: Any,
+        folder: Path,
+        fresh: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.recipe, self.lens, self.tokenizer, self.folder = recipe, lens, tokenizer, folder
-        self._parts: dict[str, list[Tensor]] = {}  # of the loss, since the last record
+        self.fresh, self.bf16 = fresh, _wants_bf16(recipe)
+        # Of each part of the loss since the last record: its sum over this process's passes, and how many.
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._informed: dict[str, int] = {}  # the step in which information was summed
+        self._pass = (-1, 0)  # the step at hand, and this process's passes in it so far
         self._tokens, self._since = 0, time.monotonic()
-        self._staging: Path | None = None
         super().__init__(model=lens, **kwargs)
         # The loss is already a mean over tokens; Trainer then averages over the passes of a step.
         self.model_accepts_loss_kwargs = False
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # pyright: ignore[reportArgumentType]
+    def create_accelerator_and_postprocess(self) -> None:
+        from accelerate.state import DistributedType, PartialState
+
+        if is_sharded() and PartialState().distributed_type == DistributedType.MULTI_CPU:
+            # accelerate (AcceleratorState) shards over accelerators only; torch does it on a CPU as well.
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self._choose_shards(self.accelerator.state.fsdp_plugin)
+
+    def _choose_shards(self, plugin: Any) -> None:
+        """Shard block by block, and each PHi layer, which may have another precision, by itself."""
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+        # True of in-place operations on what the layers return; there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        units = {PHiLayer.__name__}
+        with contextlib.suppress(InsertionError):
+            units |= {type(block).__name__ for block in find_blocks(self.lens.base)[1]}
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted(units)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.fresh:
+            # Not before: a base that is sharded may not fit into one device.
+            calibrate(self.lens, self.train_dataset)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        train = self.recipe.train
+        return StepSampler(train.steps, train.accumulate, train.batch_size, self.args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = _ignore_interrupt
+        loader.worker_init_fn = _ignore_signals
         return loader
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -122,32 +174,68 @@ class PHiTrainer(Trainer):
             self.optimizer = make_optimizer(self.lens, self.recipe.optimizer)
         return self.optimizer
 
+    def autocast(self) -> torch.autocast:
+        """The precision of the run's forward passes."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> torch.autocast:
+        return self.autocast()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        step, each = self.state.global_step, self.args.gradient_accumulation_steps
+        number = self._pass[1] if self._pass[0] == step else 0
+        self._pass = (step, number + 1)
+        # Noise is set by the seed and the pass alone, whichever process makes it, resumed or not.
+        number += step * self.recipe.train.accumulate + self.args.process_index * each
+        torch.manual_seed(int(derive(derive(_NOISE, self.recipe.seed), number)[0]))
+        return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # A large vocabulary's logits are made in parts; a compiled program has them whole.
         returns = "logits" if self.recipe.train.compile else "states"
-        output = model(**inputs, returns=returns)
+        output = model(**inputs, returns=returns, packed=self.recipe.data.packing)
         for name, value in output.losses.items():
-            self._parts.setdefault(name, []).append(value.float())
+            self._add(name, value)
         counted = inputs["labels"] != -100
-        for path, layer in zip(self.lens.module_paths, output.layer_outputs, strict=False):
-            name = "information" if self.lens.config.layers is None else f"information@{path}"
-            if name not in self._parts:
-                information = latent_information(layer.posterior_mean, layer.posterior_logvar, counted)
-                self._parts[name] = [information.float()]
+        for at, layer in zip(self.layer_names(), output.layer_outputs, strict=False):
+            name, step = f"information{at}", self.state.global_step
+            # It costs something: only the first step since the last record.
+            if name not in self._sums or self._informed.get(name) == step:
+                self._informed[name] = step
+                self._add(name, latent_information(layer.posterior_mean, layer.posterior_logvar, counted))
         self._tokens += inputs["input_ids"].numel()
         return output.loss
 
+    def layer_names(self) -> list[str]:
+        """What follows the name of a figure of each layer."""
+        return (
+            [f"@{path}" for path in self.lens.module_paths] if self.lens.config.layers is not None else [""]
+        )
+
+    def _add(self, name: str, value: Tensor) -> None:
+        # Nothing is read here: reading would wait for the device.
+        self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _sums_over_processes(self) -> dict[str, float]:
+        """The sums since the last record, averaged over processes, and `loss`, that of Trainer."""
+        sums = torch.stack([self._tr_loss.float(), *self._sums.values()])
+        return dict(zip(("loss", *self._sums), mean_over_processes(sums).tolist(), strict=True))
+
     def information(self, at: str = "") -> float | None:
-        """What a layer's latents could tell in the first batch since the last record, in nats per token."""
-        values = self._parts.get(f"information{at}")
-        return float(values[0]) if values else None
+        """What a layer's latents could tell in the first step since the last record, in nats per token; all
+        processes must ask."""
+        name = f"information{at}"
+        return self._sums_over_processes()[name] / self._counts[name] if name in self._sums else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now = time.monotonic()
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
-            logs["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
-            self._parts, self._tokens, self._since = {}, 0, now
+            now, sums = time.monotonic(), self._sums_over_processes()
+            logs |= {name: sums[name] / count for name, count in self._counts.items()}
+            tokens = self._tokens * self.args.world_size
+            logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
+            self._sums, self._counts, self._informed = {}, {}, {}
+            self._tokens, self._since = 0, now
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(name, 0.0)):
                     self._fail(f"{name} is {logs[name]}")
@@ -158,8 +246,10 @@ class PHiTrainer(Trainer):
         self._since += time.monotonic() - since
 
     def check_weights(self) -> None:
-        """Raise a TrainingError if a weight is not finite."""
-        if not all(bool(torch.isfinite(value).all()) for value in self.lens.parameters()):
+        """Raise a TrainingError if a weight is not finite; all processes must check."""
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.lens.parameters()]
+        finite = torch.stack([torch.isfinite(value).all() for value in weights]).all()
+        if any_process(not bool(finite)):
             self._fail("a weight is not finite")
 
     def _fail(self, what: str) -> None:
@@ -172,25 +262,28 @@ class PHiTrainer(Trainer):
         found = find_checkpoints(self.folder)
         return f"{found[-1].name} is intact" if found else "no checkpoint was written yet"
 
-    # Checkpoints: a folder each with the base, the layer, and what Trainer itself keeps.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.folder)
+    # Checkpoints: a folder each with the base, the layer, and what Trainer itself keeps. They are the same
+    # however many processes there are, and however the model is sharded.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        begin = time.monotonic()
+        begin, writes = time.monotonic(), self.args.should_save
         self.check_weights()
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        logs = self._log_state()
+        optimizer = whole(self.optimizer.state_dict(), keep=writes)  # pyright: ignore[reportOptionalMemberAccess]
+        with whole_weights(self.lens, keep=writes):
+            if writes:
+                self._write_checkpoint(optimizer, logs)
+        self.pause_clock(begin)
+
+    def _write_checkpoint(self, optimizer: dict[str, Any], logs: dict[str, Any]) -> None:
         try:
-            with written_whole(folder) as staging:
-                self._staging = staging
-                super()._save_checkpoint(model, trial)
-                inner = staging / folder.name
-                for entry in inner.iterdir():
-                    entry.rename(staging / entry.name)
-                inner.rmdir()
+            with written_whole(self.folder / f"checkpoint-{self.state.global_step}") as staging:
+                save_model(self.lens, staging, self.recipe, self.tokenizer)
+                torch.save(optimizer, staging / OPTIMIZER_FILE)
+                torch.save(self.lr_scheduler.state_dict(), staging / SCHEDULER_FILE)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                self.state.save_to_json(str(staging / STATE_FILE))
                 (staging / CHECKPOINT_RECIPE).write_text(json.dumps(asdict(self.recipe)))
-                (staging / CHECKPOINT_LOGS).write_text(json.dumps(self._log_state()))
+                (staging / CHECKPOINT_LOGS).write_text(json.dumps(logs))
         except (OutputError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             known = isinstance(error, OutputError)
             reason = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
@@ -198,99 +291,51 @@ class PHiTrainer(Trainer):
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
                 f"{self._last_checkpoint()}: free some space and --resume."
             ) from error
-        finally:
-            self._staging = None
         for old in find_checkpoints(self.folder)[: -self.recipe.train.keep]:
             shutil.rmtree(old, ignore_errors=True)
-        self.pause_clock(begin)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_model(self.lens, Path(output_dir or self.folder), self.recipe, self.tokenizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model_weights(self.lens, Path(resume_from_checkpoint), self.recipe)
+        """Weights are loaded before the model is sharded."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer, scheduler = (
+                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+                for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
+            )
+            load_state(self.optimizer.optimizer, optimizer)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            self.lr_scheduler.load_state_dict(scheduler)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     # A record may be a mean over several steps; a checkpoint between two records keeps what is summed so far.
 
     def _log_state(self) -> dict[str, Any]:
-        parts = {name: [float(value) for value in values] for name, values in self._parts.items()}
-        return {"loss": float(self._tr_loss), "parts": parts, "last_step": self._globalstep_last_logged}
+        sums = self._sums_over_processes()
+        state = {"loss": sums.pop("loss"), "sums": sums, "counts": self._counts}
+        each = self.args.gradient_accumulation_steps
+        return state | {"passes_each": each, "last_step": self._globalstep_last_logged}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        """No generator's state matters; this is where Trainer is ready for the sums since the last record."""
         if checkpoint is not None:
             logs, device = read_json(Path(checkpoint) / CHECKPOINT_LOGS), self.args.device
             self._tr_loss.fill_(logs["loss"])
             self._globalstep_last_logged = logs["last_step"]
-            for name, values in logs["parts"].items():
-                self._parts[name] = list(torch.tensor(values, device=device))
+            # A process may now make more or fewer of a step's passes.
+            change = self.args.gradient_accumulation_steps / logs["passes_each"]
+            self._sums = {n: torch.tensor(value * change, device=device) for n, value in logs["sums"].items()}
+            self._counts = {name: count * change for name, count in logs["counts"].items()}
             # What is free to differ on resuming is this run's, not the checkpoint's.
             self.state.compute_steps(self.args, self.state.max_steps)
 
 
-def training_record(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What a model card says of a run: the recipe, the data, and the last evaluation."""
-    record, data = asdict(recipe), recipe.data
-    # Where folders lie on this machine is nobody else's business.
-    if recipe.model.base is not None and Path(recipe.model.base).exists():
-        record["model"]["base"] = Path(recipe.model.base).name
-    for part in record["data"]["parts"].values():
-        if Path(part["source"]).exists():
-            part["source"] = Path(part["source"]).name
-    weights = {name: part.weight for name, part in data.parts.items()} or data.mixture
-    evaluations = [one for one in read_metrics(folder) if any(name.startswith("eval/") for name in one)]
-    metrics: dict[str, dict[str, float]] = {}
-    for key, value in (evaluations[-1] if evaluations else {}).items():
-        if key.startswith("eval/"):
-            part, name = ["all parts", *key.split("/")[1:]][-2:]
-            metrics.setdefault(part, {})[name] = value
-    texts = [f"{name}, weight {weight:g}" for name, weight in weights.items() if weight]
-    return {"recipe": record, "data": texts, "metrics": metrics}
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C in a terminal reaches data workers too; the trainer still needs them for its last step."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C in a terminal, and what a launcher sends, reaches data workers too; the trainer still needs them
+    for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Whether a run may go into the folder; returns the checkpoint to resume from."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; choose another --output.")
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not resume:
-        raise OutputError(
-            f"{folder} is not empty; give --resume to go on with the run in it, or another --output."
-        )
-    if not (folder / RECIPE_FILE).is_file():
-        raise OutputError(f"{folder} holds something else than a run; choose another --output.")
-    checkpoints = find_checkpoints(folder)
-    if not checkpoints:
-        logger.warning("There is no checkpoint in %s yet; starting from the beginning.", folder)
-        return None
-    check_same_recipe(read_json(checkpoints[-1] / CHECKPOINT_RECIPE), recipe, checkpoints[-1])
-    return checkpoints[-1]
-
-
-def _start_folder(folder: Path, recipe: Recipe, step: int) -> None:
-    """Write what a run is, and forget what was logged after `step`: it will be computed again."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for half_written in folder.glob(".checkpoint-*"):
-            shutil.rmtree(half_written, ignore_errors=True)
-        (folder / RECIPE_FILE).write_text(recipe_yaml(recipe))
-        about = {"seed": recipe.seed, "versions": versions()}
-        (folder / VERSIONS_FILE).write_text(json.dumps(about, indent=2) + "\n")
-        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
-        new = folder / f".{METRICS_FILE}.new"
-        new.write_text("".join(kept))
-        new.replace(folder / METRICS_FILE)
-    except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another --output.") from error
-
-
-def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, passes: int) -> TrainingArguments:
     train, optimizer = recipe.train, recipe.optimizer
     decay = {"num_decay_steps": round(train.steps * optimizer.decay), "decay_type": "linear"}
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
@@ -304,7 +349,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulate,
+        gradient_accumulation_steps=passes,
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=options,
@@ -315,7 +360,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_grad_norm=optimizer.clip,
         optim="adamw_torch",
         use_cpu=not torch.accelerator.is_available(),
-        bf16=train.precision == "bf16" or (train.precision == "auto" and _has_bf16()),
         seed=recipe.seed,
         logging_steps=train.log_every,
         logging_first_step=True,
@@ -325,14 +369,26 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_num_workers=recipe.data.workers,
         dataloader_persistent_workers=recipe.data.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        ddp_find_unused_parameters=_may_be_unused(recipe),
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
     )
 
 
-def _has_bf16() -> bool:
-    """Whether bfloat16 is fast on the device at hand."""
+def _may_be_unused(recipe: Recipe) -> bool:
+    """Whether a pass may leave parameters that are trained without a gradient, for which DDP must look."""
+    trains_base = recipe.model.base is None or not recipe.model.frozen
+    observes = recipe.phi is not None and recipe.phi.mode == "observe"
+    waits = recipe.phi_schedule.start_step > 0
+    return waits or (trains_base and (observes or recipe.model.base is not None))
+
+
+def _wants_bf16(recipe: Recipe) -> bool:
+    """Whether to compute in bfloat16: as the recipe says, or where it is fast on the device at hand."""
+    if recipe.train.precision != "auto":
+        return recipe.train.precision == "bf16"
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.backends.mps.is_available() or bool(torch.cpu._is_avx512_bf16_supported())
@@ -346,41 +402,58 @@ def train(
     The run folder holds the resolved `recipe.yaml`, `versions.json`, `metrics.jsonl`, `training.png`,
     checkpoints, and at the end `model/` and `adapter/`, which `philens.load_run` reads.
 
+    Started by `accelerate launch` or `torchrun`, several processes share the passes of each step and compute
+    what one would; the first of them writes the folder, which all must see.
+
     Args:
         recipe: what to train.
         folder: the run folder; must be empty or missing unless resuming.
-        resume: go on from the last checkpoint; the loss curve is then the uninterrupted run's.
+        resume: go on from the last checkpoint; the loss curve is then the uninterrupted run's, also with
+            another number of processes.
         progress: show a bar; None does where standard error is a terminal.
 
     Returns:
-        The trained model as `philens.load_run` reads it, or None if the user stopped the run.
+        The trained model as `philens.load_run` reads it, or None if the user stopped the run. Of several
+        processes, all but the first return the model that they trained, which may be sharded.
 
     Raises:
         OutputError: the folder cannot be written or holds something else.
         ConfigError: options that do not fit the model.
         TrainingError: the run in the folder is another recipe's, a loss is not finite, a checkpoint cannot
-            be written, or memory does not suffice.
+            be written, memory does not suffice, or the processes cannot share the passes of a step.
+        SystemExit: in all processes but the first that fails, where there are several.
     """
-    folder = Path(folder)
+    with one_voice():
+        return _train(recipe, Path(folder), resume, progress)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, progress: bool | None) -> PHiModel | None:
+    rank, processes = join()
+    passes = passes_each(recipe.train, processes)
+    is_sharded()  # an error there comes before a large model
     require_trackers(recipe)
     if resume and (lens := finished_model(folder, recipe)):
         return lens
-    checkpoint = _check_folder(folder, recipe, resume)
+    checkpoint = check_folder(folder, recipe, resume)
     lens, tokenizer = start_model(recipe, checkpoint)
+    if checkpoint is not None:
+        load_model_weights(lens, checkpoint, recipe)
     rows = training_rows(recipe, tokenizer)
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
-    if checkpoint is None and recipe.phi is not None and recipe.model.base is not None:
-        calibrate(lens, rows)
-    _start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
+    wait_for_all()  # until they have seen the folder as it was
+    if rank == 0:
+        start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
     held_out = {}
     if recipe.data.parts:
         held_out = evaluation_documents(recipe, tokenizer, recipe.train.evaluation_documents)
     interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder, held_out)
-    callbacks: list[TrainerCallback] = [Records(recipe, folder), evaluation, interrupt]
+    callbacks: list[TrainerCallback] = [evaluation, interrupt]
     if recipe.phi is not None:
         callbacks.insert(0, Phases(recipe, lens))
-    bar = Progress() if (sys.stderr.isatty() if progress is None else progress) else None
+    bar = Progress() if rank == 0 and (sys.stderr.isatty() if progress is None else progress) else None
+    if rank == 0:
+        callbacks.append(Records(recipe, folder))
     if bar:
         callbacks.append(bar)
     trainer = PHiTrainer(
@@ -388,7 +461,8 @@ def train(
         lens,
         tokenizer,
         folder,
-        args=_arguments(recipe, folder),
+        fresh=checkpoint is None and recipe.phi is not None and recipe.model.base is not None,
+        args=_arguments(recipe, folder, passes),
         train_dataset=rows,
         callbacks=callbacks,
     )
@@ -415,8 +489,10 @@ def train(
     if interrupt.stopped and trainer.state.global_step < recipe.train.steps:
         return None
     trainer.check_weights()
-    lens.record = training_record(recipe, folder)
-    save_model(lens, folder, recipe, tokenizer)
-    draw_course(folder)
-    # Not the one that was trained: it may be compiled, and cast what it computes.
-    return finished_model(folder, recipe)
+    with whole_weights(lens, keep=rank == 0):
+        if rank == 0:
+            lens.record = training_record(recipe, folder)
+            save_model(lens, folder, recipe, tokenizer)
+            draw_course(folder)
+    # Not the one that was trained: it may be compiled, or sharded.
+    return finished_model(folder, recipe) if rank == 0 else lens.eval()
