@@ -39,10 +39,9 @@ def training_step(bench: Bench, module: nn.Module, recipe: Recipe, loss: Callabl
 
 def lens_step(bench: Bench, lens: PHiModel, recipe: Recipe, batch: dict[str, Tensor]) -> Step:
     """A step as training by a recipe takes it, compiled where the recipe says so."""
-    returns = "logits" if recipe.train.compile else "states"
     if recipe.train.compile:
         lens.compile(dynamic=False)
-    inputs = {**batch, "returns": returns, "packed": recipe.data.packing}
+    inputs = {**batch, "returns": "states", "packed": recipe.data.packing}
     return training_step(bench, lens, recipe, lambda: lens(**inputs).loss)
 
 

@@ -191,9 +191,7 @@ class PHiTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # A large vocabulary's logits are made in parts; a compiled program has them whole.
-        returns = "logits" if self.recipe.train.compile else "states"
-        output = model(**inputs, returns=returns, packed=self.recipe.data.packing)
+        output = model(**inputs, returns="states", packed=self.recipe.data.packing)
         for name, value in output.losses.items():
             self._add(name, value)
         counted = inputs["labels"] != -100
