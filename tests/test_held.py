@@ -203,17 +203,6 @@ def test_document_attention_is_an_operator_that_compilers_understand():
     torch.library.opcheck(document_attention, (*inputs, positions, None))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_knows_the_same_documents():
-    """What compiled programs on a GPU run, here without its kernel."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]]).repeat(1, 16)
-    q, k, v = (torch.randn(2, 2, 128, 16) for _ in range(3))
-    found = flex_attention(q, k, v, block_mask=Documents(positions)._block_mask())
-    torch.testing.assert_close(found, dense(q, k, v, positions), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("heads", [2, 1], ids=["multi-head", "grouped queries"])
 def test_packs_in_a_base_without_a_mask(heads):
     torch.manual_seed(0)

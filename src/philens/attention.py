@@ -25,7 +25,7 @@ class Documents:
 
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
-        self._blocks: Any = None
+        self._mask: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """(B, H, T, C) queries, keys and values -> (B, H, T, C)."""
@@ -34,34 +34,16 @@ class Documents:
             q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
         if kind == "cpu":
             return document_attention(q, k, v, self.positions, scale)[0]
-        if kind == "cuda" and torch.compiler.is_compiling():
-            from torch.nn.attention.flex_attention import flex_attention
-
-            return flex_attention(q, k, v, block_mask=self._block_mask(), scale=scale)  # pyright: ignore[reportReturnType]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(), scale=scale)
 
-    def _block_mask(self) -> Any:
-        """Which blocks of the scores matter at all; for kernels that skip the others."""
-        if self._blocks is None:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            rows, length = self.positions.shape
-            documents = document_ids(self.positions)
-
-            def may(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return (key <= query) & (documents[row, query] == documents[row, key])
-
-            self._blocks = create_block_mask(may, rows, None, length, length, str(self.positions.device))
-        return self._blocks
-
     def mask(self) -> Tensor:
-        """(B, 1, T, T) bool, for devices that have no other way outside a compiled program."""
-        if self._blocks is None:
+        """(B, 1, T, T) bool, for devices that have no other way."""
+        if self._mask is None:
             documents, place = document_ids(self.positions), torch.arange(self.positions.shape[1])
             place = place.to(documents.device)
             same = documents[:, :, None] == documents[:, None, :]
-            self._blocks = (same & (place[:, None] >= place))[:, None]
-        return self._blocks
+            self._mask = (same & (place[:, None] >= place))[:, None]
+        return self._mask
 
 
 def document_ids(positions: Tensor) -> Tensor:

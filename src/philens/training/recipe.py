@@ -30,8 +30,8 @@ class ModelRecipe:
         frozen: train only the PHi layer in the base. The base is then not saved with it.
         trust_remote_code: run code that comes with the base.
         attention: how the base computes it in training, an `attn_implementation` of transformers. `auto` is
-            one that passes over what lies between documents, where rows are packs and there is one for the
-            base and the device; else transformers' own choice.
+            its own choice, but for packs on a CPU: there it is one that passes over what lies between
+            documents.
         architecture: `transformer` (Llama-shaped) or `lstm`; `pretrained` says that a base must be given.
         tokenizer: `characters` of ASCII, `bytes`, or `bpe`, byte pairs learned from the training text.
         vocab_size: tokens of `bpe`; the others have their own number.

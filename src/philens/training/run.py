@@ -71,10 +71,9 @@ def set_attention(base: Any, recipe: Recipe) -> None:
     """
     chosen = recipe.model.attention
     if chosen == "auto":
-        on_gpu = torch.cuda.is_available()
-        if not recipe.data.packing or not knows_packs(base) or (on_gpu and not recipe.train.compile):
+        if not recipe.data.packing or not knows_packs(base) or torch.accelerator.is_available():
             return
-        chosen = "flex_attention" if on_gpu else register_documents()
+        chosen = register_documents()
     try:
         base.set_attn_implementation(chosen)
     except (AttributeError, ImportError, ValueError) as error:
