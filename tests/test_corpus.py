@@ -21,6 +21,7 @@ from philens.errors import InputError, OutputError
 from philens.scoring import corpus as corpus_module
 from philens.scoring import shards
 from philens.scoring.corpus import Corpus, Document
+from philens.scoring.ranks import ALONE, Rank
 from philens.scoring.scores import TokenScores
 from philens.scoring.shards import Progress, chunks, write_shards
 
@@ -257,15 +258,20 @@ Form = Any
 
 
 def run(
-    form: Form = "jsonl", texts: Any = None, scorer: Any = None, characters: int = 120, **options: Any
+    form: Form = "jsonl",
+    texts: Any = None,
+    scorer: Any = None,
+    characters: int = 120,
+    rank: Rank = ALONE,
+    **options: Any,
 ) -> tuple[Progress, bool]:
     def one_model(group: Sequence[Document]) -> Iterator[TokenScores]:
         for scores in score(group):
             scores.provenance.pop("group")
             yield scores
 
-    texts = documents() if texts is None else texts
-    return write_shards(FOLDER, texts, scorer or one_model, OPTIONS | options, form, characters)
+    texts = list(documents()) if texts is None else texts
+    return write_shards(FOLDER, texts, scorer or one_model, OPTIONS | options, form, characters, rank=rank)
 
 
 def parts(form: Form = "jsonl") -> dict[str, bytes]:
@@ -328,7 +334,7 @@ def test_stopped_anywhere_it_ends_the_same(form: Form, monkeypatch: pytest.Monke
     expected, manifest = parts(form), (FOLDER / "_manifest.json").read_text()
     real, stops = os.replace, 0
     for when in ("before", "after"):
-        for number in range(2 * undisturbed.shards + 2):
+        for number in range(3 * undisturbed.shards + 2):
             for path in FOLDER.iterdir():
                 path.unlink()
             calls = iter(range(1000))
@@ -355,7 +361,72 @@ def test_stopped_anywhere_it_ends_the_same(form: Form, monkeypatch: pytest.Monke
             assert parts(form) == expected
             assert (FOLDER / "_manifest.json").read_text() == manifest
             assert run(form, characters=300) == (undisturbed, False)
-    assert stops == 2 * (2 * undisturbed.shards + 2) == 16
+    assert stops == 2 * (3 * undisturbed.shards + 2) == 22
+
+
+def one_of(number: int, of: int, **options: Any) -> tuple[Progress, bool]:
+    """One of several processes, from its beginning to its end."""
+    return run(rank=Rank(number, of), **options)
+
+
+def test_several_processes_in_any_order_write_what_one_writes() -> None:
+    expected, _ = run()
+    content, manifest = parts(), (FOLDER / "_manifest.json").read_text()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        for path in FOLDER.iterdir():
+            path.unlink()
+        reached = [one_of(number, 3) for number in order]
+        assert [progress.finished for progress, _ in reached] == [False, False, True]
+        assert reached[-1] == (expected, True)  # the last one, whoever it is
+        assert parts() == content
+        assert (FOLDER / "_manifest.json").read_text() == manifest
+        assert not list(FOLDER.glob("_part-*"))
+        assert one_of(1, 2) == (expected, False)
+
+
+def test_shards_before_their_turn_are_known_by_their_input() -> None:
+    one_of(1, 3)
+    assert sorted(parts()) == ["part-00001.jsonl", "part-00004.jsonl", "part-00007.jsonl"]
+    assert json.loads((FOLDER / "_manifest.json").read_text())["progress"]["shards"] == 0
+    late = [*list(documents())[:30], *documents(10, start=100)]
+    assert "is not the one that out was begun with" in refused(texts=late)
+    assert "is not the one that out was begun with" in refused(texts=list(documents(5)))
+    assert "another window (None, now 7)" in refused(window=7)
+    other = [Document("first", "text", 0), *documents()]
+    assert "is not the one that out was begun with" in refused(texts=other)
+    assert "another model" in refused(scorer=lambda group: score(group, "other"))
+    scored: list[str] = []
+
+    def scorer(group: Sequence[Document]) -> Iterator[TokenScores]:
+        scored.append(group[0].id)
+        for document in group:
+            yield scores_of(str(document.content), model="mine")
+
+    progress, _ = run(scorer=scorer)
+    assert (len(scored), progress.shards, progress.documents) == (5, 8, 40)
+    (FOLDER / "part-00004.jsonl").unlink()
+    assert "out has lost part-00004.jsonl" in refused()
+
+
+def test_damaged_records() -> None:
+    one_of(1, 2)
+    (FOLDER / "_part-00001.json").write_text("{}")
+    assert "_part-00001.json is damaged" in refused()
+
+
+def test_a_process_of_an_earlier_command_that_still_writes() -> None:
+    messages: list[str] = []
+
+    def scorer(group: Sequence[Document]) -> Iterator[TokenScores]:
+        for number, of in ((0, 1), (1, 2), (1, 3)):
+            with pytest.raises(OutputError, match="Another process is writing into out") as caught:
+                one_of(number, of)
+            messages.append(str(caught.value))
+        for document in group:
+            yield scores_of(str(document.content), model="mine")
+
+    one_of(1, 2, scorer=scorer)
+    assert len(messages) == 3 * 4
 
 
 def test_a_stop_changes_nothing_in_how_documents_are_batched() -> None:

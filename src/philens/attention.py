@@ -29,10 +29,8 @@ class Documents:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """(B, H, T, C) queries, keys and values -> (B, H, T, C)."""
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):  # scaled_dot_product_attention does so by itself
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-        if kind == "cpu":
+        if q.device.type == "cpu":
+            q, k, v = map(as_autocast, (q, k, v))
             return document_attention(q, k, v, self.positions, scale)[0]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(), scale=scale)
 
@@ -44,6 +42,15 @@ class Documents:
             same = documents[:, :, None] == documents[:, None, :]
             self._mask = (same & (place[:, None] >= place))[:, None]
         return self._mask
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """What autocast, if it is on, makes of an operand: for operators that it does not know, and once for
+    several that read the same."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def document_ids(positions: Tensor) -> Tensor:

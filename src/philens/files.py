@@ -24,13 +24,14 @@ _LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, record: str) -> Iterator[None]:
+def locked(folder: Path, record: str, part: str = "") -> Iterator[None]:
     """Keep other processes out of a folder that one command fills; the lock goes with the process, however it
     ends.
 
     Args:
         folder: is made if need be.
         record: the file that tells such a folder from one with other files.
+        part: what is locked of it, where the processes of one command share a folder.
 
     Raises:
         OutputError: it holds other files, is locked, or cannot be written.
@@ -40,10 +41,10 @@ def locked(folder: Path, record: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{record}.")}
-        others = set() if record in names else names - {_LOCK_FILE}
+        others = set() if record in names else {name for name in names if not name.startswith(_LOCK_FILE)}
         if others:
             raise OutputError(f"{folder} holds other files ({min(others)}); choose another --output.")
-        lock = FileLock(folder / _LOCK_FILE, timeout=0)
+        lock = FileLock(folder / f"{_LOCK_FILE}{part}", timeout=0)
         lock.acquire()
     except Timeout as error:
         raise OutputError(

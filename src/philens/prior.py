@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from philens.attention import Documents
+from philens.attention import Documents, as_autocast
 from philens.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def cast_once(x: Tensor) -> Tensor:
-    """What autocast would make of `x` for each product that reads it; once for all of them."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Memory(Protocol):
@@ -62,7 +56,7 @@ class PriorAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend, memory: Memory | None = None) -> Tensor:
         rows, length, size = x.shape
-        x = cast_once(x)
+        x = as_autocast(x)
         q, k, v = (
             project(x).view(rows, length, self.heads, size // self.heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -87,7 +81,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = cast_once(x)
+        x = as_autocast(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -49,10 +49,14 @@ def train(
 
         sys.stdout.write(recipe_yaml(resolved))
         return 0
+    from philens.scoring.ranks import rank
     from philens.training.trainer import train
 
     folder = output or Path("runs") / resolved.name
-    if train(resolved, folder, resume) is None:
+    finished = train(resolved, folder, resume)
+    if rank().number > 0:
+        return 130 if finished is None else 0
+    if finished is None:
         say(f"Stopped; go on with: philens train {recipe} --output {folder} --resume")
         return 130
     if resolved.phi is None:
@@ -77,6 +81,8 @@ def score(
     window: int | None = None,
     batch_tokens: int = 4096,
     shard_characters: int = 1_000_000,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
@@ -87,8 +93,11 @@ def score(
 ) -> int:
     """Score texts token by token: show them coloured by phi, or write JSON Lines, Parquet or a page.
 
+    Started by accelerate launch -m philens score, or torchrun, several processes fill a folder together.
+
     Args:
-        files: text files, .jsonl or .parquet, - for standard input, hub:owner/name for a data set of the Hub.
+        files: text files, .jsonl or .parquet, also as s3://bucket/path (gs://, ...), there also folders;
+            - for standard input, hub:owner/name for a data set of the Hub.
         model: base model, a folder or Hub id, or a run folder with its adapter; by default the shipped model.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
@@ -101,6 +110,8 @@ def score(
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
         shard_characters: characters of text in a file of the output folder, about.
+        engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
+        workers: models at work at once with --engine ray; by default one for each GPU, or one without.
         revision: branch, tag or commit of the model on the Hub.
         dtype: of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
@@ -110,14 +121,27 @@ def score(
         temperature: of drawing.
     """
     from philens.scoring.corpus import Corpus
+    from philens.scoring.ranks import rank
     from philens.scoring.run import load_lens, score_corpus
 
+    process = rank()
     source = (model or str(philens.SHIPPED), adapter, revision, dtype, trust_remote_code)
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
+        if process.of > 1:
+            raise ConfigError("--generate writes one text; start it as one process.")
         _generate(load_lens(*source), generate, max_new_tokens, sample, temperature)
         return 0
+    schedule = None
+    if engine == "ray":
+        from philens.scoring.ray import RaySchedule
+
+        if process.of > 1:
+            raise ConfigError("--engine ray starts its own workers; start it as one process.")
+        schedule = RaySchedule(workers)
+    elif workers is not None:
+        raise ConfigError("--workers goes with --engine ray; processes are started by accelerate launch.")
     corpus = Corpus(files, field, by, split, limit)
     try:
         summary = score_corpus(
@@ -130,14 +154,17 @@ def score(
             window=window,
             shard_characters=shard_characters,
             options=dict(zip(("model", "adapter", "revision", "dtype"), source, strict=False)),
+            rank=process,
+            schedule=schedule,
         )
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on" if format in ("jsonl", "parquet") and output else ""
-        sys.stderr.write(f"philens: stopped{goes_on}.\n")
+        if process.number == 0:
+            goes_on = "; the same command goes on" if format in ("jsonl", "parquet") and output else ""
+            sys.stderr.write(f"philens: stopped{goes_on}.\n")
         return 130
     if output is None:
         sys.stderr.write(f"Scored {summary}.\n")
-    else:
+    elif summary.finished and (summary.new or process.of == 1):  # of several processes the last one, once
         say(f"{'Wrote' if summary.new else 'Already finished:'} {output}: {summary}.")
     return 0
 

@@ -1,10 +1,12 @@
-"""Texts and chats with an id each, read from files, standard input or the Hub, however much there is.
+"""Texts and chats with an id each, read from files, object stores, standard input or the Hub, however much.
 
 At no time is more in memory than one document (a Parquet file: one batch of its rows).
 """
 
 import codecs
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -44,8 +46,9 @@ class Corpus:
     """Documents from `inputs`, in order. Iterating reads from the beginning; standard input only once.
 
     Args:
-        inputs: text files; JSON Lines (`.jsonl`, `.ndjson`) and `.parquet`; `-` for text from standard input;
-            Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
+        inputs: text files; JSON Lines (`.jsonl`, `.ndjson`) and `.parquet`; the same, and folders of records,
+            as `s3://bucket/path`, `gs://` or what else pyarrow or fsspec opens; `-` for text from standard
+            input; Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
         field: of records, the field (column) with the text or the messages; by default `text`, else
             `messages`.
         by: what in a text file is a document: the `file` or a `line`. Texts of more than MAX_CHARACTERS
@@ -54,6 +57,8 @@ class Corpus:
         limit: stop after as many documents.
 
     Attributes:
+        inputs: as given, without what in an address is only for access.
+        once: an input that can be read only once, None if there is none.
         size: bytes of all inputs, None where that is not known.
         skipped: empty documents, or only of white space, left out in the last iteration.
 
@@ -76,22 +81,29 @@ class Corpus:
             )
         if limit is not None and limit < 1:
             raise InputError(f"limit must be at least 1, not {limit}.")
-        self.inputs, self.field, self.by, self.split, self.limit = list(inputs), field, by, split, limit
+        self.inputs = [_public(name) for name in inputs]
+        self.field, self.by, self.split, self.limit = field, by, split, limit
         self.skipped = 0
-        self.size: int | None = 0
-        for name in self.inputs:
-            size = self._check(name)
-            self.size = None if self.size is None or size is None else self.size + size
+        files = [one for name in inputs for one in (_remote_files(name) if _REMOTE in name else [name])]
+        self._sizes = [(name, self._check(name)) for name in files]
+        sizes = [size for _, size in self._sizes if size is not None]
+        self.size = sum(sizes) if len(sizes) == len(files) else None
+        local = [(name, size) for name, size in self._sizes if _REMOTE not in name and _HUB not in name]
+        self.once = next((name for name, size in local if size is None), None)
 
     def _check(self, name: str) -> int | None:
         """Raise an InputError if an input cannot be read; its size in bytes, None if not known."""
         structured = name.startswith(_HUB) or _suffix(name) in _RECORDS
         if self.field is not None and not structured:
             raise InputError(
-                f"{name} is read as text and has no fields; --field goes with .jsonl, .parquet and hub:."
+                f"{_public(name)} is read as text and has no fields; "
+                "--field goes with .jsonl, .parquet and hub:."
             )
         if name == "-" or name.startswith(_HUB):
             return None
+        if _REMOTE in name:
+            filesystem, path = _remote(name)
+            return filesystem.get_file_info(path).size
         path = Path(name)
         if path.is_dir():
             raise InputError(f"{name} is a folder; give the files in it.")
@@ -101,7 +113,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = count = start = 0
-        for name in self.inputs:
+        for name, size in self._sizes:
             for document in self._read(name):
                 if _is_empty(document.content):
                     self.skipped += 1
@@ -110,22 +122,22 @@ class Corpus:
                 count += 1
                 if count == self.limit:
                     return
-            path = Path(name)
-            start += path.stat().st_size if path.is_file() else 0
+            start += size or 0
 
     def _read(self, name: str) -> Iterator[Document]:
         if name.startswith(_HUB):
             yield from self._read_hub(name)
-        elif _suffix(name) == ".parquet":
-            yield from self._read_parquet(name)
-        else:
-            with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-                if _suffix(name) in _RECORDS:
-                    yield from self._read_json_lines(name, file)
-                elif self.by == "line":
-                    yield from _read_lines(name, file)
-                else:
-                    yield from _read_whole(name, file)
+            return
+        shown = _public(name)
+        with nullcontext(sys.stdin.buffer) if name == "-" else _open(name) as file:
+            if _suffix(name) == ".parquet":
+                yield from self._read_parquet(shown, file)
+            elif _suffix(name) in _RECORDS:
+                yield from self._read_json_lines(shown, file)
+            elif self.by == "line":
+                yield from _read_lines(shown, file)
+            else:
+                yield from _read_whole(shown, file)
 
     def _read_json_lines(self, name: str, file: BinaryIO) -> Iterator[Document]:
         end = 0
@@ -144,16 +156,17 @@ class Corpus:
                 raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
             yield from self._documents(record, place, f"{name}:{number}", end)
 
-    def _read_parquet(self, name: str) -> Iterator[Document]:
+    def _read_parquet(self, name: str, file: BinaryIO) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(name, buffer_size=1 << 20) as file:
-                fields, number = file.schema_arrow.names, 0
+            size = file.seek(0, io.SEEK_END)
+            with parquet.ParquetFile(file, buffer_size=1 << 20) as table:
+                fields, number = table.schema_arrow.names, 0
                 columns = [self._field(fields, name)]
-                rows, size = max(file.metadata.num_rows, 1), Path(name).stat().st_size
-                for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+                rows = max(table.metadata.num_rows, 1)
+                for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
                     for record in batch.to_pylist():
                         number += 1
                         place, end = f"{name} row {number}", size * number // rows
@@ -216,10 +229,76 @@ class Corpus:
 
 
 _RECORDS = (".jsonl", ".ndjson", ".parquet")
+_REMOTE = "://"
 
 
 def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
+    return Path(_public(name)).suffix.lower()
+
+
+def _public(name: str) -> str:
+    """A name without what in an address is only for access: keys, and options behind a question mark."""
+    return re.sub(r"(?<=://)[^/?]*@|\?.*", "", name) if _REMOTE in name else name
+
+
+def _remote(name: str) -> tuple[Any, str]:
+    """The file system that an address leads to, as pyarrow has it, and the path there.
+
+    Raises:
+        InputError: there is none, or the library that reads it is missing.
+    """
+    import pyarrow
+    from fsspec.core import url_to_fs
+    from pyarrow import fs
+
+    try:
+        try:
+            return fs.FileSystem.from_uri(name)
+        except pyarrow.ArrowInvalid:  # none of its own
+            system, path = url_to_fs(name)
+            return fs.PyFileSystem(fs.FSSpecHandler(system)), path
+    except (ImportError, ValueError, OSError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _remote_files(name: str) -> list[str]:
+    """The address of a file, or those of all files with records in a folder and those below it, in order."""
+    from pyarrow import fs
+
+    filesystem, path = _remote(name)
+    try:
+        kind = filesystem.get_file_info(path).type
+        found = (
+            filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+            if kind.name == "Directory"
+            else []
+        )
+    except OSError as error:
+        raise _unreachable(name, error) from error
+    if kind.name == "File":
+        return [name]
+    head, mark, access = name.partition("?")
+    below = sorted(one.path for one in found if one.is_file and _suffix(one.path) in _RECORDS)
+    if not below:
+        what = "no .jsonl or .parquet in" if kind.name == "Directory" else "no file"
+        raise InputError(f"There is {what} {_public(name)}; check the path.")
+    return [f"{head.rstrip('/')}{one.removeprefix(path.rstrip('/'))}{mark}{access}" for one in below]
+
+
+def _open(name: str) -> BinaryIO:
+    """A file, here or elsewhere."""
+    if _REMOTE not in name:
+        return open(name, "rb")
+    filesystem, path = _remote(name)
+    try:
+        return io.BufferedReader(filesystem.open_input_file(path), 1 << 20)
+    except OSError as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(f"{_public(name)} cannot be read ({reason}); check the address and your access to it.")
 
 
 def _is_empty(content: str | list[Message]) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from philens.errors import ConfigError, InputError
 from philens.scoring.corpus import Corpus, Document
-from philens.scoring.shards import chunks, json_line, write_shards
+from philens.scoring.ranks import ALONE, Rank, device
+from philens.scoring.shards import Done, Schedule, chunks, json_line, write_shards
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
@@ -40,8 +41,6 @@ def load_lens(
         AdapterError: model or adapter are missing, damaged or do not belong together.
         ConfigError: there is no adapter.
     """
-    import torch
-
     from philens.adapter import load
     from philens.hub import load_pretrained
     from philens.training.recipe import load_recipe
@@ -63,8 +62,8 @@ def load_lens(
         base, revision=revision, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
     )
     lens = load(loaded, adapter or model)
-    if torch.accelerator.is_available():
-        lens.to(torch.accelerator.current_accelerator())
+    if (accelerator := device()) is not None:
+        lens.to(accelerator)
     return lens, tokenizer
 
 
@@ -76,17 +75,48 @@ class Summary:
         documents: with any text in them, and their `tokens`.
         skipped: empty ones.
         new: False if all scores were there already.
+        finished: False if other processes are to score the rest.
     """
 
     documents: int = 0
     tokens: int = 0
     skipped: int = 0
     new: bool = True
+    finished: bool = True
 
     def __str__(self) -> str:
         documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
         empty = f", {self.skipped:,} empty left out" if self.skipped else ""
         return f"{documents} with {self.tokens:,} tokens{empty}"
+
+
+@dataclass
+class Scorer:
+    """Documents in, their scores out, by a lens that is loaded when there is something to score.
+
+    Attributes:
+        load: gives the lens and its tokenizer.
+        metrics: as for `philens.score`, like `batch_tokens` and `window`.
+    """
+
+    load: "Callable[[], tuple[PHiModel, Any]]"
+    metrics: Sequence[str] | None
+    batch_tokens: int
+    window: int | None
+    _loaded: "tuple[PHiModel, Any] | None" = None
+
+    def __call__(self, group: Sequence[Document]) -> "Iterator[TokenScores]":
+        from philens.scoring.score import iter_scores
+
+        self._loaded = self._loaded or self.load()
+        return iter_scores(
+            *self._loaded,
+            [document.content for document in group],
+            metrics=self.metrics,
+            batch_tokens=self.batch_tokens,
+            window=self.window,
+            names=[document.id for document in group],
+        )
 
 
 def score_corpus(
@@ -100,6 +130,8 @@ def score_corpus(
     window: int | None = None,
     shard_characters: int = SHARD_CHARACTERS,
     options: dict[str, Any] | None = None,
+    rank: Rank = ALONE,
+    schedule: Schedule | None = None,
 ) -> Summary:
     """Score a corpus and show or write it.
 
@@ -111,30 +143,20 @@ def score_corpus(
         metrics: as for `philens.score`, like `batch_tokens` and `window`.
         shard_characters: of text in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
+        rank: which of several processes this is, that write a folder together.
+        schedule: who scores its shards; by default this process.
 
     Raises:
         PhilensError: what `philens.score`, the corpus or the shards raise.
     """
     _check_output(form, output)
+    if rank.of > 1 or schedule is not None:
+        _check_shared(corpus, form, output)
     if shard_characters < 1:
         raise ConfigError(f"shard_characters must be at least 1, not {shard_characters}.")
-    loaded: tuple[PHiModel, Any] | None = None
-
-    def score(group: Sequence[Document]) -> "Iterator[TokenScores]":
-        from philens.scoring.score import iter_scores
-
-        nonlocal loaded
-        loaded = loaded or load()
-        return iter_scores(
-            *loaded,
-            [document.content for document in group],
-            metrics=metrics,
-            batch_tokens=batch_tokens,
-            window=window,
-            names=[document.id for document in group],
-        )
-
-    with _progress(corpus, shown=output is not None or not sys.stdout.isatty()) as done:
+    score = Scorer(load, metrics, batch_tokens, window)
+    shown = rank.number == 0 and (output is not None or not sys.stdout.isatty())
+    with _progress(corpus, shown) as done:
         if output is not None and form in ("jsonl", "parquet"):
             decisive = {
                 "inputs": corpus.inputs,
@@ -147,8 +169,10 @@ def score_corpus(
                 "window": window,
             }
             decisive |= options or {}
-            state, new = write_shards(output, corpus, score, decisive, form, shard_characters, done)
-            return Summary(state.documents, state.tokens, corpus.skipped, new)
+            state, new = write_shards(
+                output, corpus, score, decisive, form, shard_characters, done, schedule, rank
+            )
+            return Summary(state.documents, state.tokens, corpus.skipped, new, state.finished)
         summary = Summary()
 
         def scored() -> "Iterator[tuple[Document, TokenScores]]":
@@ -156,7 +180,7 @@ def score_corpus(
                 for document, scores in zip(group, score(group), strict=True):
                     summary.documents += 1
                     summary.tokens += len(scores)
-                    done(document, len(scores))
+                    done(1, len(scores), document.end)
                     yield document, scores
 
         _show(scored(), form, output)
@@ -181,6 +205,19 @@ def _check_output(form: str, output: Path | None) -> None:
     if form == "html" and output is not None and not output.parent.is_dir():
         raise ConfigError(
             f"There is no folder {output.parent} for the page; make it or choose another --output."
+        )
+
+
+def _check_shared(corpus: Corpus, form: str, output: Path | None) -> None:
+    """What several processes can read and write."""
+    if form not in ("jsonl", "parquet") or output is None:
+        raise ConfigError(
+            "Several processes write a folder together; give --format jsonl or parquet and --output FOLDER."
+        )
+    if (name := corpus.once) is not None:
+        raise ConfigError(
+            f"{name} can be read only once, and each of several processes reads the input; "
+            "write it to a file first, or score it in one process."
         )
 
 
@@ -213,23 +250,22 @@ def _show(scored: "Iterator[tuple[Document, TokenScores]]", form: str, output: P
 
 
 @contextmanager
-def _progress(corpus: Corpus, shown: bool) -> Iterator[Callable[[Document, int], None]]:
-    """A bar on standard error, if that is a terminal; gives what is to be called with each document done."""
+def _progress(corpus: Corpus, shown: bool) -> Iterator[Done]:
+    """A bar on standard error, if that is a terminal; gives what is to be called as it goes on."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    documents = tokens = 0
+    documents = tokens = read = 0
     with Progress(
         *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
     ) as bar:
         task = bar.add_task("reading", total=corpus.size)
 
-        def done(document: Document, count: int) -> None:
-            nonlocal documents, tokens
-            documents, tokens = documents + 1, tokens + count
-            text = f"{documents:,} documents, {tokens:,} tokens"
-            bar.update(task, completed=document.end, description=text)
+        def done(more_documents: int, more_tokens: int, end: int) -> None:
+            nonlocal documents, tokens, read
+            documents, tokens, read = documents + more_documents, tokens + more_tokens, max(read, end)
+            bar.update(task, completed=read, description=f"{documents:,} documents, {tokens:,} tokens")
 
         yield done

@@ -1,19 +1,23 @@
 """Scores of a corpus in a folder, shard by shard: killed at any moment, the same command goes on.
 
 A folder holds `part-00000.jsonl` (or `.parquet`) and so on, in the order of the input, and `_manifest.json`:
-how the scores are made, and how far they have come. A shard is written whole or not at all, and its documents
-are batched by themselves, so that its rows are the same whether or not there was a stop before it. The
-manifest is replaced after each shard; a shard that the manifest does not know is written again.
+how the scores are made, and how far they have come. A shard is a unit of work with a number. It is written
+whole or not at all, and its documents are batched by themselves, so that its rows are the same whoever writes
+it and whether or not there was a stop before it.
 
-The input is known by a hash of its documents, chained from shard to shard. Going on reads it from the start,
-which takes little time against scoring it, and works for standard input too.
+Shards may be written in any order by any number of processes. Beside a written shard comes its record,
+`_part-00000.json`, which the manifest takes in when its turn has come; a shard without a record is written
+again. The input is known by a hash of its documents, chained from shard to shard. Going on reads it from the
+start, which takes little time against scoring it, and works for standard input too.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -21,17 +25,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from philens.errors import InputError, OutputError
 from philens.files import locked, write_atomically
 from philens.scoring.corpus import Document
+from philens.scoring.ranks import ALONE, Rank
 
 if TYPE_CHECKING:
     from philens.scoring.scores import TokenScores
 
 FORMAT = 1
 MANIFEST_FILE = "_manifest.json"  # readers of Parquet folders pass over what begins with an underscore
+_MANIFEST_LOCK = ".lock-manifest"
 # Parquet keeps as many documents in memory before it writes them.
 _ROW_GROUP_TOKENS = 1 << 18
 
+Form = Literal["jsonl", "parquet"]
 Scored = tuple[Document, "TokenScores"]
 ScoreShard = Callable[[Sequence[Document]], Iterator["TokenScores"]]
+# Called with documents and tokens scored, and bytes of the input read.
+Done = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Progress:
     """How far a folder has come.
 
     Attributes:
-        shards: whole ones, and `documents` and `tokens` in them.
+        shards: from the first on that are written, and `documents` and `tokens` in them.
         digest: hash of those documents.
         finished: whether the input ended there.
     """
@@ -49,6 +58,30 @@ class Progress:
     tokens: int = 0
     digest: str = ""
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Documents that are scored and written together.
+
+    Attributes:
+        number: from 0 on.
+        digest: hash of all documents up to its last.
+    """
+
+    number: int
+    documents: list[Document]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a written shard; `provenance` is that of its scores."""
+
+    documents: int
+    tokens: int
+    digest: str
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,14 +108,154 @@ def chunks(documents: Iterable[Document], characters: int) -> Iterator[list[Docu
         yield group
 
 
+def read_shards(documents: Iterable[Document], characters: int) -> Iterator[Shard]:
+    """The shards of an input; one ends with the document that brings it to as many characters of text."""
+    digest = ""
+    for number, group in enumerate(chunks(documents, characters)):
+        state = hashlib.blake2b(digest.encode(), digest_size=16)
+        for document in group:
+            state.update(json.dumps([document.id, document.content]).encode())
+        digest = state.hexdigest()
+        yield Shard(number, group, digest)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The shards that a folder has: those of its `progress`, and others `ahead`: by number, their digests."""
+
+    folder: Path
+    progress: Progress
+    ahead: dict[int, str]
+
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard is there.
+
+        Raises:
+            OutputError: it was written from another input.
+        """
+        number, count = shard.number, self.progress.shards
+        expected = self.progress.digest if number == count - 1 else self.ahead.get(number)
+        if expected is not None and expected != shard.digest:
+            raise self._changed_input()
+        return number < count or expected is not None
+
+    def check_end(self, total: int) -> None:
+        """Raise an OutputError if the input ended after fewer shards than are there."""
+        if total < max(self.progress.shards, *(number + 1 for number in self.ahead), 0):
+            raise self._changed_input()
+
+    def _changed_input(self) -> OutputError:
+        return OutputError(
+            f"The input is not the one that {self.folder} was begun with, or has changed within its first "
+            f"{self.progress.documents:,} documents (or others scored already); give that input again or "
+            "choose another --output."
+        )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Scores shards and writes them, in any process.
+
+    Attributes:
+        form: of the files in `folder`.
+        score: from documents to their scores, in order; called once for each shard.
+        provenance: of the scores that are there; empty if there are none.
+    """
+
+    folder: Path
+    form: Form
+    score: ScoreShard
+    provenance: dict[str, Any]
+
+    def write(self, shard: Shard, done: Done = lambda documents, tokens, end: None) -> Record:
+        """A shard, then its record; `done` is called for each document.
+
+        Raises:
+            OutputError: it cannot be written, or the scores are of another model than those that are there.
+        """
+        provenance, tokens = self.provenance, 0
+
+        def scored() -> Iterator[Scored]:
+            nonlocal provenance, tokens
+            for document, scores in zip(shard.documents, self.score(shard.documents), strict=True):
+                model = {
+                    key: item
+                    for key, item in json.loads(json.dumps(scores.provenance)).items()
+                    if key not in ("name", "versions")
+                }
+                provenance = provenance or model
+                check_same_settings(self.folder, provenance, model)
+                tokens += len(scores)
+                done(1, len(scores), document.end)
+                yield document, scores
+
+        content = {"jsonl": _write_jsonl, "parquet": _write_parquet}[self.form]
+        write_atomically(_part(self.folder, shard.number, self.form), lambda file: content(file, scored()))
+        record = Record(len(shard.documents), tokens, shard.digest, provenance)
+        _write_json(_record(self.folder, shard.number), record)
+        return record
+
+
+@dataclass
+class Job:
+    """What there is to do.
+
+    Attributes:
+        documents: all of them, from the first on, to be read as shards of about as many `characters`.
+        known: shards not to be written again.
+        total: number of shards of the input, when it has been read.
+    """
+
+    documents: Iterable[Document]
+    characters: int
+    known: Known
+    writer: Writer
+    total: int = 0
+
+    def shards(self) -> Iterator[tuple[Shard, bool]]:
+        """Each shard of the input, and whether it is known; sets `total` in the end.
+
+        Raises:
+            OutputError: the known ones are from another input.
+        """
+        if self.known.ahead:
+            # What lies before them shall not be written from another input.
+            count = 1 + max(self.known.ahead)
+            read = [
+                self.known.has(one) for one in islice(read_shards(self.documents, self.characters), count)
+            ]
+            self.known.check_end(len(read))
+        self.total = 0
+        for shard in read_shards(self.documents, self.characters):
+            self.total += 1
+            yield shard, self.known.has(shard)
+        self.known.check_end(self.total)
+
+
+# Has the shards of a job written that are not known, and yields after each.
+Schedule = Callable[[Job, Done], Iterator[None]]
+
+
+def one_by_one(job: Job, done: Done, rank: Rank = ALONE) -> Iterator[None]:
+    """A schedule: in this process, of several processes those whose turn it is."""
+    for shard, known in job.shards():
+        if known or not rank.takes(shard.number):
+            done(0, 0, shard.documents[-1].end)
+        else:
+            job.writer.write(shard, done)
+            yield
+
+
 def write_shards(
     folder: Path,
     documents: Iterable[Document],
     score: ScoreShard,
     options: dict[str, Any],
-    form: Literal["jsonl", "parquet"],
+    form: Form,
     characters: int = 1_000_000,
-    done: Callable[[Document, int], None] = lambda document, tokens: None,
+    done: Done = lambda documents, tokens, end: None,
+    schedule: Schedule | None = None,
+    rank: Rank = ALONE,
 ) -> tuple[Progress, bool]:
     """Score the documents that are not yet in the folder, and write them there.
 
@@ -93,10 +266,12 @@ def write_shards(
         options: what the rows depend on, as JSON, but for the model, which is known by its scores.
         form: of the shards.
         characters: of text in a shard, about.
-        done: called with each document when it is scored, and its tokens, or found there, and 0.
+        done: called for what is scored, or found there.
+        schedule: who writes the shards; by default this process, its part where it is one of several.
+        rank: which of several processes this is. They may end at any time: the last one finishes the folder.
 
     Returns:
-        How far the folder has come, and whether anything was left to do.
+        How far the folder has come, and whether that is further than when this process began.
 
     Raises:
         OutputError: the folder holds something else, belongs to other options, another input or model, or
@@ -104,110 +279,143 @@ def write_shards(
         InputError: there is no document.
     """
     options = json.loads(json.dumps(options | {"format": form, "shard_characters": characters}))
-    with locked(folder, MANIFEST_FILE):
-        manifest = _begin(folder, options, form)
-        before, shards, digest = manifest.progress, 0, ""
-        for shards, group in enumerate(chunks(documents, characters), start=1):
-            digest = _chained(digest, group)
-            if shards > before.shards:
-                manifest = _write_shard(folder, manifest, group, digest, score, done)
-                continue
-            for document in group:
-                done(document, 0)
-            if shards == before.shards and digest != before.digest:
-                raise _changed_input(folder, before)
-        if shards < before.shards:
-            raise _changed_input(folder, before)
-        if not shards:
+    with locked(folder, MANIFEST_FILE, f"-{rank.number}" if rank.number else ""):
+        _check_alone(folder, rank)
+        with _one_at_a_time(folder, rank):
+            before, provenance, ahead = _begin(folder, options, form)
+        job = Job(
+            documents, characters, Known(folder, before, ahead), Writer(folder, form, score, provenance)
+        )
+        for _ in schedule(job, done) if schedule is not None else one_by_one(job, done, rank):
+            if rank.number == 0:
+                with _one_at_a_time(folder, rank):
+                    _take_in(folder, options)
+        if not job.total:
             raise InputError("There is nothing to score: the input holds no text.")
-        now = replace(manifest.progress, finished=True)
-        if now != before:
-            _write_manifest(folder, replace(manifest, progress=now))
+        with _one_at_a_time(folder, rank):
+            now = _finish(folder, options, form, job.total)
         return now, now != before
 
 
-def _changed_input(folder: Path, progress: Progress) -> OutputError:
-    return OutputError(
-        f"The input is not the one that {folder} was begun with, or has changed within its first "
-        f"{progress.documents:,} documents; give that input again or choose another --output."
-    )
+def _check_alone(folder: Path, rank: Rank) -> None:
+    """Raise an OutputError if a process of a larger number of them still writes here."""
+    for path in folder.glob(".lock-*"):
+        number = path.name.removeprefix(".lock-")
+        if number.isdecimal() and int(number) >= rank.of:
+            with locked(folder, MANIFEST_FILE, f"-{number}"):
+                pass
 
 
-def _write_shard(
-    folder: Path,
-    manifest: _Manifest,
-    group: Sequence[Document],
-    digest: str,
-    score: ScoreShard,
-    done: Callable[[Document, int], None],
-) -> _Manifest:
-    """Write one more shard, then the manifest that knows it."""
-    before, provenance, tokens = manifest.progress, manifest.provenance, 0
+def _one_at_a_time(folder: Path, rank: Rank) -> contextlib.AbstractContextManager[object]:
+    """What reads and replaces the manifest; a single process has the folder for itself."""
+    if rank.of == 1:
+        return contextlib.nullcontext()
+    from filelock import FileLock
 
-    def scored() -> Iterator[Scored]:
-        nonlocal provenance, tokens
-        for document, scores in zip(group, score(group), strict=True):
-            model = {
-                key: item
-                for key, item in json.loads(json.dumps(scores.provenance)).items()
-                if key not in ("name", "versions")
-            }
-            provenance = provenance or model
-            check_same_settings(folder, provenance, model)
-            tokens += len(scores)
-            done(document, len(scores))
-            yield document, scores
-
-    form = manifest.options["format"]
-    write = {"jsonl": _write_jsonl, "parquet": _write_parquet}[form]
-    write_atomically(folder / f"part-{before.shards:05}.{form}", lambda file: write(file, scored()))
-    progress = Progress(before.shards + 1, before.documents + len(group), before.tokens + tokens, digest)
-    manifest = replace(manifest, provenance=provenance, progress=progress)
-    _write_manifest(folder, manifest)
-    return manifest
+    return FileLock(folder / _MANIFEST_LOCK)
 
 
-def _chained(digest: str, group: Iterable[Document]) -> str:
-    """A hash of a hash and documents."""
-    state = hashlib.blake2b(digest.encode(), digest_size=16)
-    for document in group:
-        state.update(json.dumps([document.id, document.content]).encode())
-    return state.hexdigest()
-
-
-def _begin(folder: Path, options: dict[str, Any], form: str) -> _Manifest:
-    """The folder's manifest, with what a stopped process left beside whole shards removed.
+def _begin(
+    folder: Path, options: dict[str, Any], form: Form
+) -> tuple[Progress, dict[str, Any], dict[int, str]]:
+    """What is there: progress, provenance of the scores, and digests of shards beyond.
 
     Raises:
         OutputError: it is of other options, or damaged.
     """
-    path = folder / MANIFEST_FILE
-    manifest = _Manifest(options)
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            version = found["format"]
-            if version == FORMAT:
-                manifest = _Manifest(**found | {"progress": Progress(**found["progress"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is damaged ({error}); choose another --output.") from error
-        if version != FORMAT:
-            raise OutputError(f"{folder} was begun by another version of philens; choose another --output.")
-    shards = manifest.progress.shards
-    if shards:
-        check_same_settings(folder, manifest.options, options)
-    for number in range(shards):
-        part = folder / f"part-{number:05}.{form}"
-        if not part.is_file():
-            raise OutputError(f"{folder} has lost {part.name}; choose another --output.")
-    for part in folder.iterdir():
-        found = re.fullmatch(r"(\.?)part-(\d+)\..*|\._manifest.*", part.name)
-        if found and (part.name.startswith(".") or int(found[2]) >= shards):
-            part.unlink()
-    if not shards:  # nothing would be lost with other options
+    waiting = [int(found[1]) for path in folder.iterdir() if (found := _RECORD.fullmatch(path.name))]
+    manifest = _read_manifest(folder)
+    if manifest is None or not (manifest.progress.shards or waiting):
+        # Nothing is lost with other options.
         manifest = _Manifest(options)
-        _write_manifest(folder, manifest)
+        _write_json(folder / MANIFEST_FILE, manifest)
+    manifest = _take_in(folder, options)
+    shards, provenance = manifest.progress.shards, manifest.provenance
+    ahead = {}
+    for number in sorted(waiting):
+        if number >= shards and (record := _read_record(folder, number)) is not None:
+            ahead[number], provenance = record.digest, provenance or record.provenance
+    for number in (*range(shards), *ahead):
+        if not (part := _part(folder, number, form)).is_file():
+            raise OutputError(f"{folder} has lost {part.name}; choose another --output.")
+    return manifest.progress, provenance, ahead
+
+
+def _take_in(folder: Path, options: dict[str, Any]) -> _Manifest:
+    """Let the manifest know of the shards whose turn has come.
+
+    Raises:
+        OutputError: the folder belongs to other options, or the shards to different models.
+    """
+    manifest = _read_manifest(folder) or _Manifest(options)
+    check_same_settings(folder, manifest.options, options)
+    first = now = manifest.progress
+    while (record := _read_record(folder, now.shards)) is not None:
+        if manifest.provenance:
+            check_same_settings(folder, manifest.provenance, record.provenance)
+        manifest = replace(manifest, provenance=record.provenance)
+        now = Progress(
+            now.shards + 1, now.documents + record.documents, now.tokens + record.tokens, record.digest
+        )
+    if now != first:
+        manifest = replace(manifest, progress=now)
+        _write_json(folder / MANIFEST_FILE, manifest)
+        for number in range(first.shards, now.shards):
+            _record(folder, number).unlink(missing_ok=True)
     return manifest
+
+
+def _finish(folder: Path, options: dict[str, Any], form: Form, total: int) -> Progress:
+    """How far the folder has come; once all shards are there, without what stopped processes left."""
+    manifest = _take_in(folder, options)
+    now = manifest.progress
+    if now.shards < total or now.finished:
+        return now
+    for path in folder.iterdir():
+        found = _LEFT.fullmatch(path.name)
+        if found and not (found["form"] == form and int(found["number"]) < total):
+            path.unlink()
+    now = replace(now, finished=True)
+    _write_json(folder / MANIFEST_FILE, replace(manifest, progress=now))
+    return now
+
+
+_RECORD = re.compile(r"_part-(\d+)\.json")
+# Parts, records, and what was not wholly written of them.
+_LEFT = re.compile(r"part-(?P<number>\d+)\.(?P<form>\w+)|_part-.*|\.(part-|_part-|_manifest).*")
+
+
+def _part(folder: Path, number: int, form: str) -> Path:
+    return folder / f"part-{number:05}.{form}"
+
+
+def _record(folder: Path, number: int) -> Path:
+    return folder / f"_part-{number:05}.json"
+
+
+def _read_record(folder: Path, number: int) -> Record | None:
+    """A shard's record; None if there is none."""
+    path = _record(folder, number)
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path} is damaged ({error}); choose another --output.") from error
+
+
+def _read_manifest(folder: Path) -> _Manifest | None:
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version = found["format"]
+        if version == FORMAT:
+            return _Manifest(**found | {"progress": Progress(**found["progress"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} is damaged ({error}); choose another --output.") from error
+    raise OutputError(f"{folder} was begun by another version of philens; choose another --output.")
 
 
 def check_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -220,9 +428,9 @@ def check_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any
             )
 
 
-def _write_manifest(folder: Path, manifest: _Manifest) -> None:
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False)
-    write_atomically(folder / MANIFEST_FILE, lambda file: file.write(f"{text}\n".encode()))
+def _write_json(path: Path, content: _Manifest | Record) -> None:
+    text = json.dumps(asdict(content), indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def json_line(document: Document, scores: "TokenScores") -> str:
