@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig, RwkvConfig, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    MambaConfig,
+    RwkvConfig,
+    StoppingCriteria,
+)
 from transformers.generation import StoppingCriteriaList
 
 from conftest import make_gpt2, make_llama
@@ -422,3 +429,55 @@ def test_models_that_cannot_generate_or_keep_no_cache():
 def test_an_empty_prompt(lens):
     with pytest.raises(InputError, match="The prompt is empty"):
         stream(lens, character_tokenizer(), "", print)
+
+
+# Cost
+
+
+def calls_of(lens, *args, **options):
+    """The tokens of each row that each run of the first block read, and generation's result."""
+    read = []
+    hook = lens.base.get_submodule(lens.module_paths[0]).register_forward_hook(
+        lambda module, inputs, output: read.append(
+            (output if torch.is_tensor(output) else output[0]).shape[1]
+        )
+    )
+    try:
+        return read, lens.generate(*args, **options)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "lstm"])
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "observe"}, {"mode": "observe", "layer": None, "layers": [0, 2]}]
+)
+def test_every_token_is_read_once(name, options):
+    lens, ids = shaken(make(name), **options), prompts(3)
+    lens.generate(ids, **GREEDY)
+    for settings in ({"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}):
+        read, generation = calls_of(lens, ids, max_new_tokens=8, **settings)
+        assert read == [6] + [1] * 8
+        assert_scored(lens, generation)
+
+
+def test_what_is_not_read_once_takes_one_more_pass():
+    lens, ids = shaken(make("llama")), prompts()
+    for settings in ({"num_beams": 2}, {"use_cache": False}, {"return_dict_in_generate": True}):
+        read, generation = calls_of(lens, ids, **GREEDY, **settings)
+        assert read[-1] == 14
+        assert_scored(lens, generation)
+    # A cache of the user's own is left where generation ended.
+    for settings in ({}, {"past_key_values": DynamicCache(config=lens.base.config)}):
+        assert_scored(lens, lens.generate(ids, **GREEDY, **settings))
+    assert settings["past_key_values"].get_seq_length() == 13
+
+
+def test_the_head_makes_no_logits_of_the_prompt_but_the_last(lens):
+    lens.generate(prompts(), **GREEDY)
+    shapes = []
+    hook = lens.base.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
+    lens.generate(prompts(), **GREEDY)
+    hook.remove()
+    # What is scored is made in parts, two rows of 14.
+    assert shapes == [(2, 1, 128)] * 9 + [(28, 128)]

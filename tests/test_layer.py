@@ -11,8 +11,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from philens.errors import ConfigError, InputError, PhilensError
 from philens.divergence import contrastive_loss, gaussian_kl, official_kl
+from philens.errors import ConfigError, InputError, PhilensError
 from philens.layer import PHiConfig, PHiLayer
 
 GOLDEN = Path(__file__).parent / "golden" / "phi_layer_official.safetensors"

@@ -113,9 +113,9 @@ def test_detach_gives_the_base_back(base, tokens):
     with torch.no_grad():
         plain = base(tokens).logits
         lens = shaken(attach(base, config()))
-        assert len(hooks_of(base)) == len(hooks) + 1
+        assert len(hooks_of(base)) == len(hooks) + 2  # the layer, and a watch on what the head reads
         lens.enable()  # once more changes nothing
-        assert len(hooks_of(base)) == len(hooks) + 1
+        assert len(hooks_of(base)) == len(hooks) + 2
         assert lens.detach() is base
         assert hooks_of(base) == hooks
         assert torch.equal(base(tokens).logits, plain)

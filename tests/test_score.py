@@ -89,7 +89,9 @@ class Calls:
     def __init__(self, lens):
         path = lens.module_paths[-1].rsplit(".", 1)[0]
         blocks = lens.base.get_submodule(path)
-        self.modules = {"below": blocks[0], "above": blocks[2], "head": lens.base.get_output_embeddings()}
+        # Blocks that are skipped return something, too; their parts then do not run.
+        self.modules = {"below": blocks[0].mlp, "above": blocks[2].mlp}
+        self.modules |= {"head": lens.base.get_output_embeddings()}
         self.modules |= {"layer": lens.layers[0]}
         self.count = dict.fromkeys(self.modules, 0)
         for name, module in self.modules.items():
@@ -135,8 +137,8 @@ def test_batches_and_order_change_nothing(lens, batch_tokens):
 
 def test_logits_in_parts_change_nothing(small, monkeypatch):
     whole = score(small, CHARACTERS, TEXTS, metrics=METRICS)
-    monkeypatch.setattr(baselines, "LOGITS_AT_ONCE", 700)
-    monkeypatch.setattr("philens.scoring.score.LOGITS_AT_ONCE", 700)
+    monkeypatch.setattr("philens.losses.POSITIONS_AT_ONCE", 3)
+    monkeypatch.setattr("philens.losses.LOGITS_READ_AT_ONCE", 700)
     same(score(small, CHARACTERS, TEXTS, metrics=METRICS), whole)
 
 
@@ -153,7 +155,9 @@ def test_only_what_was_asked_for_runs(small):
     found = count("surprisal_with_layer", "phi")
     assert (found["below"], found["above"], found["layer"]) == (1, 1, 1)
     found = count("phi", "surprisal")
-    assert (found["below"], found["above"], found["layer"]) == (2, 1, 1)
+    assert (found["below"], found["above"], found["layer"]) == (1, 1, 1)
+    found = count("phi", "surprisal", "surprisal_with_layer")
+    assert (found["below"], found["above"], found["layer"]) == (1, 2, 1)
 
 
 def test_observing_takes_one_pass():
@@ -253,8 +257,8 @@ def test_entropy_and_margin_are_of_the_distribution_before_the_token(lens):
 
 
 def test_entropy_of_an_impossible_token():
-    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
-    found = baselines.reduce_logits(logits, torch.tensor([[2]]), {"surprisal", "entropy", "margin"})
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
+    found = baselines.reduce_logits(logits, torch.tensor([2]), {"surprisal", "entropy", "margin"})
     assert found["entropy"].item() == pytest.approx(np.log(2))
     assert found["surprisal"].item() == np.inf
     assert found["margin"].item() == 0

@@ -7,7 +7,8 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from philens.errors import InputError
-from philens.insertion import text_config
-from philens.losses import token_surprisal
+from philens.insertion import text_config, transform_output
+from philens.losses import PHiModelOutput
+from philens.scoring.baselines import predictions
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
@@ -102,8 +104,10 @@ def generate(
 ) -> PHiGeneration:
     """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
 
-    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say. Scores come from one more
-    pass over the finished rows, so that they are those of any other reading of the same text.
+    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say. Scores are those of any
+    other reading of the same text. Where the base reads each row once, token after token, the layers and the
+    output head see afterwards what it had in passing; beams, assisted generation and the like take one more
+    pass over the finished rows.
 
     Args:
         input_ids: (B, T) prompts.
@@ -133,20 +137,28 @@ def generate(
 
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            if on_token is None:
-                read = [0]
-                # Phi comes afterwards; only sampled latents need the whole layer.
-                lens._start(predict=lens.config.inference == "sample")
-            else:
+            record, read = None, [0]
+            if on_token is not None:
                 count = input_ids.shape[1]
                 hand_on(input_ids, *_scores(lens, input_ids, mask), range(count))
                 read = stack.enter_context(_followed(lens, on_token, count))
+            # Beams change rows; a cache of the user's must not be read on; sampled latents are drawn once.
+            elif (
+                (_setting(generator, options, "num_beams") or 1) == 1
+                and not {"past_key_values", "return_dict_in_generate"} & options.keys()
+                and lens.config.inference == "mean"
+            ):
+                record = _Record(lens, input_ids.shape[1])
+                stack.enter_context(record.recording())
+                if "logits_to_keep" in lens._arguments:
+                    options = {"logits_to_keep": 0} | options
             output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
         lens._start()
-        sequences = output if isinstance(output, Tensor) else output.sequences
         mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
         mask = _finished_mask(generator, sequences, mask, options)
-        phi, surprisal = _scores(lens, sequences, mask)
+        phi, surprisal = _scores(lens, sequences, mask, record if finished else None)
         hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
     finally:
         lens._start()
@@ -155,20 +167,103 @@ def generate(
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
 
 
+class _Record:
+    """What a base has at its insertion points and at its output head while it generates: all that scores are
+    made of, if it reads each row once and token after token."""
+
+    def __init__(self, lens: "PHiModel", prompt_length: int) -> None:
+        self.lens, self.prompt_length = lens, prompt_length
+        self.states: list[list[Tensor]] = [[] for _ in lens.layers] if lens.enabled else []
+        self.ids: list[Tensor] = []
+        self.at_head: list[Tensor] = []
+        self.arguments: dict[str, Any] = {}  # of the base's last call
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the calls of the base within this context; the layers are in the path as always."""
+        lens, head = self.lens, cast(Any, self.lens.base).get_output_embeddings()
+        if lens._head_is_last is None:
+            with lens.disabled():
+                lens(torch.zeros((1, 1), dtype=torch.long, device=head.weight.device), returns="states")
+        with lens.disabled(), contextlib.ExitStack() as stack:
+            for number in range(len(self.states)):
+                hook = transform_output(lens._modules_at[number], partial(self._at_layer, number))
+                stack.callback(hook.remove)
+            stack.callback(head.register_forward_pre_hook(self._at_head).remove)
+            stack.callback(lens.base.register_forward_pre_hook(self._at_base, with_kwargs=True).remove)
+            yield
+
+    def _at_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.arguments = kwargs
+        self.ids.append(kwargs["input_ids"])
+
+    def _at_layer(self, number: int, states: Tensor) -> Tensor:
+        self.states[number].append(states)
+        if self.lens._observing:
+            return states
+        layer = self.lens.layers[number]
+        return layer.decode(layer.encode(states)[0]).to(states.dtype)
+
+    def _at_head(self, module: nn.Module, args: Any) -> Any:
+        self.at_head.append(args[0])
+        # Of the prompt's logits only the last are used. Other calls that read several tokens are those of
+        # assisted generation, which needs them all.
+        is_prompt = len(self.ids) == 1 and self.ids[0].shape[1] == self.prompt_length
+        return (args[0][:, -1:], *args[1:]) if is_prompt else None
+
+    def finish(self, sequences: Tensor) -> bool:
+        """Read the last token, which nobody needed so far; False where the record is not that of these rows
+        (B, T)."""
+        cache = self.arguments.get("past_key_values", self.arguments.get("cache_params"))
+        mask, positions = (self.arguments.get(name) for name in ("attention_mask", "position_ids"))
+        ids = torch.cat(self.ids, 1) if len({len(some) for some in self.ids}) == 1 else sequences[:0]
+        complete = (
+            bool(self.lens._head_is_last)
+            and isinstance(cache, Cache)
+            and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+            and all(some.shape[1] == 1 for some in self.ids[1:])
+            and sum(some.shape[1] for some in self.at_head) == ids.shape[1]
+            and torch.equal(ids, sequences[:, :-1])
+        )
+        if complete:
+            following: dict[str, Any] = {"input_ids": sequences[:, -1:].clamp(min=0)}
+            if mask is not None:
+                following["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if positions is not None:
+                following["position_ids"] = positions[..., -1:] + 1
+            self.lens.base(**(self.arguments | following))
+        return complete
+
+    def result(self, order: Tensor, hidden: Tensor) -> PHiModelOutput:
+        """What a pass over the rows' tokens in this order (B, T) gives; (B, T) bool `hidden` are padding."""
+
+        def ordered(parts: list[Tensor]) -> Tensor:
+            states = torch.cat(parts, 1)
+            states = states.gather(1, order[..., None].expand_as(states))
+            return states.masked_fill(hidden[..., None], 0)
+
+        layers = zip(self.lens.layers, self.states, strict=False)
+        phis = [layer(ordered(parts)).phi for layer, parts in layers]
+        phi = None if not phis else phis[0] if self.lens.config.layers is None else torch.stack(phis, -1)
+        head = cast(Any, self.lens.base).get_output_embeddings()
+        return PHiModelOutput(phi=phi, head=head, head_states=ordered(self.at_head))
+
+
+def _setting(base: Any, options: dict[str, Any], name: str) -> Any:
+    """What `transformers` takes for a setting of generation."""
+    given = getattr(options.get("generation_config"), name, None)
+    return options.get(name, getattr(base.generation_config, name) if given is None else given)
+
+
 def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: dict[str, Any]) -> Tensor:
     """(B, T) 1 on the prompt's tokens and on generated ones up to the one that ended the row."""
-
-    def setting(name: str) -> Any:
-        given = getattr(options.get("generation_config"), name, None)
-        return options.get(name, getattr(base.generation_config, name) if given is None else given)
-
     generated = sequences[:, prompt_mask.shape[1] :]
-    ends = setting("eos_token_id")
+    ends = _setting(base, options, "eos_token_id")
     ends = torch.as_tensor([] if ends is None else ends, device=generated.device, dtype=generated.dtype)
     is_end = torch.isin(generated, ends)
     ended = (is_end.cumsum(1) - is_end.long()) > 0
     # What fills rows that other criteria ended; transformers does so only where there is a token that ends.
-    pad = setting("pad_token_id") if ends.numel() else -1
+    pad = _setting(base, options, "pad_token_id") if ends.numel() else -1
     if pad is not None:
         ended |= (generated != pad).flip(1).cumsum(1).flip(1) == 0
         ended &= ~(is_end & (is_end.cumsum(1) == 1))  # padding may be the token that ends, too
@@ -176,15 +271,19 @@ def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: d
 
 
 @torch.no_grad()
-def _scores(lens: "PHiModel", sequences: Tensor, mask: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Phi and surprisal of rows whose padding may lie on either side, NaN there."""
+def _scores(
+    lens: "PHiModel", sequences: Tensor, mask: Tensor, record: _Record | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
     place = torch.arange(mask.shape[1], device=mask.device)
-    # Real tokens first: padding on the right changes nothing in any causal model.
+    # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
     order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
     real = mask.gather(1, order)
     ids = sequences.gather(1, order).masked_fill(real == 0, 0)  # what fills a row may be no token at all
-    result = lens(ids, attention_mask=real, returns="states")
-    surprisal = token_surprisal(result, ids)
+    result = lens(ids, returns="states") if record is None else record.result(order, real == 0)
+    places = real.flatten().nonzero()[:, 0]
+    surprisal = torch.full(ids.shape, torch.nan, device=ids.device)
+    surprisal.view(-1)[places] = predictions(result, ids, places, {"surprisal"})["surprisal"]
 
     def back(values: Tensor) -> Tensor:
         spread = order if values.ndim == 2 else order[..., None].expand_as(values)

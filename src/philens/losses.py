@@ -12,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from philens.errors import InputError
 from philens.layer import PHiConfig, PHiOutput
 
-# Logits in float32 that are held at once where they are made in parts: 128 MiB.
+# Logits in float32 that training holds at once where they are made in parts: 128 MiB.
 LOGITS_AT_ONCE = 2**25
+# Where they are only read, those of as many positions are made at once: few enough for memory and a
+# processor's cache, enough for a product at full speed; of more, where the vocabulary is small.
+POSITIONS_AT_ONCE, LOGITS_READ_AT_ONCE = 256, 2**21
 
 
 @dataclass
@@ -162,23 +165,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def token_surprisal(result: PHiModelOutput, input_ids: Tensor) -> Tensor:
     """(B, T) surprisal of each token in nats, float32, NaN on the first; logits are made in parts."""
-    parts = [torch.full_like(input_ids[:, :1], torch.nan, dtype=torch.float32)]
-    for places, logits in logits_in_parts(result, input_ids.shape[1] - 1):
-        following = input_ids[:, places.start + 1 : places.stop + 1]
-        parts.append(F.cross_entropy(logits.transpose(1, 2), following, reduction="none"))
-    return torch.cat(parts, 1)
+    rows, length = input_ids.shape
+    before = torch.arange(rows * length, device=input_ids.device).view(rows, length)[:, :-1].flatten()
+    targets = input_ids[:, 1:].flatten()
+    parts = [
+        F.cross_entropy(logits, targets[part], reduction="none")
+        for part, logits in logits_in_parts(result, before)
+    ]
+    surprisal = torch.cat(parts).view(rows, length - 1) if parts else input_ids.new_empty(rows, 0).float()
+    return F.pad(surprisal, (1, 0), value=torch.nan)
 
 
-def logits_in_parts(result: PHiModelOutput, length: int) -> Iterator[tuple[slice, Tensor]]:
-    """The float32 logits (B, t, V) of the first `length` positions, as many at once as memory should hold."""
-    place = 0
-    size = 1  # the vocabulary's size is known once one position's logits are
-    while place < length:
-        places = slice(place, min(place + size, length))
-        logits = result.logits_at(places)
-        yield places, logits
-        place = places.stop
-        size = max(1, LOGITS_AT_ONCE // (logits.shape[0] * logits.shape[2]))
+def logits_in_parts(output: PHiModelOutput, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The float32 logits (n, V) of some of the B * T positions, `places` (N,), a part of N at a time.
+
+    Raises:
+        InputError: the forward pass stopped below the output head.
+    """
+    whole = output.head_states if output.logits is None else output.logits
+    if whole is None or (output.logits is None and output.head is None):
+        raise InputError('There are no logits after returns="phi"; ask for returns="states".')
+    start, size = 0, POSITIONS_AT_ONCE
+    while start < len(places):
+        part = slice(start, start + size)
+        rows = whole.flatten(0, 1)[places[part]]
+        logits = (rows if output.logits is not None or output.head is None else output.head(rows)).float()
+        yield part, logits
+        start, size = start + size, max(size, LOGITS_READ_AT_ONCE // logits.shape[1])
 
 
 def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:

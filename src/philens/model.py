@@ -38,6 +38,7 @@ class PHiModel(nn.Module):
         phi: the `PHiLayer`, or an `nn.ModuleList` of them where the config names several `layers`.
         layers: the same, always a list.
         config: their `PHiConfig`.
+        blocks_below: the base's blocks up to the deepest layer; empty where an insertion point is no block.
         module_paths: their insertion points.
         enabled: whether the layers are there; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
@@ -71,7 +72,7 @@ class PHiModel(nn.Module):
         self._head: list[Any] = []  # the output head that is watched, and what ends that
         self._head_states: list[Tensor] | None = None  # what it would read, while that is asked for
         self._watch_head(self._output_head())
-        self._below = self._blocks_below()
+        self.blocks_below = self._find_blocks_below()
         self._not_recomputed: list[nn.Module] = []
         self._undo_recompute: list[Callable[[], None]] = []
         self._trainable: list[nn.Parameter] = []  # parameters of the base that freeze_base() froze
@@ -96,7 +97,6 @@ class PHiModel(nn.Module):
         cache: Any = None,
         stop: bool = False,
         replace: tuple[int, Tensor] | None = None,
-        predict: bool = True,
         contrastive: bool = False,
     ) -> None:
         self._structure = (attention_mask, documents)
@@ -107,7 +107,6 @@ class PHiModel(nn.Module):
             self._memories = prior_memories(cache, [layer.memory_count for layer in self.layers])
         self._stop = stop
         self._replace = replace  # a pass with these hidden states after this layer; no layer runs
-        self._predict = predict  # False leaves the prior and phi out
         self._contrastive = contrastive
         self._outputs: dict[int, PHiOutput] = {}
 
@@ -115,9 +114,6 @@ class PHiModel(nn.Module):
         if self._replace is not None:
             return self._replace[1] if self._replace[0] == number else hidden_states
         layer, observe = self.layers[number], self._observing
-        if not self._predict:
-            decoded = None if observe else layer.decode(layer.encode(hidden_states)[0])
-            return hidden_states if decoded is None else decoded.to(hidden_states.dtype)
         memories = self._memories[number] if self._memories else ()
         states = hidden_states.detach() if observe else hidden_states
         output = layer(states, *self._structure, memories, self._contrastive)
@@ -344,7 +340,7 @@ class PHiModel(nn.Module):
         forms: dict[int, tuple[Any, ...] | None] = {}
         with contextlib.ExitStack() as stack:
             if resumes:
-                stack.enter_context(recorded_forms(self._below, forms))
+                stack.enter_context(recorded_forms(self.blocks_below, forms))
             result = self._read(input_ids, arguments, returns)
         outputs, result.past_key_values = self._outputs, cache
         self._start()
@@ -365,7 +361,7 @@ class PHiModel(nn.Module):
                 pressed = torch.is_grad_enabled() and self.config.pressure == "next_token"
                 with torch.set_grad_enabled(pressed):
                     for number, states in enumerate(decoded):
-                        again[number] = self._read_again(input_ids, arguments, number, states, forms)
+                        again[number] = self.read_again(input_ids, arguments, number, states, forms)
             add_losses(
                 result,
                 labels,
@@ -489,7 +485,7 @@ class PHiModel(nn.Module):
             self(torch.zeros((1, 2), dtype=torch.long, device=device), returns="states")
         super().compile(*args, **kwargs)
 
-    def _blocks_below(self) -> Sequence[nn.Module]:
+    def _find_blocks_below(self) -> Sequence[nn.Module]:
         """The blocks up to the deepest layer, where all insertion points are blocks."""
         try:
             _, blocks = find_blocks(self.base)
@@ -498,7 +494,7 @@ class PHiModel(nn.Module):
         numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
         return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
 
-    def _read_again(
+    def read_again(
         self,
         input_ids: Tensor,
         arguments: dict[str, Any],
@@ -509,9 +505,12 @@ class PHiModel(nn.Module):
         """A pass with one layer in the path; blocks up to it do not run again."""
         self._start(replace=(number, decoded))
         with contextlib.ExitStack() as stack:
-            if self._below:
-                end = next(i for i, block in enumerate(self._below) if block is self._modules_at[number]) + 1
-                stack.enter_context(skipped(self._below[:end], forms, decoded))
+            if self.blocks_below:
+                end = (
+                    next(i for i, block in enumerate(self.blocks_below) if block is self._modules_at[number])
+                    + 1
+                )
+                stack.enter_context(skipped(self.blocks_below[:end], forms, decoded))
             result = self._read(input_ids, arguments, "states")
         self._start()
         return result

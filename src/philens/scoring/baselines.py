@@ -11,26 +11,24 @@ from torch import Tensor, nn
 
 from philens.errors import InputError, InsertionError
 from philens.insertion import find_blocks, recorded_forms, skipped, transform_output
-from philens.model import PHiModel, PHiModelOutput
-
-# Logits in float32 that are held at once: 64 MiB.
-LOGITS_AT_ONCE = 2**24
+from philens.losses import PHiModelOutput, logits_in_parts
+from philens.model import PHiModel
 
 
 def reduce_logits(logits: Tensor, targets: Tensor, wanted: Set[str]) -> dict[str, Tensor]:
     """What a distribution says of the token that came: any of surprisal, entropy and margin.
 
     Args:
-        logits: (B, t, V) float32.
-        targets: (B, t) the tokens that came.
+        logits: (n, V) float32.
+        targets: (n,) the tokens that came.
         wanted: names.
 
     Returns:
-        (B, t) each, in nats; margin is ln p of the likeliest token minus ln p of the second.
+        (n,) each, in nats; margin is ln p of the likeliest token minus ln p of the second.
     """
     found = {}
     if "surprisal" in wanted:
-        found["surprisal"] = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        found["surprisal"] = F.cross_entropy(logits, targets, reduction="none")
     if "entropy" in wanted:
         found["entropy"] = torch.special.entr(logits.softmax(-1)).sum(-1)
     if "margin" in wanted:
@@ -39,23 +37,19 @@ def reduce_logits(logits: Tensor, targets: Tensor, wanted: Set[str]) -> dict[str
     return found
 
 
-def position_chunks(output: PHiModelOutput, rows: int, length: int) -> Iterator[slice]:
-    """Slices of T positions whose logits are few enough to hold."""
-    size = max(1, LOGITS_AT_ONCE // (rows * output.logits_at(slice(0, 1)).shape[-1]))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def predictions(output: PHiModelOutput, input_ids: Tensor, wanted: Set[str]) -> dict[str, Tensor]:
-    """`reduce_logits` for each token (B, T), by the distribution before it; NaN on the first."""
-    rows, length = input_ids.shape
-    empty = torch.full((rows, length), torch.nan, device=input_ids.device)
-    columns = {name: empty.clone() for name in sorted(wanted)}
-    for chunk in position_chunks(output, rows, length - 1):
-        after = slice(chunk.start + 1, chunk.stop + 1)
-        for name, values in reduce_logits(output.logits_at(chunk), input_ids[:, after], wanted).items():
-            columns[name][:, after] = values
-    return columns
+def predictions(
+    output: PHiModelOutput, input_ids: Tensor, places: Tensor, wanted: Set[str]
+) -> dict[str, Tensor]:
+    """`reduce_logits` for the tokens (N,) at some of the B * T positions, by the distribution before each;
+    NaN for the first of a row."""
+    if not wanted:
+        return {}
+    targets, before = input_ids.flatten()[places], (places - 1).clamp(min=0)
+    parts = [reduce_logits(logits, targets[part], wanted) for part, logits in logits_in_parts(output, before)]
+    first = places % input_ids.shape[1] == 0
+    return {
+        name: torch.cat([part[name] for part in parts]).masked_fill(first, torch.nan) for name in parts[0]
+    }
 
 
 class LogitLens:
@@ -103,34 +97,33 @@ class LogitLens:
         self.states[number] = hidden_states
         return hidden_states
 
-    def read(self, hidden_states: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> PHiModelOutput:
+    def read(self, hidden_states: Tensor, input_ids: Tensor) -> PHiModelOutput:
         """The output of the base for these (B, T, D) after its last block."""
         with self.lens.disabled(), skipped(self.blocks, self._forms, hidden_states):
-            return self.lens(input_ids, attention_mask, returns="states")
+            return self.lens(input_ids, returns="states")
 
 
-def divergence(final: PHiModelOutput, early: PHiModelOutput, input_ids: Tensor) -> Tensor:
-    """(B, T) KL(final || early) in nats of the distributions made at each token, of the next one."""
-    rows, length = input_ids.shape
+def divergence(final: PHiModelOutput, early: PHiModelOutput, places: Tensor) -> Tensor:
+    """(N,) KL(final || early) in nats of the distributions made at some of the B * T positions."""
     parts = []
-    for chunk in position_chunks(final, rows, length):
-        p, q = final.logits_at(chunk).log_softmax(-1), early.logits_at(chunk).log_softmax(-1)
+    for (_, some), (_, others) in zip(
+        logits_in_parts(final, places), logits_in_parts(early, places), strict=True
+    ):
+        p, q = some.log_softmax(-1), others.log_softmax(-1)
         probability = p.exp()
         # A token that is impossible in both adds nothing.
         parts.append((probability * (p - q)).masked_fill(probability == 0, 0).sum(-1).clamp(min=0))
-    return torch.cat(parts, 1)
+    return torch.cat(parts)
 
 
-def settling_depth(logit_lens: LogitLens, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T) the first block, from 0, from which on the likeliest next token stays what it is in the end."""
-    rows, length = input_ids.shape
-    depth: Tensor = torch.full((rows, length), float(len(logit_lens.states) - 1), device=input_ids.device)
-    settled = torch.ones((rows, length), dtype=torch.bool, device=input_ids.device)
+def settling_depth(logit_lens: LogitLens, input_ids: Tensor, places: Tensor) -> Tensor:
+    """(N,) the first block, from 0, from which on the likeliest next token stays what it is in the end."""
+    depth = torch.full_like(places, len(logit_lens.states) - 1)
+    settled = torch.ones_like(places, dtype=torch.bool)
     last = None
     for block in reversed(range(len(logit_lens.states))):
-        early = logit_lens.read(logit_lens.states[block], input_ids, attention_mask)
-        chunks = position_chunks(early, rows, length)
-        likeliest = torch.cat([early.logits_at(chunk).argmax(-1) for chunk in chunks], 1)
+        early = logit_lens.read(logit_lens.states[block], input_ids)
+        likeliest = torch.cat([logits.argmax(-1) for _, logits in logits_in_parts(early, places)])
         last = likeliest if last is None else last
         settled = settled & (likeliest == last)
         depth = torch.where(settled, block, depth)

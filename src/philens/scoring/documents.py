@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from philens.errors import InputError
-from philens.losses import token_surprisal
 from philens.model import PHiModel
+from philens.scoring.baselines import predictions
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
 
@@ -58,13 +58,17 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             rows = pad(docs.select(chosen))
-            input_ids, mask = rows["input_ids"].to(device), rows["attention_mask"]
-            output = lens(input_ids=input_ids, attention_mask=mask.to(device))
-            real = mask.numpy() == 1
-            place = (docs.offsets[chosen][:, None] + np.arange(mask.shape[1]))[real]
-            surprisal[place] = token_surprisal(output, input_ids).cpu().numpy()[real]
+            # Padding is on the right, where no token of a causal model sees it: there is no mask.
+            real = rows["attention_mask"].flatten().nonzero()[:, 0]
+            input_ids, places = rows["input_ids"].to(device), real.to(device)
+            output = lens(input_ids, returns="states")
+            found = [predictions(output, input_ids, places, {"surprisal"})["surprisal"]]
             if output.phi is not None:
-                phi[place] = output.phi.cpu().numpy()[real]
+                found.append(output.phi.flatten()[places])
+            place = np.concatenate([np.arange(*docs.offsets[number : number + 2]) for number in chosen])
+            surprisal[place], *of_layer = torch.stack(found).cpu().numpy()
+            for values in of_layer:
+                phi[place] = values
     finally:
         lens.train(was_training)
     return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))

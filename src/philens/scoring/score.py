@@ -1,7 +1,7 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -15,18 +15,11 @@ from torch import Tensor
 import philens
 from philens.adapter import fingerprint
 from philens.errors import InputError
-from philens.insertion import text_config
+from philens.insertion import recorded_forms, text_config
 from philens.model import PHiModel
-from philens.scoring.baselines import (
-    LOGITS_AT_ONCE,
-    LogitLens,
-    divergence,
-    predictions,
-    settling_depth,
-    steps,
-)
+from philens.scoring.baselines import LogitLens, divergence, predictions, settling_depth, steps
 from philens.scoring.scores import TokenScores
-from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize
+from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
 from philens.typed import nearest
 
@@ -45,8 +38,8 @@ _OF_PREDICTIONS = frozenset({"surprisal", "entropy", "margin"})
 _OF_BLOCKS = frozenset({"logit_lens_divergence", "settling_depth"})
 _OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length"})
 _NORM = "norm"  # beside step_length, not a column
-# Texts are sorted by length among so many batches' tokens.
-_LOOK_AHEAD = 16
+# Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
+_LOOK_AHEAD, _TOKENIZED_AT_ONCE = 32, 64
 
 Columns = dict[str, NDArray[np.float32]]
 
@@ -210,19 +203,23 @@ def _tokenized(
 ) -> Iterator[tuple[str | None, TokenizedText]]:
     """Each text with its name, in tokens that the model knows."""
     vocabulary = getattr(text_config(lens.base), "vocab_size", None)
-    remaining = None if names is None else iter(names)
-    for number, text in enumerate(texts):
-        name = None if remaining is None else next(remaining, None)
-        if remaining is not None and name is None:
-            raise InputError(f"There are only {number} names; give one for each text.")
-        where = name or f"texts[{number}]"
-        tokens = tokenize(tokenizer, text, where)
-        if vocabulary is not None and tokens.token_ids.max() >= vocabulary:
-            raise InputError(
-                f"{where} has token id {tokens.token_ids.max()} and the model knows {vocabulary} tokens; "
-                "load the model's own tokenizer."
-            )
-        yield name, tokens
+    remaining, following = None if names is None else iter(names), iter(texts)
+    first = 0
+    while some := list(islice(following, _TOKENIZED_AT_ONCE)):
+        own: list[str | None] = [None] * len(some)
+        if remaining is not None:
+            own[:] = islice(remaining, len(some))
+            if len(own) < len(some):
+                raise InputError(f"There are only {first + len(own)} names; give one for each text.")
+        where = [name or f"texts[{number}]" for number, name in enumerate(own, first)]
+        first += len(some)
+        for name, place, tokens in zip(own, where, tokenize_all(tokenizer, some, where), strict=True):
+            if vocabulary is not None and tokens.token_ids.max() >= vocabulary:
+                raise InputError(
+                    f"{place} has token id {tokens.token_ids.max()} and the model knows {vocabulary} tokens; "
+                    "load the model's own tokenizer."
+                )
+            yield name, tokens
 
 
 def _take(
@@ -252,46 +249,55 @@ def _read_texts(
         for number, text in enumerate(texts)
         for window in find_windows(len(text.token_ids), context, text.leading)
     ]
-    vocabulary = getattr(text_config(lens.base), "vocab_size", None) or 1
-    columns: list[Columns] = [{} for _ in texts]
+    device = next(lens.base.parameters()).device
+    done: list[tuple[int, Window]] = []
+    names, read = [], []
     with _evaluating(lens):
-        for batch in _batches(windows, batch_tokens, max(1, LOGITS_AT_ONCE // vocabulary)):
-            rows = [_row(texts[number], window) for number, window in batch]
-            input_ids, attention_mask = _pad(rows, next(lens.base.parameters()).device)
-            found = _read_batch(lens, input_ids, attention_mask, frozenset(wanted))
-            for name, values in found.items():
-                values = values.float().cpu().numpy()
-                for row, (number, window) in zip(values, batch, strict=True):
-                    if name not in columns[number]:
-                        columns[number][name] = np.full(len(texts[number].token_ids), np.nan, np.float32)
-                    first = window.repeated + window.scored - window.start
-                    columns[number][name][window.scored : window.stop] = row[first : len(window)]
-    return [_finished(found, wanted) for found in columns]
+        for batch in _batches(windows, batch_tokens):
+            input_ids, places = (
+                torch.from_numpy(values).to(device, non_blocking=True) for values in _assemble(texts, batch)
+            )
+            found = _read_batch(lens, input_ids, places, frozenset(wanted))
+            names = list(found)
+            read.append(torch.stack([values.float() for values in found.values()]))
+            done += batch
+    # One copy, for which a device is waited; nothing of philens does so before.
+    values = torch.cat(read, 1).cpu().numpy()
+    tables = [np.empty((len(names), len(text.token_ids)), np.float32) for text in texts]
+    stop = 0
+    for number, window in done:
+        start, stop = stop, stop + window.stop - window.scored
+        tables[number][:, window.scored : window.stop] = values[:, start:stop]
+    return [_finished(dict(zip(names, table, strict=True)), wanted) for table in tables]
 
 
-def _batches(
-    windows: Sequence[tuple[int, Window]], batch_tokens: int, most_rows: int
-) -> Iterator[list[tuple[int, Window]]]:
+def _batches(windows: Sequence[tuple[int, Window]], batch_tokens: int) -> Iterator[list[tuple[int, Window]]]:
     """Windows of like length together, the longest first, so that what fits at first fits to the end."""
     ordered = sorted(windows, key=lambda item: -len(item[1]))
     while ordered:
-        rows = min(max(1, batch_tokens // len(ordered[0][1])), most_rows)
+        rows = max(1, batch_tokens // len(ordered[0][1]))
         yield ordered[:rows]
         ordered = ordered[rows:]
 
 
-def _row(text: TokenizedText, window: Window) -> NDArray[np.int64]:
-    return np.concatenate([text.token_ids[: window.repeated], text.token_ids[window.start : window.stop]])
+def _assemble(
+    texts: Sequence[TokenizedText], batch: Sequence[tuple[int, Window]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(B, T) tokens, zeros on the right, and which of the B * T are scored, (N,).
 
-
-def _pad(rows: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(B, T) tokens, zeros on the right, and their mask: None without padding, when attention is cheaper."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.zeros(mask.shape, np.int64)
-    input_ids[mask] = np.concatenate(rows)
-    attention_mask = None if mask.all() else torch.from_numpy(mask.astype(np.int64)).to(device)
-    return torch.from_numpy(input_ids).to(device), attention_mask
+    There is no mask: a causal model's tokens do not see what comes after them, and attention that has only to
+    be causal is cheaper.
+    """
+    input_ids = np.zeros((len(batch), max(len(window) for _, window in batch)), np.int64)
+    places = np.arange(input_ids.size).reshape(input_ids.shape)
+    scored = []
+    for row, (number, window) in enumerate(batch):
+        tokens = texts[number].token_ids
+        repeated, length = window.repeated, len(window)
+        input_ids[row, :repeated] = tokens[:repeated]
+        input_ids[row, repeated:length] = tokens[window.start : window.stop]
+        scored.append(places[row, repeated + window.scored - window.start : length])
+    return input_ids, np.concatenate(scored)
 
 
 @contextmanager
@@ -308,50 +314,46 @@ def _evaluating(lens: PHiModel) -> Iterator[None]:
 
 
 def _read_batch(
-    lens: PHiModel, input_ids: Tensor, attention_mask: Tensor | None, wanted: frozenset[str]
+    lens: PHiModel, input_ids: Tensor, places: Tensor, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Everything asked for, (B, T) each: a pass with the layer, and one of the base alone where needed."""
+    """Everything asked for, (N,) each, of the tokens at `places` among B * T, in one pass through the base.
+
+    Only surprisal_with_layer beside something of the base runs the blocks above the layer once more.
+    """
     found: dict[str, Tensor] = {}
-    of_base = wanted & (_OF_PREDICTIONS | _OF_BLOCKS)
-    # Observing, the pass with the layer is one of the untouched base.
-    together = bool(of_base) and lens.config.mode == "observe" and bool(wanted & _OF_LAYER)
+    of_base, of_layer = wanted & (_OF_PREDICTIONS | _OF_BLOCKS), wanted & _OF_LAYER
     logit_lens = LogitLens(lens, "settling_depth" in wanted) if wanted & _OF_BLOCKS else None
-    watching = nullcontext if logit_lens is None else logit_lens.watching
-    suffixes = [""] if lens.config.layers is None else [f"@{path}" for path in lens.module_paths]
-    base = None
-    observed: list[Tensor] = []
-    if wanted & _OF_LAYER:
-        with watching() if together else nullcontext():
-            output = lens(
-                input_ids,
-                attention_mask,
-                returns="states" if together or "surprisal_with_layer" in wanted else "phi",
-            )
-        for suffix, layer in zip(suffixes, output.layer_outputs, strict=True):
-            if "phi" in wanted:
-                found[f"phi{suffix}"] = layer.phi
-                if layer.phi_standard_error is not None:
-                    found[f"phi_standard_error{suffix}"] = layer.phi_standard_error
-            if "step_length" in wanted:
-                found[f"step_length{suffix}"], found[f"{_NORM}{suffix}"] = steps(layer.observed)
-            if "logit_lens_divergence" in wanted:
-                observed.append(layer.observed)
-        if "surprisal_with_layer" in wanted:
-            of_layer = predictions(output, input_ids, {"surprisal"})
-            found["surprisal_with_layer"] = of_layer["surprisal"]
-        base = output if together else None
-        del output
-    if of_base and base is None:
-        with lens.disabled(), watching():
-            base = lens(input_ids, attention_mask, returns="states")
-    if base is not None:
-        found |= predictions(base, input_ids, wanted & _OF_PREDICTIONS)
+    forms: dict[int, Any] = {}
+    with ExitStack() as stack:
+        if of_base:
+            stack.enter_context(lens.observing() if of_layer else lens.disabled())
+        if of_base and "surprisal_with_layer" in wanted:
+            stack.enter_context(recorded_forms(lens.blocks_below, forms))
         if logit_lens is not None:
-            for suffix, states in zip(suffixes, observed, strict=False):
-                early = logit_lens.read(states, input_ids, attention_mask)
-                found[f"logit_lens_divergence{suffix}"] = divergence(base, early, input_ids)
-            if "settling_depth" in wanted:
-                found["settling_depth"] = settling_depth(logit_lens, input_ids, attention_mask)
+            stack.enter_context(logit_lens.watching())
+        needs_head = of_base or "surprisal_with_layer" in wanted
+        output = lens(input_ids, returns="states" if needs_head else "phi")
+    layers = output.layer_outputs
+    suffixes = [""] if lens.config.layers is None else [f"@{path}" for path in lens.module_paths]
+    if "surprisal_with_layer" in wanted:
+        again = output
+        if of_base:
+            again = lens.read_again(input_ids, {"use_cache": False}, 0, layers[0].hidden_states, forms)
+        found["surprisal_with_layer"] = predictions(again, input_ids, places, {"surprisal"})["surprisal"]
+        del again
+    found |= predictions(output, input_ids, places, wanted & _OF_PREDICTIONS)
+    for suffix, layer in zip(suffixes, layers, strict=False):
+        of_tokens: dict[str, Tensor | None] = {}
+        if "phi" in wanted:
+            of_tokens |= {"phi": layer.phi, "phi_standard_error": layer.phi_standard_error}
+        if "step_length" in wanted:
+            of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
+        found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
+        if logit_lens is not None and "logit_lens_divergence" in wanted:
+            early = logit_lens.read(layer.observed, input_ids)
+            found[f"logit_lens_divergence{suffix}"] = divergence(output, early, places)
+    if logit_lens is not None and "settling_depth" in wanted:
+        found["settling_depth"] = settling_depth(logit_lens, input_ids, places)
     return found
 
 

@@ -44,45 +44,63 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def tokenize(tokenizer: Any, text: Text, where: str) -> TokenizedText:
-    """A text in tokens by the tokenizer's own settings, or a chat by its own template.
+    """`tokenize_all` of one text."""
+    return tokenize_all(tokenizer, [text], [where])[0]
+
+
+def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) -> list[TokenizedText]:
+    """Texts in tokens by the tokenizer's own settings, chats by its own template; on all cores at once.
 
     Args:
         tokenizer: a fast tokenizer; it is left as it was.
-        text: a string, or a chat: messages with `role` and `content`.
-        where: what errors call the text.
+        texts: strings, or chats: messages with `role` and `content`.
+        where: what errors call each text.
 
     Raises:
-        InputError: neither, or nothing to score in it.
+        InputError: one is neither, or there is nothing to score in it.
     """
-    is_plain = isinstance(text, str)
-    text, spans = (text, []) if isinstance(text, str) else render_chat(tokenizer, text, where)
-    if not text:
-        raise InputError(f"{where} is empty; leave it out.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where} holds half a character (a lone surrogate, at character {error.start}); "
-            "read it with the right encoding."
-        ) from error
-    with settings_kept(tokenizer.backend_tokenizer):
-        encoding = tokenizer(
-            text,
-            add_special_tokens=is_plain,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-    ids = np.array(encoding["input_ids"], np.int64)
-    offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    added = np.array(encoding["special_tokens_mask"], bool) & (offsets[:, 0] == offsets[:, 1])
-    if np.isin(ids, [*special]).all():
-        what = "only special tokens" if len(ids) else "no token"
-        raise InputError(f"{where} gives {what}; there is nothing to score in it, leave it out.")
-    begins = added | (ids == tokenizer.bos_token_id)
-    return TokenizedText(text, ids, offsets, spans, int(np.argmin(begins)))
+    rendered = [
+        (text, []) if isinstance(text, str) else render_chat(tokenizer, text, place)
+        for text, place in zip(texts, where, strict=True)
+    ]
+    for (text, _), place in zip(rendered, where, strict=True):
+        if not text:
+            raise InputError(f"{place} is empty; leave it out.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{place} holds half a character (a lone surrogate, at character {error.start}); "
+                "read it with the right encoding."
+            ) from error
+    special = np.array([*set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}], np.int64)
+    found: dict[int, TokenizedText] = {}
+    for is_plain in (True, False):  # a template has put special tokens in already
+        chosen = [number for number, text in enumerate(texts) if isinstance(text, str) == is_plain]
+        if not chosen:
+            continue
+        with settings_kept(tokenizer.backend_tokenizer):
+            encoded = tokenizer(
+                [rendered[number][0] for number in chosen],
+                add_special_tokens=is_plain,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        columns = (encoded[key] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        for number, *columns_of_text in zip(chosen, *columns, strict=True):
+            ids, pairs, mask = (np.array(column, np.int64) for column in columns_of_text)
+            offsets = pairs.reshape(-1, 2)
+            if np.isin(ids, special).all():
+                what = "only special tokens" if len(ids) else "no token"
+                raise InputError(
+                    f"{where[number]} gives {what}; there is nothing to score in it, leave it out."
+                )
+            added = (mask != 0) & (offsets[:, 0] == offsets[:, 1])
+            leading = int(np.argmin(added | (ids == tokenizer.bos_token_id)))
+            found[number] = TokenizedText(rendered[number][0], ids, offsets, rendered[number][1], leading)
+    return [found[number] for number in range(len(texts))]
 
 
 @contextlib.contextmanager
