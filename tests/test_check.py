@@ -229,7 +229,9 @@ def test_a_faulty_layer(lens, change, fails, holds):
 def test_a_prior_that_forgets(lens):
     """With a cache, a prior that starts anew at every token."""
     forward = lens.phi.forward
-    lens.phi.forward = lambda h, mask, documents, memories, lost: forward(h, mask, documents, (), lost)
+    lens.phi.forward = lambda h, mask=None, documents=None, memories=(), contrastive=True: forward(
+        h, mask, documents, contrastive=contrastive
+    )
     report = lens.check()
     assert {name for name, result in report.results.items() if result != "yes"} == {"cache"}
     assert report.results["cache"] == "no"

@@ -243,7 +243,7 @@ class _Record:
             return states.masked_fill(hidden[..., None], 0)
 
         layers = zip(self.lens.layers, self.states, strict=False)
-        phis = [layer(ordered(parts)).phi for layer, parts in layers]
+        phis = [layer(ordered(parts), contrastive=False).phi for layer, parts in layers]
         phi = None if not phis else phis[0] if self.lens.config.layers is None else torch.stack(phis, -1)
         head = cast(Any, self.lens.base).get_output_embeddings()
         return PHiModelOutput(phi=phi, head=head, head_states=ordered(self.at_head))
