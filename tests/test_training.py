@@ -477,3 +477,18 @@ def test_a_model_that_cannot_be_built_leaves_no_folder(tmp_path):
     with pytest.raises(InsertionError, match="Layer 7 is out of range"):
         train(tiny_recipe(phi__layer=7), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_several_layers_are_measured_on_formal_languages():
+    keys = {"phi__layer": None, "phi__mode": "observe", "phi__layers": [0, 1], "phi_schedule__start_step": 0}
+    recipe = tiny_recipe(**keys)
+    lens = build_model(recipe)
+    metrics = evaluate_tasks(lens, recipe, 2)
+    alone = tiny_recipe(phi__layer=1, phi__mode="observe", phi_schedule__start_step=0)
+    one = build_model(alone)
+    one.phi.load_state_dict(lens.layers[1].state_dict())
+    expected = evaluate_tasks(one, alone, 2)
+    for name, value in expected.items():
+        found = metrics[name if name.endswith("surprisal") else f"{name}@model.layers.1"]
+        assert found == pytest.approx(value, rel=1e-5)
+    assert sum("@model.layers.0" in name for name in metrics) == sum(n.endswith("phi") for n in expected)

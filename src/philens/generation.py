@@ -17,8 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from philens.errors import InputError
 from philens.insertion import text_config, transform_output
-from philens.losses import PHiModelOutput
-from philens.scoring.baselines import predictions
+from philens.losses import PHiModelOutput, token_surprisal
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
@@ -281,9 +280,7 @@ def _scores(
     real = mask.gather(1, order)
     ids = sequences.gather(1, order).masked_fill(real == 0, 0)  # what fills a row may be no token at all
     result = lens(ids, returns="states") if record is None else record.result(order, real == 0)
-    places = real.flatten().nonzero()[:, 0]
-    surprisal = torch.full(ids.shape, torch.nan, device=ids.device)
-    surprisal.view(-1)[places] = predictions(result, ids, places, {"surprisal"})["surprisal"]
+    surprisal = token_surprisal(result, ids)
 
     def back(values: Tensor) -> Tensor:
         spread = order if values.ndim == 2 else order[..., None].expand_as(values)

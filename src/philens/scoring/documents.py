@@ -20,6 +20,7 @@ class TokenTable:
     Attributes:
         docs: the documents.
         phi: (N,) PHi loss in nats, known once the token has been read; NaN where the layer is disabled.
+            (N, n) of n `layers`.
         surprisal: (N,) negative log-probability of the token given those before it, in nats; NaN on a
             document's first token.
         document: (N,) index of the token's document.
@@ -49,8 +50,9 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
         raise InputError("There is nothing to score; give at least one document.")
     if (docs.lengths < 1).any():
         raise InputError("There is an empty document; every document needs at least one token.")
-    phi = np.full(len(docs.tokens), np.nan, np.float32)
-    surprisal = phi.copy()
+    surprisal = np.full(len(docs.tokens), np.nan, np.float32)
+    several = () if lens.config.layers is None else (len(lens.layers),)
+    phi = np.full((len(docs.tokens), *several), np.nan, np.float32)
     was_training, device = lens.training, next(lens.base.parameters()).device
     lens.eval()
     order = np.argsort(docs.lengths, kind="stable")
@@ -62,13 +64,11 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
             real = rows["attention_mask"].flatten().nonzero()[:, 0]
             input_ids, places = rows["input_ids"].to(device), real.to(device)
             output = lens(input_ids, returns="states")
-            found = [predictions(output, input_ids, places, {"surprisal"})["surprisal"]]
-            if output.phi is not None:
-                found.append(output.phi.flatten()[places])
             place = np.concatenate([np.arange(*docs.offsets[number : number + 2]) for number in chosen])
-            surprisal[place], *of_layer = torch.stack(found).cpu().numpy()
-            for values in of_layer:
-                phi[place] = values
+            found = predictions(output, input_ids, places, {"surprisal"})["surprisal"]
+            surprisal[place] = found.cpu().numpy()
+            if output.phi is not None:
+                phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
     finally:
         lens.train(was_training)
     return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))

@@ -41,7 +41,9 @@ def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, 
         table = score_documents(lens, docs.cut(recipe.data.length))
         metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
         if lens.enabled:
-            metrics[f"eval/{task}/phi"] = float(table.phi.mean())
+            several = lens.config.layers is not None
+            for path, phi in zip(lens.module_paths, np.atleast_1d(table.phi.mean(0)), strict=True):
+                metrics[f"eval/{task}/phi{f'@{path}' if several else ''}"] = float(phi)
     return metrics
 
 
