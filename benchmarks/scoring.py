@@ -21,9 +21,10 @@ MEDIAN, SIGMA, SHORTEST, LONGEST = 150, 1.0, 8, 2048
 UNSORTED_ROWS = 16
 
 
-def _note(bench: Bench, lens: PHiModel, what: str) -> str:
+def _note(lens: PHiModel, what: str) -> str:
     point = lens.module_paths[0].rsplit(".", 1)[-1]
-    return f"{what}, {model_text(lens)}, layer after block {point}, {str(bench.dtype).removeprefix('torch.')}"
+    dtype = str(next(lens.base.parameters()).dtype).removeprefix("torch.")
+    return f"{what}, {model_text(lens)}, layer after block {point}, {dtype}"
 
 
 def _texts_alike(bench: Bench) -> tuple[list[str], int]:
@@ -54,7 +55,7 @@ def phi_only(bench: Bench) -> list[Comparison]:
             }
         )
         ours, plain, *pieces = seconds.values()
-        note = _note(bench, lens, shape_text({"input_ids": input_ids}))
+        note = _note(lens, shape_text({"input_ids": input_ids}))
         share = (parts.number + 1) / len(parts.base.model.layers)
     details = {"share_of_blocks": share, "parts_seconds": {piece.name: piece.median for piece in pieces}}
     expected = total("blocks run + the layer, alone", pieces)
@@ -65,8 +66,13 @@ def phi_only(bench: Bench) -> list[Comparison]:
 
 
 def phi_and_surprisal(bench: Bench) -> list[Comparison]:
-    """`philens.score` of phi and the base's surprisal: from texts to columns."""
-    with frozen_llama(bench, *_shape(bench)) as (lens, tokenizer, _):
+    """`philens.score` of phi and the base's surprisal, from texts to columns; the layer is float32."""
+    dtypes = dict.fromkeys(["float32", str(bench.dtype).removeprefix("torch.")])
+    return [comparison for dtype in dtypes for comparison in _phi_and_surprisal(bench, dtype)]
+
+
+def _phi_and_surprisal(bench: Bench, dtype: str) -> list[Comparison]:
+    with frozen_llama(bench, *_shape(bench), model__dtype=dtype) as (lens, tokenizer, _):
         lens.eval()
         texts, tokens = _texts_alike(bench)
         input_ids = tokenizer(texts, return_tensors="pt").input_ids.to(bench.device)
@@ -81,32 +87,29 @@ def phi_and_surprisal(bench: Bench) -> list[Comparison]:
 
         works: dict[str, Callable[[], Any]] = {"scoring phi and surprisal": ours}
         works["plain forward pass with logits"] = plain
-        minicons = _minicons(bench, lens, tokenizer, texts)
+        minicons = _minicons(bench, lens, tokenizer)
         if minicons is not None:
-            found = np.array([pair[1] for pair in minicons()[0]][1:])
+            found = np.array([pair[1] for pair in minicons(texts)[0]][1:])
             _check_alike(ours()[0].surprisal[1:], found)
-            works["minicons, surprisal"] = minicons
+            works["minicons, surprisal alone"] = lambda: minicons(texts)
         seconds = bench.alternate(works)
-        note = _note(bench, lens, shape_text({"input_ids": input_ids}))
+        note = _note(lens, shape_text({"input_ids": input_ids}))
         note += f"; {NO_MINICONS}" * (minicons is None)
     scored, forward, *others = seconds.values()
     return [
         Comparison(scored, forward, Target(1.25), note),
-        *(
-            Comparison(scored, other, Target(1.0), "the same texts at once; minicons has no phi")
-            for other in others
-        ),
+        *(Comparison(scored, other, Target(1.0), "texts of one length, all at once") for other in others),
     ]
 
 
-def _minicons(bench: Bench, lens: PHiModel, tokenizer: Any, texts: list[str]) -> Callable[[], Any] | None:
+def _minicons(bench: Bench, lens: PHiModel, tokenizer: Any) -> Callable[[list[str]], Any] | None:
     try:
         from minicons.scorer import IncrementalLMScorer  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     scorer = IncrementalLMScorer(lens.base, bench.device.type, tokenizer)
 
-    def run() -> Any:
+    def run(texts: list[str]) -> Any:
         with lens.disabled():
             return scorer.token_score(texts, surprisal=True)
 
@@ -141,15 +144,17 @@ def lengths(bench: Bench) -> list[Comparison]:
                 values.float().cpu()
 
         batches = [slice(first, first + UNSORTED_ROWS) for first in range(0, count, UNSORTED_ROWS)]
-        seconds = bench.alternate(
-            {
-                "philens.score": lambda: philens.score(lens, tokenizer, texts),
-                "padded, unsorted": lambda: [read(texts[batch]) for batch in batches],
-                "one by one": lambda: [read([text]) for text in texts],
-            }
-        )
+        works: dict[str, Callable[[], Any]] = {
+            "philens.score": lambda: philens.score(lens, tokenizer, texts),
+            "padded, unsorted": lambda: [read(texts[batch]) for batch in batches],
+            "one by one": lambda: [read([text]) for text in texts],
+        }
+        minicons = _minicons(bench, lens, tokenizer)
+        if minicons is not None:
+            works["minicons, surprisal alone"] = lambda: [minicons(texts[batch]) for batch in batches]
+        seconds = bench.alternate(works)
         mix = f"{count} texts, log-normal, median {MEDIAN} tokens, sigma {SIGMA:g}; {UNSORTED_ROWS} at once"
-        note = _note(bench, lens, mix)
+        note = _note(lens, mix)
     tokens = int(sizes.sum())
     ours, *others = (series.per_second(tokens, "tokens") for series in seconds.values())
     padded = sum(int(sizes[batch].max()) * len(sizes[batch]) for batch in batches)
@@ -157,6 +162,7 @@ def lengths(bench: Bench) -> list[Comparison]:
     return [
         Comparison(ours, others[0], Target(3.0, at_most=False), note, details),
         Comparison(ours, others[1], None, "each text a batch of its own"),
+        *(Comparison(ours, other, Target(1.0, at_most=False), "the same batches") for other in others[2:]),
     ]
 
 
@@ -187,7 +193,7 @@ def generation(bench: Bench) -> list[Comparison]:
                 "transformers' generate, one row": lambda: alone(one),
             }
         )
-        note = _note(bench, lens, f"{rows} rows, prompts of {prompt}, {new} new tokens")
+        note = _note(lens, f"{rows} rows, prompts of {prompt}, {new} new tokens")
     (ours, theirs), (followed, followed_alone) = seconds.values(), streamed.values()
     return [
         Comparison(ours, theirs, Target(1.15), note),
