@@ -479,5 +479,5 @@ def test_the_head_makes_no_logits_of_the_prompt_but_the_last(lens):
     hook = lens.base.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
     lens.generate(prompts(), **GREEDY)
     hook.remove()
-    # What is scored is made in parts, two rows of 14.
-    assert shapes == [(2, 1, 128)] * 9 + [(28, 128)]
+    # What is scored is made in parts: two rows of 14, the last of which predicts nothing.
+    assert shapes == [(2, 1, 128)] * 9 + [(26, 128)]
