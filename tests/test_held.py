@@ -94,6 +94,19 @@ def test_the_base_alone_is_one_graph_too():
     assert learn(lens, batch)[0].loss.isfinite()
 
 
+def test_layers_that_observe_compile_too():
+    """Not to one graph: a pass that begins after a layer stands by itself."""
+    lens, batch = trained_on_packs(phi__mode="observe")
+    lens.freeze_base()
+    expected, gradients = learn(lens, batch)
+    torch.compiler.reset()
+    lens.compile(dynamic=False, backend="aot_eager")
+    found, again = learn(lens, batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 # No waiting for the device.
 
 

@@ -494,6 +494,7 @@ class PHiModel(nn.Module):
         numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
         return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
 
+    @torch.compiler.disable  # a compiler cannot follow how blocks are passed over
     def read_again(
         self,
         input_ids: Tensor,
