@@ -359,9 +359,11 @@ class PHiModel(nn.Module):
             if resumes:
                 decoded = [output.hidden_states for output in result.layer_outputs]
                 pressed = torch.is_grad_enabled() and self.config.pressure == "next_token"
+                # A compiler cannot follow how blocks are passed over.
+                read_again = torch.compiler.disable(self.read_again)
                 with torch.set_grad_enabled(pressed):
                     for number, states in enumerate(decoded):
-                        again[number] = self.read_again(input_ids, arguments, number, states, forms)
+                        again[number] = read_again(input_ids, arguments, number, states, forms)  # pyright: ignore[reportCallIssue]
             add_losses(
                 result,
                 labels,
@@ -494,7 +496,6 @@ class PHiModel(nn.Module):
         numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
         return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
 
-    @torch.compiler.disable  # a compiler cannot follow how blocks are passed over
     def read_again(
         self,
         input_ids: Tensor,
