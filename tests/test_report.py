@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.cells import cell_len
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 
 from philens.errors import InputError, OutputError
@@ -388,7 +389,11 @@ def test_page_errors(tmp_path: Path) -> None:
 HOSTILE = "a\x1b[31m\r[bold]\u202e\n\nb c"
 
 
-def test_coloured_tokens_in_a_terminal() -> None:
+def test_coloured_tokens_in_a_terminal(monkeypatch) -> None:
+    # rich keeps the codes of a style, whatever colours the terminal had that first showed it.
+    fresh = [Style(bgcolor=style.bgcolor, color=style.color) for style in tokens.STYLES]
+    monkeypatch.setattr(tokens, "STYLES", fresh)
+    Style._add.cache_clear()
     chat = scores_of(HOSTILE)
     plain = scores_of("xyz")
     plain.columns["phi"][:] = [0.0, np.nan, 7.0]

@@ -469,6 +469,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, progress: bool | None) ->
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
     if recipe.train.compile:
+        torch.compiler.reset()  # what this process compiled before counts among the programs it may make
         lens.compile(dynamic=False)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
