@@ -151,39 +151,40 @@ def test_no_logits_of_every_token(monkeypatch):
     assert batch["input_ids"].numel() > 4 * 50
 
 
-# Memory: beyond inputs, in units of one (B, T, L) float32.
+# Memory beyond the inputs: what more tokens add, in units of one more (B, T, L) float32.
 
 
-@pytest.mark.parametrize("length", [512, 1024])
-def test_memory_of_the_contrastive_loss(length):
-    inputs = [torch.randn(8, length, 64, requires_grad=True) for _ in range(3)]
-    unit = inputs[0].numel() * 4
-    peak = peak_bytes(torch.device("cpu"), lambda: contrastive_loss(*inputs).sum().backward(), inputs)
-    # Three gradients, and what a stretch needs; the literal scores (B, B, T, L) alone would be 8.
-    assert peak < 3 * unit + 12 * 2**20
+def more(works):
+    """How much more the second work holds at most than the first; each with the tensors that it has."""
+    peaks = [peak_bytes(torch.device("cpu"), work, before) for work, before in works]
+    return (peaks[1] - peaks[0]) / (8 * 2048 * 64 * 4)
 
 
-def test_memory_of_phi():
-    inputs = [torch.randn(8, 1024, 64, requires_grad=True) for _ in range(4)]
-    unit = inputs[0].numel() * 4
-    peak = peak_bytes(torch.device("cpu"), lambda: gaussian_kl(*inputs).sum().backward(), inputs)
-    assert peak < 4 * unit + 12 * 2**20
+def loss_of(function, count, length):
+    inputs = [torch.randn(8, length, 64, requires_grad=True) for _ in range(count)]
+    return lambda: function(*inputs).sum().backward(), inputs
+
+
+@pytest.mark.parametrize(("function", "count"), [(contrastive_loss, 3), (gaussian_kl, 4)])
+def test_losses_hold_their_gradients_and_no_more(function, count):
+    grown = more([loss_of(function, count, length) for length in (2048, 4096)])
+    assert grown == pytest.approx(count, abs=0.1)  # the losses themselves, (B, T), are 1/64 of a unit
 
 
 def test_memory_of_the_layer():
-    torch.manual_seed(0)
-    layer = PHiLayer(64, PHiConfig(layer=0, prior_heads=2, init="random"))
-    states = torch.randn(8, 1024, 64, requires_grad=True)
-    documents = torch.arange(1024).div(100, rounding_mode="floor").expand(8, -1)
+    def step(length):
+        layer = PHiLayer(64, PHiConfig(layer=0, prior_heads=2, init="random"))
+        states = torch.randn(8, length, 64, requires_grad=True)
+        documents = torch.arange(length).div(100, rounding_mode="floor").expand(8, -1)
 
-    def work():
-        out = layer(states, document_ids=documents)
-        (out.phi.mean() + out.contrastive.mean() + out.hidden_states.square().mean()).backward()
+        def work():
+            out = layer(states, document_ids=documents)
+            (out.phi.mean() + out.contrastive.mean() + out.hidden_states.square().mean()).backward()
 
-    before = [states, *layer.parameters(), *layer.buffers()]
-    peak = peak_bytes(torch.device("cpu"), work, before)
-    assert peak < 60 * states.numel() * 4
-    assert peak_bytes(torch.device("cpu"), work, before) == peak
+        return work, [states, documents, *layer.parameters(), *layer.buffers()]
+
+    # 40.4 as it is; a (T, T) mask of bytes would add 24, latents kept by the losses 3 or more.
+    assert more([step(length) for length in (2048, 4096)]) < 42
 
 
 # Attention within documents.

@@ -25,7 +25,6 @@ class Documents:
 
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
-        self._mask: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """(B, H, T, C) queries, keys and values -> (B, H, T, C)."""
@@ -36,12 +35,9 @@ class Documents:
 
     def mask(self) -> Tensor:
         """(B, 1, T, T) bool, for devices that have no other way."""
-        if self._mask is None:
-            documents, place = document_ids(self.positions), torch.arange(self.positions.shape[1])
-            place = place.to(documents.device)
-            same = documents[:, :, None] == documents[:, None, :]
-            self._mask = (same & (place[:, None] >= place))[:, None]
-        return self._mask
+        documents = document_ids(self.positions)
+        place = torch.arange(documents.shape[1], device=documents.device)
+        return ((documents[:, :, None] == documents[:, None, :]) & (place[:, None] >= place))[:, None]
 
 
 def as_autocast(x: Tensor) -> Tensor:
@@ -177,7 +173,7 @@ def register_documents() -> str:
     ) -> tuple[Tensor, None]:
         if attention_mask is None and position_ids is not None and query.shape[2] == key.shape[2] > 1:
             documents = Documents(position_ids.expand(len(query), -1))
-            if not dropout and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+            if not dropout and query.shape[-1] == value.shape[-1]:
                 groups = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
                 return documents.attend(query, key, value, scaling).transpose(1, 2), None

@@ -504,15 +504,23 @@ class PHiModel(nn.Module):
         decoded: Tensor,
         forms: dict[int, tuple[Any, ...] | None],
     ) -> PHiModelOutput:
-        """A pass with one layer in the path; blocks up to it do not run again."""
+        """A pass with one layer in the path; blocks up to it do not run again.
+
+        Args:
+            input_ids: (B, T), as read before.
+            arguments: of the base's forward.
+            number: of the layer, in `layers`.
+            decoded: (B, T, D) its `hidden_states`.
+            forms: what `recorded_forms` noted of `blocks_below` in that pass.
+
+        Returns:
+            With `head_states`, or `logits` where the base changes them after its head.
+        """
         self._start(replace=(number, decoded))
         with contextlib.ExitStack() as stack:
             if self.blocks_below:
-                end = (
-                    next(i for i, block in enumerate(self.blocks_below) if block is self._modules_at[number])
-                    + 1
-                )
-                stack.enter_context(skipped(self.blocks_below[:end], forms, decoded))
+                place = [block is self._modules_at[number] for block in self.blocks_below].index(True)
+                stack.enter_context(skipped(self.blocks_below[: place + 1], forms, decoded))
             result = self._read(input_ids, arguments, "states")
         self._start()
         return result
