@@ -24,8 +24,9 @@ from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 
 logger = logging.getLogger(__name__)
 
-# The run of recipes/small.yaml that comes with philens.
+# What comes with philens: the run of recipes/small.yaml, which reads formal languages, and a small model of text.
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
+SHIPPED_TEXT = SHIPPED.parent / "text"
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 CHECKPOINT_RECIPE = "recipe.json"
@@ -153,7 +154,9 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{folder} does not hold a tokenizer that can be loaded ({reason}).") from error
+        raise AdapterError(
+            f"{folder} does not hold a tokenizer that can be loaded ({reason}); it is damaged."
+        ) from error
 
 
 def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
@@ -169,7 +172,9 @@ def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
     try:
         return _build_base(recipe, tokenizer)
     except StrictDataclassError as error:
-        raise RecipeError(f"model does not hold together: {' '.join(str(error).split())}.") from error
+        raise RecipeError(
+            f"model does not hold together ({' '.join(str(error).split())}); change its sizes."
+        ) from error
 
 
 def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
@@ -342,7 +347,7 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
 
 
 def _load_finished(folder: Path, recipe: Recipe) -> PHiModel:
-    if _keeps_base(recipe):
+    if _keeps_base(recipe) or (folder / MODEL_FOLDER).is_dir():
         base, _ = hub.load_pretrained(folder / MODEL_FOLDER, tokenizer=False, local_only=True)
     else:
         base, _ = _load_named_base(recipe, False)
