@@ -1,4 +1,4 @@
-"""The shipped model: it loads, shows the first finding, and the demo writes what it promises."""
+"""What comes with philens: the models load and say what they should, and the demo writes what it promises."""
 
 import json
 from pathlib import Path
@@ -71,3 +71,31 @@ def test_too_few_documents_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["demo", "--documents", "1", "--output", str(tmp_path / "x")]) == 2
     assert "documents" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_shipped_model_of_text_reads_text_by_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software"
+    Path("a.txt").write_text(text)
+    assert main(["score", "a.txt", "--format", "jsonl", "--output", "scores"]) == 0
+    row = json.loads(next(Path("scores").glob("*.jsonl")).read_text())
+    assert row["text"] == text
+    # Known by heart, once it has begun.
+    assert sum(row["columns"]["surprisal"][6:]) / len(row["columns"]["surprisal"][6:]) < 0.5
+    assert min(row["columns"]["phi"]) >= 0
+
+
+@pytest.mark.parametrize(("folder", "block"), [("adapter", 3), ("layer-1", 1), ("layer-5", 5)])
+def test_insertion_points_of_the_shipped_model_of_text(folder: str, block: int) -> None:
+    base, _ = philens.load_pretrained(philens.SHIPPED_TEXT / "model")
+    lens = philens.load(base, philens.SHIPPED_TEXT / folder)
+    assert lens.module_paths == [f"model.layers.{block}"]
+
+
+def test_a_run_that_holds_its_base_is_read_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    lens, recipe = philens.load_run(philens.SHIPPED_TEXT)
+    assert recipe.model.base == "model"  # a name of no meaning here
+    assert lens.module_paths == ["model.layers.3"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,16 @@ from philens import hub
 from philens.adapter import WEIGHTS_FILE, load, save_adapter
 from philens.attention import knows_packs, register_documents
 from philens.errors import AdapterError, OutputError, RecipeError, TrainingError
-from philens.files import load_weights, read_json, read_safetensors, written_whole
+from philens.files import (
+    check_sums,
+    load_weights,
+    read_json,
+    read_safetensors,
+    read_text,
+    write_atomically,
+    write_sums,
+    written_whole,
+)
 from philens.layer import PHiConfig
 from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
@@ -24,12 +34,14 @@ from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 
 logger = logging.getLogger(__name__)
 
-# What comes with philens: the run of recipes/small.yaml, which reads formal languages, and a small model of text.
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
+"""The run folder of `recipes/small.yaml` that comes with philens: 1 M parameters, reads formal languages."""
 SHIPPED_TEXT = SHIPPED.parent / "text"
+"""A run folder that comes with philens: 3 M parameters, reads code, documentation and licences."""
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 CHECKPOINT_RECIPE = "recipe.json"
+_METRICS_BYTES = 1 << 30
 
 
 def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
@@ -152,7 +164,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the files may be damaged: anything can come out of them
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(
             f"{folder} does not hold a tokenizer that can be loaded ({reason}); it is damaged."
@@ -227,7 +239,10 @@ def save_model(lens: PHiModel, folder: Path, recipe: Recipe, tokenizer: Any) -> 
     if _keeps_base(recipe):
         with written_whole(folder / MODEL_FOLDER) as staging, hub.quiet():
             lens.base.save_pretrained(staging)  # pyright: ignore[reportCallIssue]
+            for name in ("is_local", "local_files_only"):  # how it was loaded, which transformers keeps
+                tokenizer.init_kwargs.pop(name, None)
             tokenizer.save_pretrained(staging)
+            write_sums(staging)
     if recipe.phi is not None:
         save_adapter(lens, folder / ADAPTER_FOLDER)
 
@@ -274,7 +289,9 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
     """Whether a run may go into the folder; returns the checkpoint to resume from."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; choose another --output.")
-    if not folder.exists() or not any(folder.iterdir()):
+    # A run that was killed when it had hardly begun leaves no more than this.
+    begun = (".lock", f".{RECIPE_FILE}.")
+    if not folder.exists() or all(path.name.startswith(begun) for path in folder.iterdir()):
         return None
     if not resume:
         raise OutputError(
@@ -286,25 +303,39 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
     if not checkpoints:
         logger.warning("There is no checkpoint in %s yet; starting from the beginning.", folder)
         return None
+    check_sums(checkpoints[-1])
     check_same_recipe(read_json(checkpoints[-1] / CHECKPOINT_RECIPE), recipe, checkpoints[-1])
     return checkpoints[-1]
 
 
 def start_folder(folder: Path, recipe: Recipe, step: int) -> None:
-    """Write what a run is, and forget what was logged after `step`: it will be computed again."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for half_written in folder.glob(".checkpoint-*"):
-            shutil.rmtree(half_written, ignore_errors=True)
-        (folder / RECIPE_FILE).write_text(recipe_yaml(recipe))
-        about = {"seed": recipe.seed, "versions": versions()}
-        (folder / VERSIONS_FILE).write_text(json.dumps(about, indent=2) + "\n")
-        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
-        new = folder / f".{METRICS_FILE}.new"
-        new.write_text("".join(kept))
-        new.replace(folder / METRICS_FILE)
-    except OSError as error:
-        raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another --output.") from error
+    """Write what a run is, and forget what was logged after `step`: it will be computed again.
+
+    Args:
+        step: of the checkpoint that the run goes on from; -1 if it begins, where step 0 is computed as well.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    tidy(folder)
+    kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+    about = json.dumps({"seed": recipe.seed, "versions": versions()}, indent=2) + "\n"
+    contents = {RECIPE_FILE: recipe_yaml(recipe), VERSIONS_FILE: about, METRICS_FILE: "".join(kept)}
+    for name, content in contents.items():
+        write_atomically(folder / name, lambda file, text=content: file.write(text.encode()))
+
+
+_FILES = (RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, "training.png")
+_LEFT = re.compile(
+    rf"\.(checkpoint-\d+|{MODEL_FOLDER}|{ADAPTER_FOLDER}|{'|'.join(map(re.escape, _FILES))})\..+"
+)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed process left half written in a run folder."""
+    for path in folder.iterdir():
+        if _LEFT.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def training_record(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -379,15 +410,22 @@ def load_run(folder: str | Path) -> tuple[PHiModel, Recipe]:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`; a half-written last line is left out."""
+    """The records of a run's `metrics.jsonl`; a half-written last line is left out.
+
+    Raises:
+        AdapterError: the file or another line is damaged.
+    """
     records = []
     path = Path(folder) / METRICS_FILE
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    lines = read_text(path, _METRICS_BYTES).split("\n") if path.is_file() else []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(json.loads(line))
+            known = isinstance(records[-1], dict) and isinstance(records[-1].get("step"), int)
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            raise AdapterError(f"Line {number} of {path} is not a record; correct or remove it.")
     return records
 
 
