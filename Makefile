@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench faults docs lint dist-check compat clean
 
 demo: $(STAMP)
 	$(BIN)/philens demo
@@ -20,9 +20,24 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
+# The site, in site/; notebooks become pages as they were run.
+docs: $(STAMP)
+	$(BIN)/python -m nbconvert --log-level WARN --to markdown --output-dir docs/notebooks notebooks/*.ipynb
+	sed -i 's|](../docs/|](../|g' docs/notebooks/*.md
+	$(BIN)/python -m zensical build --clean --strict
+
+# Kills, full disks, damaged files, hostile texts: a table of tried and survived. At most 30 minutes.
+faults: $(STAMP)
+	$(BIN)/python -m faults
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Before a release: wheel and sdist in empty environments, and every extra; then old and new dependencies.
+dist-check compat: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	$(BIN)/python -m releasing $(@:-check=)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,4 +46,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) philens-demo
+	rm -rf $(VENV) .cache .compat docs/notebooks philens-demo site

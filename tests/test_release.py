@@ -1,0 +1,227 @@
+"""What is released: metadata that agree, a wheel with all it needs, and philens without its extras."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from releasing import dist
+from releasing.steps import requirements, same_release
+
+import philens
+from philens.environment import environment
+from philens.errors import ConfigError
+from philens.extras import require
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# What an extra brings is imported by these names.
+MODULES = (
+    "bitsandbytes",
+    "gradio",
+    "minicons",
+    "mkdocstrings",
+    "ray",
+    "tensorboard",
+    "trl",
+    "vllm",
+    "wandb",
+    "zensical",
+)
+
+
+def test_one_version_everywhere():
+    assert metadata.version("philens") == philens.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == philens.__version__
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == philens.__version__
+    assert (citation["license"], citation["title"].partition(":")[0]) == (PROJECT["license"], PROJECT["name"])
+    (paper,) = citation["references"]
+    assert "2503.13431" in paper["url"]
+
+
+def test_extras_are_documented_and_bounds_agree():
+    page = (ROOT / "docs" / "extras.md").read_text()
+    found = requirements()  # each has a lower bound
+    for extra in EXTRAS:
+        row = re.search(rf"^\| `{extra}` \|.*$", page, re.MULTILINE)
+        assert row, extra
+        for one in found:
+            if one.extra == extra and extra not in ("test", "release"):
+                assert f"{one.package} {one.least}" in row[0].lower().replace("≥ ", ""), one
+    for one in found:
+        if one.package in ("torch", "transformers"):
+            assert f"{one.package} {one.least}" in page
+    # What tests use of other extras has the bound that is promised there.
+    least = {one.package: one.least for one in found if one.extra not in (None, "test")}
+    for one in found:
+        if one.extra == "test" and one.package in least:
+            assert one.least == least[one.package], one.package
+
+
+def test_versions_are_compared_as_releases():
+    assert same_release("2.13.0+cpu", "2.13")
+    assert same_release("6.0", "6")
+    assert not same_release("2.10", "2.1")
+    assert not same_release("", "2.1")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_is_the_package_and_nothing_else(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        about = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+        commands = archive.read(next(name for name in names if name.endswith("/entry_points.txt"))).decode()
+    outside = [name for name in names if not name.startswith(("philens/", "philens-"))]
+    assert outside == []
+    assert not [name for name in names if "test" in name.lower() or "__pycache__" in name]
+    for name in ("py.typed", "recipes/smoke.yaml", "shipped/small/model/model.safetensors", "cli.py"):
+        assert f"philens/{name}" in names
+    package = ROOT / "src" / "philens"
+    for folder in ("recipes", "shipped"):
+        here = {
+            path.relative_to(package).as_posix() for path in (package / folder).rglob("*") if path.is_file()
+        }
+        assert {f"philens/{path}" for path in here} <= set(names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert "philens = philens.cli:main" in commands
+    assert f"Version: {philens.__version__}\n" in about
+    assert "License-Expression: MIT\n" in about
+    assert set(re.findall(r"^Provides-Extra: (.+)$", about, re.MULTILINE)) == set(EXTRAS)
+
+
+def test_a_file_too_many_or_too_few_is_named():
+    with pytest.raises(dist.Failed, match=r"x.whl misses b \(1 files\)"):
+        dist._compare("x.whl", {"a"}, {"a", "b"})
+    with pytest.raises(dist.Failed, match=r"x.whl must not hold c, d \(2 files\)"):
+        dist._compare("x.whl", {"a", "c", "d"}, {"a"})
+
+
+def test_environment_says_what_a_report_needs():
+    sections = environment()
+    system = sections["system"]
+    assert system["philens"] == philens.__version__
+    assert "small (adapter)" in system["models"]
+    assert {"python", "platform", "devices", "threads"} <= set(system)
+    declared = [one for one in requirements() if one.extra is None]
+    assert set(sections["dependencies"]) == {one.package for one in declared}
+    assert "not installed" not in sections["dependencies"].values()
+    assert set(sections["extras"]) == set(EXTRAS)
+    said = json.dumps(sections)
+    assert str(Path.home()) not in said
+    assert str(ROOT) not in said
+
+
+def test_what_require_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert require("json", "any", "It") is json
+    with pytest.raises(ConfigError) as caught:
+        require("philens_none.part", "any", "It")
+    assert str(caught.value) == "It needs philens_none: install it with `pip install 'philens[any]'`."
+    (tmp_path / "philens_broken.py").write_text("import philens_none")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        require("philens_broken", "any", "It")
+    assert str(caught.value) == (
+        "It needs philens_broken, which is installed but cannot be imported "
+        "(No module named 'philens_none'); "
+        "install it again with `pip install --upgrade 'philens[any]'`."
+    )
+
+
+# As in an environment without the extras: neither modules nor their distributions are found.
+WITHOUT = """
+import contextlib, io, json, sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in BLOCKED else PathFinder.find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, *context):
+        return (one for one in PathFinder.find_distributions(*context) if one.name.lower() not in BLOCKED)
+
+BLOCKED = set(sys.argv[1].split(","))
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+import philens
+from philens.cli import main
+
+done = []
+for words in json.loads(sys.argv[2]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    done.append((code, out.getvalue(), err.getvalue()))
+philens.PHiReward
+print(json.dumps(done))
+"""
+
+
+def test_without_any_extra(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("abc abd abc")
+    model = str(philens.SHIPPED / "model")
+    works = [
+        ["--help"],
+        ["demo", "--documents", "2"],
+        ["env"],
+        ["score", "text.txt", "--model", str(philens.SHIPPED)],
+    ]
+    train = ["train", "smoke", "--output", "run"]
+    needs = {
+        "explore": (["explore"], "philens explore needs gradio"),
+        "quantize": (
+            ["train", "any_model", "--model.base", model, "--phi.layer", "1", "--model.quantization", "int4"],
+            "A base in int4 needs bitsandbytes",
+        ),
+        "ray": (["score", "text.txt", "--engine", "ray"], "The engine ray needs ray"),
+        "tensorboard": (
+            [*train, "--train.report_to", "tensorboard"],
+            "train.report_to tensorboard needs tensorboard",
+        ),
+        "wandb": ([*train, "--train.report_to", "wandb"], "train.report_to wandb needs wandb"),
+        "vllm": (
+            ["solve", "--model", model, "--problems", "arithmetic", "--engine", "vllm", "--output", "solved"],
+            "The engine vllm needs vllm",
+        ),
+    }
+    commands = json.dumps(works + [words for words, _ in needs.values()])
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, ",".join(MODULES), commands],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    done = json.loads(run.stdout.splitlines()[-1])
+    for words, (code, out, err) in zip(works, done, strict=False):
+        assert code == 0, (words, err)
+        assert out
+    assert (tmp_path / "philens-demo" / "page.html").is_file()
+    assert re.search(r"explore +gradio not installed", done[2][1])
+    for (extra, (_, start)), (code, out, err) in zip(needs.items(), done[len(works) :], strict=True):
+        assert (code, out) == (2, ""), (extra, err)
+        assert err == f"philens: error: {start}: install it with `pip install 'philens[{extra}]'`.\n"
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "solved").exists()
