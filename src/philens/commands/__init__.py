@@ -10,6 +10,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "demo": lens.demo,
     "train": lens.train,
     "score": lens.score,
+    "explore": lens.explore,
     "reproduce": {
         "tasks": reproduce.reproduce_tasks,
         "complexity": reproduce.reproduce_complexity,

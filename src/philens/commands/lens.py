@@ -98,7 +98,8 @@ def score(
     Args:
         files: text files, .jsonl or .parquet, also as s3://bucket/path (gs://, ...), there also folders;
             - for standard input, hub:owner/name for a data set of the Hub.
-        model: base model, a folder or Hub id, or a run folder with its adapter; by default the shipped model.
+        model: base model, a folder or Hub id, or a run folder with its adapter; by default the small model of
+            text that comes with philens.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
@@ -125,7 +126,7 @@ def score(
     from philens.scoring.run import load_lens, score_corpus
 
     process = rank()
-    source = (model or str(philens.SHIPPED), adapter, revision, dtype, trust_remote_code)
+    source = (model or str(philens.SHIPPED_TEXT), adapter, revision, dtype, trust_remote_code)
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
@@ -183,6 +184,34 @@ def _generate(loaded: Any, prompt: str, max_new_tokens: int, sample: bool, tempe
     view.close()
 
 
+def explore(
+    model: str | None = None,
+    adapter: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_characters: int = 10_000,
+    revision: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Open a page on this machine that reads texts as they are pasted, written or chosen, until Ctrl+C.
+
+    Args:
+        model: base model, a folder or Hub id, or a run folder with its adapters; by default the shipped ones.
+        adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep.
+        host: address to listen on; any but that of this machine lets others use the model.
+        port: to listen on; 0 takes any that is free.
+        max_characters: that a text may have.
+        revision: branch, tag or commit of the model on the Hub.
+        dtype: of the base model; auto is that of its files.
+        trust_remote_code: run Python code that comes with the model.
+    """
+    from philens.explore.server import explore
+
+    adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
+    explore(model, adapters, revision, dtype, trust_remote_code, host, port, max_characters, say)
+
+
 def sweep(
     model: str,
     layers: str | None = None,
@@ -212,21 +241,10 @@ def sweep(
 
 
 def env() -> None:
-    """Print versions and devices, for a bug report."""
-    import importlib.metadata
-    import platform
+    """Print versions, extras and devices, for a bug report; no paths and no names."""
+    from philens.environment import environment
 
-    import torch
-
-    names = ["philens", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy", "pandas"]
-    rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    for name in names:
-        try:
-            rows.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((name, "not installed"))
-    rows.append(("threads", str(torch.get_num_threads())))
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows.append(("cuda", ", ".join(devices) or "no device"))
-    for name, value in rows:
-        say(f"{name:14}{value}")
+    for section, rows in environment().items():
+        say(f"{section}:")
+        for name, value in rows.items():
+            say(f"  {name:18}{value}")

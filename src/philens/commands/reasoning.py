@@ -54,7 +54,7 @@ def solve(
         seed: of the draw of problems and of sampling.
     """
     if model is None or problems is None:
-        raise ConfigError("Which model solves which problems? Give --model and --problems.")
+        raise ConfigError("No model or no problems were named; give --model and --problems.")
     from philens.scoring.solve import solve
     from philens.tasks.problems import find_prompt, load_problems
 
@@ -140,7 +140,7 @@ def rank(
 
     if model is None:
         raise ConfigError(
-            "Which model reads the candidates? Give --model, a run or a base model with --adapter."
+            "No model was named to read the candidates; give --model, a run or a base model with --adapter."
         )
     source = (model, adapter, revision, dtype, trust_remote_code)
     count = rank_file(

@@ -104,7 +104,9 @@ def reproduce_texts(
     if model is None:
         raise ConfigError("texts are measured in a language model; give --model, a run or a base model.")
     if levels is None:
-        raise ConfigError("Which texts? Give --levels, a folder of texts of several levels, or of your own.")
+        raise ConfigError(
+            "No texts were named; give --levels, a folder of texts of several levels, or of your own."
+        )
     from philens.findings.reproduce import reproduce_texts
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"

@@ -12,5 +12,6 @@ def console() -> Any:
 
 
 def say(text: str) -> None:
-    """Print a line."""
+    """Print a line, at once."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()

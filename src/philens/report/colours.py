@@ -90,8 +90,3 @@ def plain_label(column: str) -> str:
     """A column's name in words: `surprisal_with_layer` becomes `surprisal with layer`."""
     name, at, path = column.partition("@")
     return name.replace("_", " ") + (f" at {path}" if at else "")
-
-
-def unit(column: str) -> str:
-    """The unit of a column of `TokenScores`; empty where it is a plain number."""
-    return {"settling_depth": "blocks", "step_length": ""}.get(column.partition("@")[0], "nats")

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike
 
 from philens.errors import InputError
 from philens.files import write_atomically
-from philens.report.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label, unit, visible
-from philens.scoring.scores import TokenScores
+from philens.report.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label, visible
+from philens.scoring.scores import TokenScores, unit
 
 MAX_TOKENS, MAX_DOCUMENTS = 50_000, 1_000
 NO_SPAN = ""
@@ -119,7 +119,7 @@ def write_page(
         file.write(_head(title).encode())
         if note:
             file.write(f'<p class="note">{note}</p>\n'.encode())
-        file.write(_means_table(documents[: len(shown)]).encode())
+        file.write(means_table(documents[: len(shown)]).encode())
         file.write(_legends(scales).encode())
         for number, (document, columns) in enumerate(zip(shown, values, strict=True), start=1):
             for part in _section(number, document, columns, scales):
@@ -178,20 +178,20 @@ def _head(title: str) -> str:
         # Whatever a text holds, the browser runs no script and fetches nothing.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
-        f"<title>{_clean(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
-        f"<h1>{_clean(title)}</h1>\n"
+        f"<title>{clean(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
+        f"<h1>{clean(title)}</h1>\n"
     )
 
 
-def _means_table(documents: Sequence[PageDocument]) -> str:
+def means_table(documents: Sequence[PageDocument]) -> str:
     """Means of every column, one row a document."""
     columns = list(dict.fromkeys(name for document in documents for name in document.columns))
-    heads = "".join(f"<th>{_label(name)}</th>" for name in columns)
+    heads = "".join(f"<th>{label(name)}</th>" for name in columns)
     rows = []
     for number, document in enumerate(documents, start=1):
         means = (_mean(document.columns.get(name, ())) for name in columns)
         cells = "".join(f"<td>{mean}</td>" for mean in (f"{len(document.pieces):,}", *means))
-        rows.append(f'<tr><th><a href="#d{number}">{_clean(document.name)}</a></th>{cells}</tr>\n')
+        rows.append(f'<tr><th><a href="#d{number}">{clean(document.name)}</a></th>{cells}</tr>\n')
     if not rows:
         return "<p>There is nothing to show.</p>\n"
     return (
@@ -201,57 +201,55 @@ def _means_table(documents: Sequence[PageDocument]) -> str:
 
 
 def _legends(scales: Mapping[str, Scale]) -> str:
-    cells = "".join(f'<i class="c{level}"></i>' for level in range(LEVELS))
-    parts = []
-    for name, scale in scales.items():
-        middle = (scale.low + scale.high) / 2
-        ticks = "".join(
-            f"<span>{tick}</span>"
-            for tick in (f"{scale.low:.3g}", f"{middle:.3g}", f"{scale.high:.3g} and more")
-        )
-        parts.append(
-            f'<div class="legend"><b>{_label(name)}</b><div class="bar">{cells}</div>'
-            f'<div class="ticks">{ticks}</div></div>'
-        )
+    parts = [legend(name, scale) for name, scale in scales.items()]
     hint = 'Hover over a piece to read its values. <span class="none">Grey, dotted</span>: no value.'
     return f'<div class="legends">{"".join(parts)}<p class="hint">{hint}</p></div>\n'
+
+
+def legend(column: str, scale: Scale) -> str:
+    """The colours of a column and what they mean."""
+    cells = "".join(f'<i class="c{level}"></i>' for level in range(LEVELS))
+    middle = (scale.low + scale.high) / 2
+    ticks = "".join(
+        f"<span>{tick}</span>" for tick in (f"{scale.low:.3g}", f"{middle:.3g}", f"{scale.high:.3g} and more")
+    )
+    return (
+        f'<div class="legend"><b>{label(column)}</b><div class="bar">{cells}</div>'
+        f'<div class="ticks">{ticks}</div></div>'
+    )
 
 
 def _section(
     number: int, document: PageDocument, columns: Mapping[str, Floats], scales: Mapping[str, Scale]
 ) -> Iterable[str]:
-    yield f'<section id="d{number}">\n<h2>{_clean(document.name)}</h2>\n'
+    yield f'<section id="d{number}">\n<h2>{clean(document.name)}</h2>\n'
     if document.description:
-        yield f"<p>{_clean(document.description)}</p>\n"
+        yield f"<p>{clean(document.description)}</p>\n"
     pieces = [visible(piece) for piece in document.pieces]
     titles = [
         escape(f"{piece or 'empty'}: " + ", ".join(map(_reading, columns, row)))
         for piece, row in zip(pieces, zip(*columns.values(), strict=True), strict=True)
     ]
-    # A line that breaks in the text also breaks on the page, after the sign for it.
-    shown = [escape(piece.replace("⏎", "⏎\n")) or "∅" for piece in pieces]
+    shown = [shown_piece(piece) for piece in document.pieces]
     spans = document.spans or [NO_SPAN] * len(pieces)
     yield '<div class="panes">\n'
     for name, scale in scales.items():
-        yield f"<figure><figcaption>{_label(name)}</figcaption>"
+        yield f"<figure><figcaption>{label(name)}</figcaption>"
         yield '<div class="text">'
         inside = NO_SPAN
         for piece, level, hover, span in zip(shown, scale.levels(columns[name]), titles, spans, strict=True):
             if span != inside:
                 yield "</span>" if inside else ""
-                yield f'<span class="span"><b>{_clean(span)}</b>' if span else ""
+                yield f'<span class="span"><b>{clean(span)}</b>' if span else ""
                 inside = span
-            kind = "none" if level is None else f"c{level}"
-            yield f'<span class="{kind}" title="{hover}">{piece}</span>'
+            yield f'<span class="{colour_class(level)}" title="{hover}">{piece}</span>'
         yield "</span>" if inside else ""
         yield "</div></figure>\n"
     yield "</div>\n</section>\n"
 
 
 def _foot(provenance: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<dt>{_clean(key)}</dt><dd>{_clean(_words(item))}</dd>" for key, item in provenance.items()
-    )
+    rows = "".join(f"<dt>{clean(key)}</dt><dd>{clean(_words(item))}</dd>" for key, item in provenance.items())
     where = f"<footer><h2>Where this comes from</h2><dl>{rows}</dl></footer>\n" if rows else ""
     return f"{where}</body>\n</html>\n"
 
@@ -264,13 +262,32 @@ def _words(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Any text as markup."""
     return escape(visible(text))
 
 
-def _label(column: str) -> str:
+def shown_piece(piece: str) -> str:
+    """A piece as markup. A line that breaks in the text also breaks on the page, after the sign for it."""
+    return clean(piece).replace("⏎", "⏎\n") or "∅"
+
+
+def colour_class(level: int | None) -> str:
+    """The class of a colour of `colour_rules`, or of no value."""
+    return "none" if level is None else f"c{level}"
+
+
+def colour_rules(scope: str = "") -> str:
+    """CSS that gives each colour's class, within `scope`, what `colour_variables` set."""
+    return "".join(
+        f"{scope}.c{level}{{background:var(--b{level});color:var(--t{level})}}" for level in range(LEVELS)
+    )
+
+
+def label(column: str) -> str:
+    """A column's name and unit as markup."""
     words = "phi (PHi loss)" if column == "phi" else plain_label(column)
-    return _clean(f"{words}, {unit(column)}" if unit(column) else words)
+    return clean(f"{words}, {unit(column)}" if unit(column) else words)
 
 
 def _reading(column: str, value: float) -> str:
@@ -285,13 +302,12 @@ def _mean(values: ArrayLike) -> str:
 
 
 def _style() -> str:
-    light, dark = _variables(LIGHT), _variables(DARK)
+    light, dark = colour_variables(LIGHT), colour_variables(DARK)
     themes = f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
-    classes = (f".c{level}{{background:var(--b{level});color:var(--t{level})}}" for level in range(LEVELS))
-    return _STYLE + themes + "".join(classes)
+    return _STYLE + themes + colour_rules()
 
 
-def _variables(anchors: Sequence[str]) -> str:
+def colour_variables(anchors: Sequence[str]) -> str:
     """Background and text colour of each level as CSS variables."""
     colours = enumerate(palette(anchors))
     return "".join(f"--b{level}:{ground};--t{level}:{text};" for level, (ground, text) in colours)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from philens.report.colours import DARK, LEVELS, Scale, palette, plain_label, unit, visible
-from philens.scoring.scores import TokenScores
+from philens.report.colours import DARK, LEVELS, Scale, palette, plain_label, visible
+from philens.scoring.scores import TokenScores, unit
 
 # The scale is that of as many tokens as a screen or two can hold.
 SCALE_TOKENS = 10_000

@@ -1,0 +1,240 @@
+"""The controls of the page, on Gradio, and what happens when they are used."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+from gradio.themes import Base
+from gradio.themes.utils.fonts import Font
+
+from philens.explore import view
+from philens.explore.examples import Example, examples
+from philens.explore.models import FORMAL, TEXT, Explored
+from philens.explore.session import NAMES, Sessions, Update
+from philens.explore.view import PALETTES, RANGES, Look
+from philens.report.colours import plain_label
+
+_HEAD = """<div class="ph-head"><h1>Where does the model think?</h1>
+<p>Each token is coloured by <b>phi</b>, the information in nats that its hidden state adds to what the
+model's earlier hidden states already told, beside its <b>surprisal</b>. Point at a token, or walk through
+the text with the arrow keys, to read its values; drag, or hold Shift, to mark a span.</p></div>"""
+_COUNT = """(text) => {{
+  const line = document.querySelector('#ph-count'), count = [...text].length;
+  line.textContent = `${{count.toLocaleString('en')}} of {most:,} characters`;
+  line.classList.toggle('over', count > {most});
+}}"""
+_HIGHLIGHT = """(text, first, last) => window.philens?.highlight(
+  text === 'Text B' ? 1 : 0, Math.min(first, last), Math.max(first, last))"""
+
+
+def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
+    """The page.
+
+    Args:
+        models: to choose from, by name; the first is chosen.
+        sessions: what each tab is doing.
+    """
+    # With a model of the user's own, texts are for it; formal languages are for the shipped model alone.
+    first = next(iter(models.values()))
+    offered = {name: one for name, one in examples().items() if not one.formal or FORMAL in models}
+    start = offered["prose" if TEXT in models or FORMAL not in models else "in context language"]
+    options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    options["trigger_mode"] = "multiple"
+
+    buttons: dict[str, gr.Button] = {}
+    with gr.Blocks(title="philens explore", analytics_enabled=False) as page:
+        gr.HTML(_HEAD, apply_default_css=False)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                text = gr.Textbox(
+                    label=NAMES[0], lines=7, max_lines=14, placeholder="Paste a text …", elem_id="text-a"
+                )
+                gr.HTML(
+                    f'<p class="ph-count" id="ph-count">0 of {sessions.most:,} characters</p>',
+                    apply_default_css=False,
+                )
+                with gr.Row():
+                    read = gr.Button("Read", variant="primary", size="md", min_width=80, elem_id="read")
+                    write = gr.Button("Write on", size="md", min_width=80, elem_id="write")
+                    cancel = gr.Button(
+                        "Cancel",
+                        variant="stop",
+                        size="md",
+                        min_width=80,
+                        interactive=False,
+                        elem_id="cancel",
+                    )
+                for group, formal in (("Kinds of text", False), ("Formal languages", True)):
+                    chosen = [one for one in offered.values() if one.formal == formal]
+                    if chosen:
+                        gr.HTML(f'<p class="ph-label">{group}</p>', apply_default_css=False)
+                        with gr.Row(elem_classes="ph-examples"):
+                            for one in chosen:
+                                buttons[one.name] = gr.Button(one.name, size="sm")
+                model = gr.Radio(list(models), value=first.name, label="Model", visible=len(models) > 1)
+                point = gr.Dropdown(
+                    list(first.points), value=next(iter(first.points)), label="Insertion point"
+                )
+                with gr.Accordion("Compare with a second text", open=False):
+                    other = gr.Textbox(label=NAMES[1], lines=4, max_lines=14, elem_id="text-b")
+                with gr.Accordion("How the model writes on", open=False):
+                    count = gr.Number(60, label="Tokens at most", precision=0, minimum=1, maximum=1_000)
+                    sample = gr.Checkbox(False, label="Draw tokens, instead of the likeliest")
+                    temperature = gr.Number(1.0, label="Temperature of drawing", minimum=0, step=0.1)
+            with gr.Column(scale=5, min_width=320):
+                status = gr.HTML(view.status(""), apply_default_css=False, elem_id="status")
+                with gr.Row():
+                    left = _metric(first, 0, "Left")
+                    right = _metric(first, 1, "Right")
+                    spread = gr.Dropdown(
+                        list(RANGES), value=next(iter(RANGES)), label="Colour scale", min_width=150
+                    )
+                    low = gr.Number(0.0, label="from", visible=False, min_width=80)
+                    high = gr.Number(10.0, label="to", visible=False, min_width=80)
+                    palette = gr.Dropdown(list(PALETTES), value="colour", label="Palette", min_width=110)
+                result = gr.HTML(
+                    "", apply_default_css=False, elem_id="result", js_on_load=view.asset("page.js")
+                )
+                marked = gr.HTML("", apply_default_css=False, elem_id="marked")
+                with gr.Row():
+                    which = gr.Radio(list(NAMES), value=NAMES[0], label="Mark a span in", min_width=160)
+                    begin = gr.Number(
+                        0, label="from token", precision=0, minimum=0, min_width=100, elem_id="mark-from"
+                    )
+                    end = gr.Number(
+                        0, label="to token", precision=0, minimum=0, min_width=100, elem_id="mark-to"
+                    )
+
+        look = [left, right, spread, low, high, palette]
+        shown = [status, result, text, cancel, left, right]
+
+        def session(request: gr.Request) -> Any:
+            return sessions.of(request.session_hash or "")
+
+        def changes(updates: Iterable[Update], look: Look) -> Iterator[dict[Any, Any]]:
+            """What the session says, as changes of components.
+
+            The choice of metrics is left alone but where it could not be had: the reader may have gone on.
+            """
+            yield {status: gr.skip()}  # of a generator that gives nothing, Gradio empties the outputs
+            for one in updates:
+                change: dict[Any, Any] = {status: one.status, cancel: gr.update(interactive=one.busy)}
+                if one.text is not None:
+                    change[text] = one.text
+                if one.result is not None:
+                    change[result] = one.result
+                if one.metrics not in ((), look.metrics):
+                    change |= dict(zip((left, right), one.metrics, strict=True))
+                yield change
+
+        def looked(left: str, right: str, spread: str, low: Any, high: Any, palette: str) -> Look:
+            return Look((left, right), RANGES[spread], float(low or 0), float(high or 0), palette)
+
+        def read_texts(request: gr.Request, name: str, at: str, one: str, two: str, *look: Any) -> Any:
+            texts = {NAMES[0]: one or ""} | ({NAMES[1]: two} if two else {})
+            chosen = looked(*look)
+            yield from changes(session(request).read(models[name], at, texts, chosen), chosen)
+
+        def read_again(request: gr.Request, name: str, at: str, *look: Any) -> Any:
+            chosen = looked(*look)
+            yield from changes(session(request).read(models[name], at, None, chosen), chosen)
+
+        def write_on(
+            request: gr.Request, name: str, at: str, one: str, count: Any, sample: bool, heat: Any, *look: Any
+        ) -> Any:
+            options = {"count": int(count or 1), "sample": sample, "temperature": float(heat or 0)}
+            chosen = looked(*look)
+            updates = session(request).write(models[name], at, one or "", chosen, **options)
+            yield from changes(updates, chosen)
+
+        def choose_model(name: str) -> dict[Any, Any]:
+            """The insertion points and metrics of a model, the first of each chosen."""
+            chosen = models[name]
+            points = list(chosen.points)
+            sides = zip((left, right), chosen.first_metrics, strict=False)
+            fields = {side: gr.update(choices=_labelled(chosen), value=value) for side, value in sides}
+            return fields | {point: gr.update(choices=points, value=points[0])}
+
+        def choose(example: Example, request: Any, name: str, at: str, *look: Any) -> Any:
+            """Take an example, and the shipped model for it, and read it."""
+            fitting = FORMAL if example.formal else TEXT if TEXT in models else name
+            chosen, style = models[fitting], looked(*look)
+            fields: dict[Any, Any] = {text: example.text, other: ""}
+            if fitting != name:
+                at = next(iter(chosen.points))
+                fields |= {model: fitting} | choose_model(fitting)
+                first, second = chosen.first_metrics[:2]
+                style = replace(style, metrics=(first, second))
+            yield fields
+            updates = session(request).read(chosen, at, {NAMES[0]: example.text}, style, example.about)
+            yield from changes(updates, style)
+
+        def chooser(example: Example) -> Any:
+            # Gradio finds its request by the annotation, and not in a partial.
+            def chosen(request: gr.Request, *fields: Any) -> Any:
+                yield from choose(example, request, *fields)
+
+            return chosen
+
+        def mark(request: gr.Request, event: gr.EventData) -> Any:
+            data = event._data or {}
+            number, first, last = (int(data.get(key, 0)) for key in ("text", "first", "last"))
+            return NAMES[min(number, 1)], first, last, session(request).marked(number, first, last)
+
+        def mark_numbers(request: gr.Request, which: str, begin: Any, end: Any) -> str:
+            return session(request).marked(NAMES.index(which), int(begin or 0), int(end or 0))
+
+        def stop(request: gr.Request) -> Any:
+            session(request).stop()
+
+        def leave(request: gr.Request) -> None:
+            sessions.end(request.session_hash or "")
+
+        where = [model, point]
+        read.click(read_texts, [*where, text, other, *look], shown, **options)
+        write.click(write_on, [*where, text, count, sample, temperature, *look], shown, **options)
+        cancel.click(stop, None, None, queue=False, **options)
+        for name, button in buttons.items():
+            outputs = [*shown, *where, other]
+            button.click(chooser(offered[name]), [*where, *look], outputs, **options)
+        model.input(choose_model, model, [point, left, right], **options).then(
+            read_again, [*where, *look], shown, **options
+        )
+        spread.select(
+            lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
+        )
+        lists = [point, left, right, spread, palette]
+        changed = [*(one.select for one in lists), low.input, high.input]
+        gr.on(changed, read_again, [*where, *look], shown, **options)
+        result.mark(mark, None, [which, begin, end, marked], **options)
+        gr.on(
+            [which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **options
+        ).then(None, [which, begin, end], None, js=_HIGHLIGHT)
+        text.change(None, text, None, js=_COUNT.format(most=sessions.most))
+        page.unload(leave)
+        if FORMAL in models:
+            page.load(chooser(start), [*where, *look], [*shown, *where, other], **options)
+    return page
+
+
+def _metric(model: Explored, place: int, side: str) -> gr.Dropdown:
+    chosen = model.first_metrics[place]
+    return gr.Dropdown(_labelled(model), value=chosen, label=f"{side} pane", min_width=150)
+
+
+def _labelled(model: Explored) -> list[tuple[str, str]]:
+    """The metrics of a model, at any of its points, with their names in words."""
+    names = dict.fromkeys(name for point in model.points for name in model.metrics(point))
+    return [(plain_label(name), name) for name in names]
+
+
+def theme() -> Any:
+    """Gradio's plain theme with the fonts of the reader's system, so that none is fetched."""
+    return Base(
+        primary_hue="blue",
+        neutral_hue="slate",
+        radius_size="md",
+        font=[Font("system-ui"), Font("sans-serif")],
+        font_mono=[Font("ui-monospace"), Font("monospace")],
+    )

@@ -1,0 +1,331 @@
+"""Models to explore: their insertion points, and work on them that can be followed and stopped."""
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.streamers import BaseStreamer
+
+import philens
+from philens.adapter import CONFIG_FILE, load
+from philens.errors import ConfigError, InputError, InsertionError
+from philens.insertion import find_blocks
+from philens.model import PHiModel
+from philens.scoring.run import load_lens
+from philens.scoring.score import METRICS, score
+from philens.scoring.scores import TokenScores
+from philens.scoring.texts import tokenize_all
+from philens.scoring.windows import context_length, find_windows
+from philens.training.recipe import load_recipe
+from philens.training.run import RECIPE_FILE
+
+logger = logging.getLogger(__name__)
+
+_ERROR = "phi_standard_error"  # comes with phi
+_ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
+
+
+class Stopped(Exception):
+    """The reader does not want it any more."""
+
+
+class Job:
+    """Something that a model does in a thread of its own.
+
+    Attributes:
+        done: blocks that have run, of `total`.
+        text: what has been written so far.
+    """
+
+    def __init__(self) -> None:
+        self.done, self.total, self.text = 0, 0, ""
+        self._stop = threading.Event()
+
+    @property
+    def share(self) -> float | None:
+        """How much is done, 0 to 1; None before the model is at work."""
+        return min(1.0, self.done / self.total) if self.total else None
+
+    def stop(self) -> None:
+        """Let it end at the next block."""
+        self._stop.set()
+
+    def check(self) -> None:
+        """Raise `Stopped` if it is to end."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def step(self, *_: Any) -> None:
+        """A block begins."""
+        self.check()
+        self.done += 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """An insertion point: a lens, and of a lens with several layers the module path of one."""
+
+    lens: PHiModel
+    path: str | None
+
+
+class Explored:
+    """A base model with PHi layers at one or several insertion points, for many readers.
+
+    One reader is served at a time, and one lens is in the base at a time.
+
+    Attributes:
+        name: of the model.
+        tokenizer: its tokenizer.
+        points: insertion points by label, in order.
+        first_metrics: read at once, as they come from one pass: phi, a surprisal, and more. The others are
+            read when they are asked for.
+        context: tokens read at once; None means whole texts.
+
+    Args:
+        lenses: by label, in one base.
+        together: whether the base was trained with the layer in the path, without which it is no model.
+    """
+
+    def __init__(
+        self, name: str, tokenizer: Any, lenses: Mapping[str, PHiModel], together: bool = False
+    ) -> None:
+        self.name, self.tokenizer = name, tokenizer
+        self.first_metrics = ["phi", "surprisal", "entropy", "margin"]
+        if together:
+            self.first_metrics = ["phi", "surprisal_with_layer"]
+        self.points = {
+            f"{own} (after {path})": Point(lens, None if lens.config.layers is None else path)
+            for own, lens in lenses.items()
+            for path in lens.module_paths
+        }
+        self.base = next(iter(lenses.values())).base
+        self.context = context_length(self.base)
+        for lens in lenses.values():
+            lens.disable()
+        self._lock = threading.Lock()
+        try:
+            self._blocks: Sequence[nn.Module] = list(find_blocks(self.base)[1])
+        except InsertionError:
+            self._blocks = [self.base]
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        adapters: Sequence[str] = (),
+        revision: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        name: str | None = None,
+    ) -> "Explored":
+        """Load a base and layers for it.
+
+        Args:
+            model: as for `philens.scoring.run.load_lens`, like the options after `adapters`.
+            adapters: folders or Hub ids, or folders that hold several, such as a sweep's; by default those
+                in the run folder `model`.
+            name: what readers see.
+
+        Raises:
+            PhilensError: something is missing, damaged, or does not belong together.
+        """
+        found = [one for given in adapters for one in (_adapters_in(given) or [given])]
+        found = found or _adapters_in(model)
+        first, tokenizer = load_lens(model, found[0] if found else None, revision, dtype, trust_remote_code)
+        lenses = {Path(found[0] if found else model).name: first}
+        for one in found[1:]:
+            next(reversed(lenses.values())).disable()
+            label = Path(one).name
+            lens = load(first.base, one).to(next(first.phi.parameters()).device)
+            lenses[label if label not in lenses else one] = lens
+        return cls(name or Path(model).name, tokenizer, lenses, _trained_together(model))
+
+    def metrics(self, point: str) -> list[str]:
+        """The columns that can be read there, in their order."""
+        config = self._at(point).lens.config
+        names = [*METRICS[:1], *([_ERROR] if config.samples > 1 else []), *METRICS[1:]]
+        return [name for name in names if config.mode != "observe" or name != "surprisal_with_layer"]
+
+    def _at(self, point: str) -> Point:
+        if point not in self.points:
+            raise ConfigError(
+                f"{self.name} has no insertion point {point!r}; choose {' or '.join(self.points)}."
+            )
+        return self.points[point]
+
+    def read(
+        self, texts: Mapping[str, str], point: str, metrics: Sequence[str], job: Job
+    ) -> list[TokenScores]:
+        """Score texts at an insertion point; their columns are those of that point alone.
+
+        Args:
+            texts: by name.
+            point: one of `points`.
+            metrics: names of columns.
+
+        Raises:
+            InputError: a text with nothing to read in it.
+            Stopped: the job was stopped.
+        """
+        at = self._at(point)
+        tokens = tokenize_all(self.tokenizer, list(texts.values()), list(texts))
+        windows = [find_windows(len(one.token_ids), self.context, one.leading) for one in tokens]
+        with self._at_work(at.lens, job, sum(map(len, windows))):
+            # A window at a time, which can be followed and stopped; scores do not depend on it.
+            found = score(
+                at.lens,
+                self.tokenizer,
+                list(texts.values()),
+                metrics=[name for name in metrics if name != _ERROR],
+                batch_tokens=1,
+                names=list(texts),
+            )
+        return [_of_point(one, at, point) for one in found]
+
+    def unknown(self, scores: TokenScores) -> list[str]:
+        """Pieces of a text that the tokenizer does not know, each once."""
+        unknown = self.tokenizer.unk_token_id
+        pieces = zip(scores.token_ids.tolist(), scores.offsets.tolist(), strict=True)
+        found = (scores.text[start:end] for token, (start, end) in pieces if token == unknown)
+        return list(dict.fromkeys(piece for piece in found if piece != self.tokenizer.unk_token))
+
+    def write(
+        self, prompt: str, point: str, count: int, job: Job, sample: bool = False, temperature: float = 1.0
+    ) -> str:
+        """Go on writing after a prompt; `job.text` grows meanwhile.
+
+        Args:
+            prompt: may be empty if the tokenizer begins texts with a token.
+            point: the lens that is in the path, if it is one that is.
+            count: of tokens at most.
+            sample: draw tokens, instead of taking the likeliest.
+            temperature: of drawing.
+
+        Returns:
+            The prompt and what was written.
+
+        Raises:
+            InputError: an empty prompt, or one that leaves no room.
+            Stopped: the job was stopped.
+        """
+        at = self._at(point)
+        encoded = self.tokenizer(prompt, return_tensors="pt", verbose=False)
+        length = encoded["input_ids"].numel()
+        if not length:
+            raise InputError("There is nothing to go on from; write at least one character.")
+        if self.context is not None and length + count > self.context:
+            raise InputError(
+                f"The text has {length:,} tokens and the model reads {self.context:,} at once, which leaves "
+                f"no room for {count:,} more; shorten the text or ask for fewer."
+            )
+        if sample and not temperature > 0:
+            raise InputError(f"The temperature must be above 0, not {temperature:g}.")
+        device = next(at.lens.parameters()).device
+        options: dict[str, Any] = {"do_sample": sample, "max_new_tokens": count}
+        if sample:
+            options["temperature"] = temperature
+        with self._at_work(at.lens, job, count + 1):
+            job.text = prompt
+            at.lens.generate(
+                encoded["input_ids"].to(device).long(),
+                encoded["attention_mask"].to(device),
+                streamer=_Writing(self.tokenizer, prompt, job),
+                **options,
+            )
+        return job.text
+
+    @contextlib.contextmanager
+    def _at_work(self, lens: PHiModel, job: Job, passes: int) -> Iterator[None]:
+        """Wait for the model; put the lens in; follow the job block by block through so many passes."""
+        while not self._lock.acquire(timeout=0.1):
+            job.check()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
+            stack.callback(lens.disable)
+            lens.enable()
+            for block in self._blocks:
+                stack.callback(block.register_forward_pre_hook(job.step).remove)
+            job.total = passes * len(self._blocks)
+            yield
+
+
+class _Writing(BaseStreamer):
+    """Hands on to a job the text of tokens as they come; special tokens have none."""
+
+    def __init__(self, tokenizer: Any, prompt: str, job: Job) -> None:
+        self.tokenizer, self.prompt, self.job = tokenizer, prompt, job
+        self.ids: list[int] = []
+        self.start: str | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self.start is None:  # the prompt comes first
+            self.start = text
+        # A token may end within a character.
+        self.job.text = self.prompt + text[len(self.start or "") :].rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def end(self) -> None:
+        pass
+
+
+def open_all(
+    model: str | None,
+    adapters: Sequence[str] = (),
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Explored]:
+    """The models to choose from, by name: the one asked for, or those that come with philens.
+
+    Raises:
+        PhilensError: as `Explored.open`; adapters without a model.
+    """
+    if model is not None:
+        opened = Explored.open(model, adapters, revision, dtype, trust_remote_code)
+        return {opened.name: opened}
+    if adapters:
+        raise ConfigError("An adapter belongs to a base model; give --model too.")
+    shipped = {TEXT: philens.SHIPPED_TEXT, FORMAL: philens.SHIPPED}
+    return {name: Explored.open(str(folder), name=name) for name, folder in shipped.items()}
+
+
+# Names of the shipped models.
+TEXT, FORMAL = "text model", "formal-language model"
+
+
+def _adapters_in(folder: str) -> list[str]:
+    """The adapters of a run folder or a sweep, in order: `adapter`, then `layer-N` by number."""
+    if (Path(folder) / CONFIG_FILE).exists() or not Path(folder).is_dir():
+        return []
+    found = [(match, path) for path in Path(folder).iterdir() if (match := _ADAPTER.fullmatch(path.name))]
+    found.sort(key=lambda item: (item[0][1] is not None, int(item[0][1] or 0)))
+    return [str(path) for _, path in found if path.is_dir()]
+
+
+def _trained_together(model: str) -> bool:
+    """Whether a run folder's base was trained with the layer in it."""
+    if not (Path(model) / RECIPE_FILE).is_file():
+        return False
+    recipe = load_recipe(Path(model) / RECIPE_FILE)
+    alone = recipe.model.base is not None and recipe.model.frozen
+    return recipe.phi is not None and recipe.phi.mode == "bottleneck" and not alone
+
+
+def _of_point(scores: TokenScores, point: Point, label: str) -> TokenScores:
+    """Scores without the columns of other layers, and with the label of the point in their provenance."""
+    columns = {
+        name.partition("@")[0]: values
+        for name, values in scores.columns.items()
+        if name.partition("@")[2] in ("", point.path)
+    }
+    provenance = scores.provenance | {"insertion_point": label}
+    return replace(scores, columns=columns, provenance=provenance)

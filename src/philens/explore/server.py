@@ -1,0 +1,157 @@
+"""How the page is served: on one address, with files to keep, and with nothing from elsewhere."""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from philens.errors import ConfigError, PhilensError
+from philens.explore.session import EXPORTS, Sessions
+from philens.explore.view import style
+from philens.extras import require
+
+logger = logging.getLogger(__name__)
+
+# Gradio needs scripts in the page; nothing else may be loaded, and nothing sent elsewhere.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+
+
+def explore(
+    model: str | None,
+    adapters: Sequence[str],
+    revision: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    host: str,
+    port: int,
+    most: int,
+    say: Callable[[str], None],
+) -> None:
+    """Load models, say where the page is, and serve it until the user stops it.
+
+    Args:
+        model: as for `models.open_all`, like the options up to `trust_remote_code`.
+        host, port: as for `listen`.
+        most: characters that a text may have.
+        say: told the address.
+
+    Raises:
+        PhilensError: Gradio is missing, or models or address cannot be had.
+    """
+    if most < 1:
+        raise ConfigError(f"--max-characters must be at least 1, not {most}.")
+    require("gradio", "explore", "philens explore")
+    listening = listen(host, port)
+    with listening:
+        from philens.explore.app import build
+        from philens.explore.models import open_all
+
+        models = open_all(model, adapters, revision, dtype, trust_remote_code)
+        sessions = Sessions(most)
+        app = application(build(models, sessions), sessions)
+        if not _is_loopback(host):
+            logger.warning("Whoever reaches %s can use this model; nothing asks who they are.", host)
+        shown = f"[{host}]" if ":" in host else host
+        say(f"Open http://{shown}:{listening.getsockname()[1]} in a browser; Ctrl+C stops it.")
+        serve(app, listening)
+        sessions.end_all()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Headers:
+    """Adds headers to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"content-security-policy", _POLICY.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def application(page: Any, sessions: Sessions) -> Any:
+    """The web application: the page, and below `export/` what its readers keep."""
+    import fastapi
+    import gradio as gr
+
+    from philens.explore.app import theme
+
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/export/{key}/{file}")
+    def export(key: str, file: str) -> fastapi.Response:
+        session = sessions.keyed(key)
+        if session is None:
+            return fastapi.Response("This page is closed; read the text again.", 404)
+        try:
+            content = session.export(file)
+        except PhilensError as error:
+            return fastapi.Response(str(error), 404)
+        headers = {"Content-Disposition": f'attachment; filename="philens-{file}"'}
+        return fastapi.Response(content, media_type=EXPORTS[file], headers=headers)
+
+    app = gr.mount_gradio_app(
+        app,
+        page.queue(default_concurrency_limit=None),
+        "/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        head=f"<style>{style()}</style>",
+    )
+    app.add_middleware(_Headers)
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ConfigError: the port is taken, or the address is none of this machine.
+    """
+    if not 0 <= port < 65_536:
+        raise ConfigError(f"--port must lie between 0 (any that is free) and 65535, not {port}.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+        raise ConfigError(
+            f"Cannot listen on {host} port {port} ({reason}); choose another --port, or stop what uses it."
+        ) from error
+
+
+def serve(app: Any, listening: socket.socket) -> None:
+    """Serve until the user stops it."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

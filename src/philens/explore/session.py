@@ -1,0 +1,245 @@
+"""What one tab of a browser is doing: a job at a time, and what it read last."""
+
+import io
+import logging
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from philens.errors import InputError, PhilensError
+from philens.explore import view
+from philens.explore.models import Explored, Job, Stopped
+from philens.explore.view import Look
+from philens.report.page import write_scores_page
+from philens.scoring.scores import TokenScores
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("Text A", "Text B")
+# Files to keep, by address; figures are numbered by text.
+EXPORTS = {"page.html": "text/html", "scores.csv": "text/csv", "figure-0.png": "image/png"}
+EXPORTS["figure-1.png"] = "image/png"
+# Seconds between looks at a job.
+_INTERVAL = 0.15
+_pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="explore")
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What changes on the page; None leaves as it is.
+
+    Attributes:
+        status: markup of the line that says what is going on.
+        result: markup of what was read.
+        text: the first text, while it is being written.
+        busy: whether a job is running.
+        metrics: with a result, the columns shown.
+    """
+
+    status: str
+    result: str | None = None
+    text: str | None = None
+    busy: bool = False
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass
+class Session:
+    """One tab.
+
+    Attributes:
+        most: characters that a text may have.
+        key: its secret, in addresses of exports.
+        look: how `scores` were shown last.
+        scores: of the texts read last.
+    """
+
+    most: int
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    look: Look = field(default_factory=Look)
+    scores: list[TokenScores] = field(default_factory=list)
+    _read: "tuple[Explored, str, dict[str, str]] | None" = None  # where and what was read last
+    _job: Job | None = None
+
+    def stop(self) -> bool:
+        """Stop the job, if there is one."""
+        running, self._job = self._job, None
+        if running is not None:
+            running.stop()
+        return running is not None
+
+    def read(
+        self, model: Explored, point: str, texts: Mapping[str, str] | None, look: Look, about: str = ""
+    ) -> Iterator[Update]:
+        """Read texts, as far as they were not read yet, and show them.
+
+        Args:
+            point: one of the model's.
+            texts: by name; None means those read last.
+            look: how they are shown.
+            about: a sentence about them.
+        """
+        texts = self._read[2] if texts is None and self._read else texts
+        if texts is None:
+            return
+        yield from self._answer(lambda job: self._scored(job, model, point, dict(texts), look, about))
+
+    def write(self, model: Explored, point: str, prompt: str, look: Look, **options: Any) -> Iterator[Update]:
+        """Go on writing after a prompt, then read it all; options are those of `Explored.write`."""
+
+        def work(job: Job) -> Iterator[Update]:
+            self._check(NAMES[0], prompt)
+            what = "The model is writing"
+            text = yield from self._followed(
+                job, what, lambda: model.write(prompt, point, job=job, **options)
+            )
+            yield Update(view.status(f"{what} …", 1.0, "working"), text=text, busy=True)
+            yield from self._scored(job, model, point, {NAMES[0]: text}, look)
+
+        yield from self._answer(work)
+
+    def _answer(self, work: Callable[[Job], Iterator[Update]]) -> Iterator[Update]:
+        """Do one thing, in the place of what is still being done; whatever happens ends in a sentence."""
+        self.stop()
+        job, kind = Job(), "error"
+        self._job = job
+        try:
+            for update in work(job):
+                if self._job is job:
+                    yield update
+            return
+        except Stopped:
+            problem, kind = "Cancelled.", "note"
+        except PhilensError as error:
+            problem = " ".join(str(error).split())
+        except Exception as error:  # a model can raise anything; the page must go on
+            logger.exception("The page could not do what was asked.")
+            problem = f"This did not work ({type(error).__name__}); the terminal says more."
+        finally:
+            job.stop()  # also where the reader has left
+        if self._job is job or self._job is None:
+            yield Update(view.status(problem, kind=kind))
+
+    def _scored(
+        self, job: Job, model: Explored, point: str, texts: dict[str, str], look: Look, about: str = ""
+    ) -> Iterator[Update]:
+        for name, text in texts.items():
+            self._check(name, text)
+        wanted = set(look.metrics)
+        same = self._read == (model, point, texts)
+        have = {metric for one in self.scores[:1] for metric in one.columns} if same else set()
+        scores = self.scores
+        if not same or wanted - have:
+            metrics = [
+                name for name in model.metrics(point) if name in {*(have or model.first_metrics), *wanted}
+            ]
+            scores = yield from self._followed(
+                job, "The model is reading", lambda: model.read(texts, point, metrics, job)
+            )
+        # Another model, or the same at another point, may not have a metric.
+        left, right = (
+            metric if metric in scores[0].columns else first
+            for metric, first in zip(look.metrics, model.first_metrics, strict=False)
+        )
+        look = replace(look, metrics=(left, right))
+        markup = view.result(scores, look, f"export/{self.key}")
+        self._read, self.scores, self.look = (model, point, texts), scores, look
+        said = view.status(" ".join([about, *self._summary(model, scores)]))
+        yield Update(said, markup, metrics=look.metrics)
+
+    def _check(self, name: str, text: str) -> None:
+        if not text:
+            raise InputError(f"{name} is empty; paste a text, choose an example, or let the model write.")
+        if len(text) > self.most:
+            raise InputError(
+                f"{name} has {len(text):,} characters and this page reads {self.most:,} at most; shorten it, "
+                "or start philens explore with a higher --max-characters."
+            )
+
+    def _followed(self, job: Job, what: str, work: Callable[[], Answer]) -> Iterator[Update]:
+        """Let a model work in a thread of its own, and say how far it is; returns what it gives."""
+        future = _pool.submit(work)
+        while not wait([future], _INTERVAL).done:
+            share = job.share
+            waiting = f"{what} …" if share is not None else "Waiting for the model …"
+            yield Update(view.status(waiting, share, "working"), text=job.text or None, busy=True)
+        return future.result()
+
+    def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
+        said = [f"{one.provenance['name']}: {len(one):,} tokens read by the {model.name}." for one in scores]
+        for one in scores:
+            if unknown := model.unknown(one):
+                shown = " ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
+                said.append(
+                    f"{one.provenance['name']} has characters that this model does not know and reads as one "
+                    f"and the same: {shown}"
+                )
+        return said
+
+    def marked(self, number: int, first: int, last: int) -> str:
+        """Markup of a marked span; an error is a sentence, too."""
+        try:
+            if not 0 <= number < len(self.scores):
+                raise InputError("There is no such text; read one first.")
+            return view.marked(self.scores[number], number, first, last)
+        except PhilensError as error:
+            return view.status(str(error), kind="error")
+
+    def export(self, file: str) -> bytes:
+        """One of `EXPORTS`.
+
+        Raises:
+            InputError: there is nothing to export, or no such file.
+        """
+        metrics = list(dict.fromkeys(self.look.metrics))
+        number = int(file[len("figure-")]) if file.startswith("figure-") else 0
+        if file not in EXPORTS or number >= len(self.scores):
+            raise InputError(f"There is no {file} to keep; read a text first.")
+        if file == "page.html":
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / file
+                return write_scores_page(path, self.scores, metrics).read_bytes()
+        if file == "scores.csv":
+            import pandas as pd
+
+            tables = [one.to_pandas().assign(text=one.provenance["name"]) for one in self.scores]
+            return pd.concat(tables).to_csv(index=False).encode()
+        image = io.BytesIO()
+        self.scores[number].plot(metrics).savefig(image, format="png")
+        return image.getvalue()
+
+
+class Sessions:
+    """All tabs, by the hash that Gradio gives each; those left longest go first beyond `limit`."""
+
+    def __init__(self, most: int, limit: int = 500) -> None:
+        self.most, self.limit = most, limit
+        self._by_hash: dict[str, Session] = {}
+
+    def of(self, hash: str) -> Session:
+        """A tab's session, new if it is."""
+        session = self._by_hash.pop(hash, None) or Session(self.most)
+        self._by_hash[hash] = session
+        while len(self._by_hash) > self.limit:
+            self.end(next(iter(self._by_hash)))
+        return session
+
+    def keyed(self, key: str) -> Session | None:
+        """The session with this secret."""
+        return next((one for one in [*self._by_hash.values()] if secrets.compare_digest(one.key, key)), None)
+
+    def end(self, hash: str) -> None:
+        """The tab was closed."""
+        if (session := self._by_hash.pop(hash, None)) is not None:
+            session.stop()
+
+    def end_all(self) -> None:
+        """The server stops."""
+        for hash in [*self._by_hash]:
+            self.end(hash)

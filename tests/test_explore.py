@@ -1,0 +1,461 @@
+"""What is behind the page of `philens explore`: models, jobs, sessions, markup, and the command's errors."""
+
+import logging
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import philens
+from conftest import make_llama
+from philens import cli
+from philens.errors import AdapterError, ConfigError, InputError, PhilensError
+from philens.explore import view
+from philens.explore.examples import LEVELS, examples
+from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_all
+from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
+from philens.explore.view import Look
+from philens.scoring.score import METRICS, score
+from philens.tasks.automata import TASKS
+from philens.tokenizer import character_tokenizer
+
+A, B = NAMES
+PHI = ["phi", "surprisal"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with layers at several insertion points, as runs and sweeps leave them; and one with two."""
+    folder = tmp_path_factory.mktemp("explore")
+    base = make_llama()
+    base.save_pretrained(folder / "model")
+    character_tokenizer().save_pretrained(folder / "model")
+    for name, layers in (("layer-10", 2), ("adapter", 1), ("layer-2", 0), ("both", [0, 2])):
+        number: dict[str, Any] = (
+            {"layers": layers, "mode": "observe"} if name == "both" else {"layer": layers}
+        )
+        lens = philens.attach(base, philens.PHiConfig(prior_heads=2, **number))
+        lens.save_pretrained(folder / name)
+        lens.detach()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Explored:
+    return Explored.open(str(run))
+
+
+def last(updates: Any) -> Update:
+    """The last of what a session says."""
+    return [*updates][-1]
+
+
+def test_the_shipped_models_and_their_examples() -> None:
+    models = open_all(None)
+    assert list(models) == [TEXT, FORMAL]
+    assert [point.split()[0] for point in models[TEXT].points] == ["adapter", "layer-1", "layer-5"]
+    # The formal model was trained with the layer in the path and is none without it.
+    assert models[FORMAL].first_metrics == ["phi", "surprisal_with_layer"]
+    assert models[TEXT].first_metrics[:2] == PHI
+    found = examples()
+    assert list(found) == [*LEVELS, *(task.replace("_", " ") for task in TASKS)]
+    surprisals = {}
+    for name, one in found.items():
+        assert one.formal == (name not in LEVELS)
+        assert one.about.endswith(".")
+        assert 200 < len(one.text) < 1_000
+        chosen = models[FORMAL if one.formal else TEXT]
+        point = next(iter(chosen.points))
+        scores = chosen.read({A: one.text}, point, chosen.first_metrics, Job())[0]
+        assert "".join(scores.pieces()) == one.text
+        assert not chosen.unknown(scores)
+        surprisals[name] = scores.means()[chosen.first_metrics[1]]
+    # Known by heart.
+    assert surprisals["memorised"] == min(surprisals[level] for level in LEVELS)
+    assert surprisals["memorized sequences"] < 0.5
+    assert surprisals["random"] > 2.5
+
+
+def test_insertion_points_of_a_run_in_order(model: Explored) -> None:
+    assert list(model.points) == [
+        "adapter (after model.layers.1)",
+        "layer-2 (after model.layers.0)",
+        "layer-10 (after model.layers.2)",
+    ]
+    assert model.metrics("adapter (after model.layers.1)") == list(METRICS)
+    with pytest.raises(ConfigError, match=r"has no insertion point 'x'; choose adapter"):
+        model.metrics("x")
+
+
+def test_each_point_reads_as_its_layer_alone(run: Path, model: Explored) -> None:
+    texts = {A: "the cat sat on the mat", B: "b" * 700}  # longer than the context
+    for point, name in zip(model.points, ("adapter", "layer-2", "layer-10"), strict=True):
+        alone = philens.load(make_llama(), run / name)
+        expected = score(alone, character_tokenizer(), list(texts.values()), metrics=list(METRICS))
+        for one, other in zip(model.read(texts, point, METRICS, Job()), expected, strict=True):
+            assert list(one.columns) == list(METRICS)
+            for column in METRICS:
+                np.testing.assert_allclose(one.columns[column], other.columns[column], rtol=1e-4, atol=1e-5)
+            assert one.provenance["insertion_point"] == point
+
+
+def test_each_layer_of_an_adapter_with_several_is_a_point(run: Path) -> None:
+    both = Explored.open(str(run / "model"), [str(run / "both")])
+    assert list(both.points) == ["both (after model.layers.0)", "both (after model.layers.2)"]
+    assert "surprisal_with_layer" not in both.metrics("both (after model.layers.0)")
+    lens = philens.load(make_llama(), run / "both")
+    expected = score(lens, character_tokenizer(), "the cat sat")[0]
+    for point, path in zip(both.points, lens.module_paths, strict=True):
+        found = both.read({A: "the cat sat"}, point, PHI, Job())[0]
+        assert list(found.columns) == PHI
+        np.testing.assert_allclose(found.phi, expected.columns[f"phi@{path}"], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_named_and_those_of_a_sweep(run: Path) -> None:
+    named = Explored.open(str(run / "model"), [str(run / "layer-2"), str(run / "both")])
+    assert [point.split()[0] for point in named.points] == ["layer-2", "both", "both"]
+    swept = Explored.open(str(run / "model"), [str(run)])
+    assert [point.split()[0] for point in swept.points] == ["adapter", "layer-2", "layer-10"]
+    with pytest.raises(AdapterError):
+        Explored.open(str(run / "model"), [str(run / "nothing")])
+    with pytest.raises(ConfigError, match="No PHi layer was named"):
+        Explored.open(str(run / "model"))
+    with pytest.raises(ConfigError, match="give --model too"):
+        open_all(None, ["x"])
+
+
+def test_a_job_counts_and_stops_at_the_next_block(model: Explored) -> None:
+    point = next(iter(model.points))
+    job = Job()
+    model.read({A: "a" * 2_000}, point, PHI, job)
+    assert job.done == job.total > 3
+    assert job.share == 1.0
+
+    class Early(Job):
+        def step(self, *ignored: Any) -> None:
+            super().step()
+            if self.done == 4:
+                self.stop()
+
+    early = Early()
+    with pytest.raises(Stopped):
+        model.read({A: "a" * 2_000}, point, PHI, early)
+    assert early.done == 4 < early.total
+    early = Early()
+    with pytest.raises(Stopped):
+        model.write("abc", point, 50, early)
+    assert early.done == 4
+    # The base is as it was: no hook, no layer, nobody holds it.
+    again = model.read({A: "abcd"}, point, PHI, Job())[0]
+    alone = score(
+        philens.load(make_llama(), model.points[point].lens.source or ""), character_tokenizer(), "abcd"
+    )
+    np.testing.assert_allclose(again.phi, alone[0].phi, rtol=1e-4, atol=1e-5)
+
+
+def test_a_job_that_waits_for_the_model_can_be_stopped(model: Explored) -> None:
+    point, job, outcome = next(iter(model.points)), Job(), []
+
+    def wait() -> None:
+        try:
+            model.read({A: "abc"}, point, PHI, job)
+        except Stopped:
+            outcome.append("stopped")
+
+    with model._lock:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert job.share is None
+        job.stop()
+        thread.join(10)
+    assert outcome == ["stopped"]
+    assert job.done == 0
+
+
+def test_writing(model: Explored) -> None:
+    point, job = next(iter(model.points)), Job()
+    text = model.write("abc", point, 10, job)
+    assert text.startswith("abc")
+    assert len(text) == 13
+    assert job.text == text
+    assert model.write("abc", point, 10, Job()) == text
+    drawn = {model.write("abc", point, 10, Job(), sample=True, temperature=5.0) for _ in range(4)}
+    assert len(drawn) > 1
+    with pytest.raises(InputError, match="nothing to go on from"):
+        model.write("", point, 10, Job())
+    with pytest.raises(
+        InputError, match=r"has 500 tokens and the model reads 512 at once, .* no room for 13 more"
+    ):
+        model.write("a" * 500, point, 13, Job())
+    with pytest.raises(InputError, match="temperature must be above 0"):
+        model.write("a", point, 1, Job(), sample=True, temperature=0.0)
+
+
+def test_a_session_reads_once_what_is_shown_in_many_ways(model: Explored, monkeypatch: Any) -> None:
+    session, (point, other, _) = Session(100), model.points
+    reads: list[list[str]] = []
+    real = model.read
+
+    def counted(texts: Any, point: str, metrics: Any, job: Job) -> Any:
+        reads.append(list(metrics))
+        return real(texts, point, metrics, job)
+
+    monkeypatch.setattr(model, "read", counted)
+    assert [*session.read(model, point, None, Look())] == []  # nothing was read yet
+    update = last(session.read(model, point, {A: "abc abc"}, Look(), "About it."))
+    assert "About it. Text A: 7 tokens read by the" in update.status
+    assert update.metrics == ("phi", "surprisal")
+    assert not update.busy
+    for look in (Look(palette="grey"), Look(range="own"), Look(("entropy", "margin"))):
+        assert last(session.read(model, point, None, look)).result
+    assert len(reads) == 1
+    last(session.read(model, point, None, Look(("settling_depth", "phi"))))
+    assert len(reads) == 2
+    assert {"settling_depth", "phi", "entropy"} <= set(reads[1])
+    last(session.read(model, point, None, Look(("settling_depth", "phi"))))
+    assert len(reads) == 2
+    update = last(session.read(model, other, None, Look()))
+    assert len(reads) == 3
+    assert session.scores[0].provenance["insertion_point"] == other
+    # A column that is not there gives way to one that is.
+    assert last(session.read(model, other, None, Look(("phi_standard_error", "phi")))).metrics == (
+        "phi",
+        "phi",
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "look", "said"),
+    [
+        ({A: ""}, Look(), "Text A is empty; paste a text"),
+        ({A: "a", B: "b" * 101}, Look(), "Text B has 101 characters and this page reads 100 at most"),
+        ({A: "a\ud800"}, Look(), "holds half a character"),
+        ({A: "a"}, Look(range="fixed", low=3, high=3), "cannot go from 3 to 3"),
+    ],
+)
+def test_what_cannot_be_read_is_a_sentence(model: Explored, texts: Any, look: Look, said: str) -> None:
+    session, point = Session(100), next(iter(model.points))
+    update = last(session.read(model, point, texts, look))
+    assert said in update.status
+    assert 'role="alert"' in update.status
+    assert update.result is None
+    assert last(session.read(model, point, {A: "abc"}, Look())).result  # and it goes on
+
+
+def test_whatever_a_model_raises_is_a_sentence(model: Explored, monkeypatch: Any, caplog: Any) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of <b>memory</b>")
+
+    monkeypatch.setattr(model, "read", fail)
+    update = last(Session(100).read(model, next(iter(model.points)), {A: "abc"}, Look()))
+    assert "did not work (RuntimeError); the terminal says more" in update.status
+    assert "out of <b>memory</b>" in caplog.text
+
+
+def test_cancelled_superseded_and_left(model: Explored) -> None:
+    session, point, long = Session(10**6), next(iter(model.points)), {A: "a" * 60_000}
+    going = session.read(model, point, long, Look())
+    first = next(going)
+    assert first.busy
+    assert "<progress" in first.status
+    assert session.stop()
+    assert "Cancelled." in last(going).status
+    assert not session.stop()
+    # Another reading takes the place of one that goes on, which then says nothing more.
+    going = session.read(model, point, long, Look())
+    next(going)
+    assert last(session.read(model, point, {A: "abc"}, Look())).result
+    assert [*going] == []
+    # The tab was closed.
+    going = session.read(model, point, long, Look())
+    next(going)
+    job = session._job
+    going.close()
+    assert job is not None
+    with pytest.raises(Stopped):
+        job.check()
+
+
+def test_characters_that_a_tokenizer_lacks_are_named(model: Explored) -> None:
+    update = last(Session(100).read(model, next(iter(model.points)), {A: "naïve → é é"}, Look()))
+    assert "does not know and reads as one and the same: ï → é" in update.status
+    assert update.result
+
+
+def test_sessions_are_apart(model: Explored) -> None:
+    sessions, point = Sessions(100, limit=2), next(iter(model.points))
+    one, two = sessions.of("one"), sessions.of("two")
+    assert sessions.of("one") is one
+    last(one.read(model, point, {A: "abc"}, Look()))
+    assert two.scores == []
+    assert one.key != two.key
+    assert sessions.keyed(two.key) is two
+    assert sessions.keyed("x") is None
+    sessions.of("three")  # the one left longest goes
+    assert sessions.keyed(two.key) is None
+    assert sessions.keyed(one.key) is one
+    sessions.end("one")
+    assert sessions.keyed(one.key) is None
+    sessions.end_all()
+    assert not sessions._by_hash
+
+
+def test_exports(model: Explored) -> None:
+    session, point = Session(100), next(iter(model.points))
+    for file in EXPORTS:
+        with pytest.raises(InputError, match="read a text first"):
+            session.export(file)
+    last(session.read(model, point, {A: 'a,"b\n', B: "<b>"}, Look(("phi", "phi"))))
+    page = session.export("page.html").decode()
+    assert "&lt;b&gt;" not in page  # a piece is a character
+    assert page.count('title="&lt;: phi') == 1
+    import io
+
+    import pandas as pd
+
+    table = pd.read_csv(io.BytesIO(session.export("scores.csv")), keep_default_na=True)
+    assert table["token"].tolist() == list('a,"b\n<b>')
+    assert table["text"].tolist() == [A] * 5 + [B] * 3
+    np.testing.assert_allclose(table["phi"][:5], session.scores[0].phi, rtol=1e-5)
+    assert session.export("figure-0.png")[:4] == session.export("figure-1.png")[:4] == b"\x89PNG"
+    with pytest.raises(InputError):
+        session.export("../secret")
+
+
+def test_a_marked_span(model: Explored) -> None:
+    session, point = Session(100), next(iter(model.points))
+    assert "read one first" in session.marked(0, 0, 1)
+    last(session.read(model, point, {A: "abc <i> def"}, Look()))
+    markup = session.marked(0, 6, 4)  # in either order
+    assert "tokens 4 to 6 (3)" in markup
+    assert "<q>&lt;i&gt;</q>" in markup
+    for values in session.scores[0].columns.values():
+        assert f"<b>{values[4:7].mean():.3f}</b>" in markup
+        assert f"(whole text {np.nanmean(values):.3f})" in markup
+    assert "token 0:" in session.marked(0, 0, 0)
+    assert "<b>none</b>" in session.marked(0, 0, 0)  # of surprisal, which the first token has not
+    for first, end in ((-1, 2), (0, 11)):
+        assert "Text A has tokens 0 to 10" in session.marked(0, first, end)
+    assert "no such text" in session.marked(1, 0, 1)
+
+
+def test_the_markup_of_hostile_text_has_no_element_of_it(model: Explored) -> None:
+    class Elements(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: set[str] = set()
+            self.attributes: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.found.add(tag)
+            self.attributes |= {name for name, _ in attrs}
+
+    point = next(iter(model.points))
+    hostile = "</span><script>x</script>\"'><img onerror=x>\x00\u202e\u200b &amp; {{x}} ${y}\n\t"
+    session, plain = Session(1_000), Session(1_000)
+    parsers = []
+    for one, text in ((session, hostile), (plain, "a" * len(hostile))):
+        update = last(one.read(model, point, {A: text, B: text}, Look()))
+        parser = Elements()
+        parser.feed((update.result or "") + one.marked(0, 0, len(text) - 1) + update.status)
+        parsers.append(parser)
+    assert parsers[0].found == parsers[1].found
+    assert parsers[0].attributes == parsers[1].attributes
+    assert "script" not in parsers[0].found
+
+
+def test_scales_and_what_is_highest(model: Explored) -> None:
+    point = next(iter(model.points))
+    one, two = model.read({A: "abc abd " * 9, B: "zzzz"}, point, PHI, Job())
+    shared, own = Look(), Look(range="own")
+    assert shared.scale("phi", one, [one, two]) == shared.scale("phi", two, [one, two])
+    assert own.scale("phi", one, [one, two]) != own.scale("phi", two, [one, two])
+    fixed = Look(range="fixed", low=-1, high=2).scale("phi", one, [one])
+    assert (fixed.low, fixed.high) == (-1, 2)
+    markup = view.result([one, two], shared, "export/x")
+    rows = [int(n) for n in re.findall(r'data-go="(\d+)"', markup)]
+    assert rows[:10] == (np.argsort(-one.phi[1:], kind="stable")[:10] + 1).tolist()
+    assert len(rows) == 13  # the second text has three tokens beside its first
+    assert markup.count("<svg") == 4
+    assert "figure-1.png" in markup
+    gone = replace(one, columns={**one.columns, "surprisal": np.full(len(one), np.nan, np.float32)})
+    assert "NaN" not in view.result([gone], Look(("surprisal", "phi")), "export/x")
+
+
+@pytest.fixture
+def error_of(capsys: Any) -> Callable[..., str]:
+    def run(*words: Any) -> str:
+        code = cli.main(["explore", *map(str, words)])
+        captured = capsys.readouterr()
+        assert code == 2
+        assert re.fullmatch(r"philens: error: [^\n]+\.\n", captured.err), captured.err
+        return captured.err
+
+    return run
+
+
+def test_errors_of_the_command(error_of: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = error_of("--port", port)
+        assert (
+            f"Cannot listen on 127.0.0.1 port {port} (Address already in use); choose another --port" in said
+        )
+    assert "--port must lie between 0 (any that is free) and 65535, not 70000." in error_of("--port", 70_000)
+    assert "--max-characters must be at least 1, not 0." in error_of("--max-characters", 0)
+    assert "Cannot listen on 203.0.113.1 port 0" in error_of("--host", "203.0.113.1", "--port", 0)
+    assert "An adapter belongs to a base model" in error_of("--adapter", "x", "--port", 0)
+    assert "No PHi layer was named" in error_of("--model", tmp_path, "--port", 0)
+    assert "no option --prot" in error_of("--prot", 1)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "philens explore needs gradio: install it with `pip install 'philens[explore]'`." in error_of()
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_others_are_let_in_only_if_asked_for(
+    host: str, warns: bool, run: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    from philens.explore import server
+
+    pytest.importorskip("gradio", reason="Gradio is not installed.")
+    served = []
+    monkeypatch.setattr(server, "serve", lambda app, listening: served.append(listening.getsockname()[0]))
+    said: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        server.explore(str(run), [], None, "auto", False, host, 0, 100, said.append)
+    assert served == ["0.0.0.0" if warns else "127.0.0.1"]
+    assert re.fullmatch(rf"Open http://{host}:\d+ in a browser; Ctrl\+C stops it\.", said[0])
+    assert ("Whoever reaches 0.0.0.0 can use this model" in caplog.text) == warns
+
+
+def test_answers_allow_nothing_from_elsewhere(model: Explored) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed.")
+    from fastapi.testclient import TestClient
+
+    from philens.explore.app import build
+    from philens.explore.server import application
+
+    sessions = Sessions(100)
+    page = build({model.name: model}, sessions)
+    assert page.analytics_enabled is False
+    with TestClient(application(page, sessions)) as client:
+        answer = client.get("/")
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert "fonts.googleapis" not in answer.text
+        assert client.get("/export/x/scores.csv").status_code == 404
+        session = sessions.of("one")
+        assert client.get(f"/export/{session.key}/scores.csv").status_code == 404
+        last(session.read(model, next(iter(model.points)), {A: "abc"}, Look()))
+        answer = client.get(f"/export/{session.key}/scores.csv")
+        assert answer.headers["content-disposition"] == 'attachment; filename="philens-scores.csv"'
+        assert answer.text.startswith("token,token_id,start,end,phi,surprisal")
+        assert client.get(f"/export/{session.key}/recipe.yaml").status_code == 404
+    assert issubclass(InputError, PhilensError)

@@ -1,0 +1,455 @@
+"""`philens explore` used in a real browser: typed into, clicked, read, dark, small, and by keyboard alone.
+
+With PHILENS_SCREENSHOTS=docs/images the pictures of docs/explore.md are taken on the way.
+"""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from browser import chromium, open_browser
+from philens.explore.examples import examples
+
+MOST = 40_000
+HOSTILE = (
+    '<img src=x onerror="window.hit=1"><script>window.hit=1</script></div></span>'
+    """&lt;b&gt; ${1+1} {{value}} "'"""
+)
+WAIT = 30_000
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a real server with the shipped models."""
+    chromium()
+    pytest.importorskip("gradio", reason="Gradio is not installed.")
+    command = [sys.executable, "-m", "philens", "explore", "--port", "0", "--max-characters", str(MOST)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if found is None:
+            process.kill()
+            pytest.fail(f"{line} {process.communicate()[1]}")
+        yield found[0]
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Any, server: str) -> Iterator[Any]:
+    """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
+    contexts, wrong = [], []
+
+    def open_tab(**options: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: _from(server, request.url) or wrong.append(request.url))
+        page.goto(server)
+        page.wait_for_selector("#result .reading")
+        return page
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def _from(server: str, url: str) -> bool:
+    return url.startswith((server, "data:", f"blob:{server}"))
+
+
+def shown(page: Any, section: int = 0, pane: int = 0) -> str:
+    """The text in a pane."""
+    return page.evaluate(
+        """([section, pane]) => {
+          const found = document.querySelectorAll('.reading')[section]?.querySelectorAll('.text')[pane];
+          return found ? found.textContent.replaceAll('⏎\\n', '\\n') : '';
+        }""",
+        [section, pane],
+    )
+
+
+def wait_shown(page: Any, text: str, section: int = 0) -> None:
+    page.wait_for_function(
+        """([text, section]) => document.querySelectorAll('.reading')[section]
+          ?.querySelector('.text').textContent.replaceAll('⏎\\n', '\\n') === text""",
+        arg=[text, section],
+    )
+
+
+def read(page: Any, text: str) -> None:
+    """Type a text and press Read."""
+    page.get_by_label("Text A", exact=True).first.fill(text)
+    page.get_by_role("button", name="Read", exact=True).click()
+
+
+def formal(page: Any, name: str = "random") -> str:
+    """Choose an example of the formal-language model, whose tokens are characters."""
+    page.get_by_role("button", name=name, exact=True).click()
+    text = examples()[name].text
+    wait_shown(page, text)
+    return text
+
+
+def choose(page: Any, label: str, option: str) -> None:
+    """An option of one of Gradio's lists."""
+    page.get_by_label(label, exact=True).click()
+    page.locator("ul[role=listbox]").get_by_role("option", name=option).first.click()
+
+
+def wait_status(page: Any, pattern: str) -> str:
+    page.wait_for_function(
+        "(pattern) => new RegExp(pattern).test(document.querySelector('#status').textContent)", arg=pattern
+    )
+    return page.locator("#status").inner_text()
+
+
+def classes(page: Any, section: int = 0, pane: int = 0) -> list[str]:
+    return page.evaluate(
+        """([section, pane]) => [...document.querySelectorAll('.reading')[section]
+          .querySelectorAll('.text')[pane].children].map((token) => token.classList[0])""",
+        [section, pane],
+    )
+
+
+def kept(page: Any, name: str) -> bytes:
+    """What a link of the panel Keep downloads."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name=name).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def table(page: Any) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(kept(page, "CSV")), keep_default_na=True)
+
+
+def photograph(page: Any, name: str, full: bool = False) -> None:
+    if folder := os.environ.get("PHILENS_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full)
+
+
+def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
+    page = visit()
+    text = formal(page, "in context language")
+    assert shown(page, 0, 0) == shown(page, 0, 1) == text
+    assert page.locator("#status").inner_text().startswith("A new automaton")
+    scores = table(page)
+    assert "".join(scores["token"]) == text
+    assert list(scores.columns[-3:]) == ["phi", "surprisal_with_layer", "text"]
+    phi = scores["phi"].to_numpy()
+    # Colours follow the values; the first token has no surprisal.
+    left, right = ([int(c[1:]) if c != "none" else -1 for c in classes(page, 0, pane)] for pane in (0, 1))
+    assert all(np.diff(np.array(left)[np.argsort(phi)]) >= 0)
+    assert right[0] == -1
+    assert min(right[1:]) >= 0
+    # Hover.
+    page.locator(".text").first.locator("span").nth(12).hover()
+    said = page.locator(".ph-tip").inner_text()
+    assert said.startswith(f"token 12  {text[12]}")
+    assert f"{phi[12]:.3f}" in said
+    assert f"{scores['surprisal_with_layer'][12]:.3f}" in said
+    page.mouse.move(5, 5)
+    page.wait_for_selector(".ph-tip", state="hidden")
+    # The highest tokens, the first one left out.
+    highest = [int(n) for n in page.locator(".highest [data-go]").all_inner_texts()]
+    assert highest == (np.argsort(-phi[1:], kind="stable")[:10] + 1).tolist()
+    page.locator(".highest [data-go]").first.click()
+    assert page.evaluate("document.activeElement.active") == highest[0]
+    # A step for each token, and the values at the pointer.
+    assert page.locator("svg.p0 path").get_attribute("d").count("H") == len(text)
+    page.locator("svg.p0").scroll_into_view_if_needed()
+    box = page.locator("svg.p0").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 20.5 / len(text), box["y"] + 5)
+    assert page.locator(".ph-tip").inner_text().startswith("token 20")
+    # Means, the page by itself, and the figure.
+    assert f"{phi.mean():.3f}" in page.locator(".means").inner_text()
+    markup = kept(page, "Stand-alone page").decode()
+    HTMLParser().feed(markup)
+    assert "<script" not in markup
+    assert markup.count('<span class="c') + markup.count('<span class="none') >= 2 * len(text)
+    assert kept(page, "Figure (PNG)").startswith(b"\x89PNG\r\n")
+
+
+def test_text_is_only_text(visit: Any) -> None:
+    page = visit()
+    formal(page)
+    read(page, HOSTILE)
+    wait_shown(page, HOSTILE)
+    assert page.evaluate("window.hit") is None
+    assert (
+        page.evaluate("document.querySelectorAll('#result img, #result script, #result iframe').length") == 0
+    )
+    assert page.evaluate("[...document.querySelectorAll('.text *')].every((e) => e.tagName === 'SPAN')")
+    assert "".join(table(page)["token"]) == HOSTILE
+    page.locator(".text").first.locator("span").first.click()
+    for _ in range(len(HOSTILE) - 1):
+        page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_function("document.querySelector('#marked q')?.textContent.startsWith('<img src=x')")
+    assert page.locator("#marked q *").count() == 0
+    assert page.evaluate("window.hit") is None
+
+
+def test_what_cannot_be_read_is_said(visit: Any) -> None:
+    page = visit()
+    formal(page)
+    read(page, "")
+    assert "Text A is empty; paste a text" in wait_status(page, "is empty")
+    assert page.locator("#status [role=alert]").count() == 1
+    read(page, "a" * (MOST + 1))
+    said = wait_status(page, "characters and this page")
+    assert f"Text A has {MOST + 1:,} characters and this page reads {MOST:,} at most" in said
+    assert page.locator("#ph-count.over").inner_text() == f"{MOST + 1:,} of {MOST:,} characters"
+    read(page, "abc → dé")
+    said = wait_status(page, "does not know")
+    assert said.endswith("reads as one and the same: → é")
+    wait_shown(page, "abc → dé")
+    page.get_by_role("button", name="Write on").click()  # that is read, too: nothing is wrong with it
+    wait_status(page, "tokens read")
+
+
+def test_by_keyboard_alone(visit: Any) -> None:
+    page = visit()
+
+    def tab_to(script: str, most: int = 60) -> None:
+        for _ in range(most):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"(() => {{ const e = document.activeElement; return {script}; }})()"):
+                outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                assert outline != "none"
+                return
+        pytest.fail(f"The Tab key does not lead to {script}")
+
+    tab_to("e.textContent.trim() === 'random'")
+    page.keyboard.press("Enter")
+    wait_shown(page, examples()["random"].text)
+    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.get_by_role("heading", level=1).click()
+    tab_to("e.closest('#text-a') && e.tagName === 'TEXTAREA'")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("abc abc abd dba cab")
+    tab_to("e.id === 'read'")
+    page.keyboard.press("Enter")
+    wait_shown(page, "abc abc abd dba cab")
+    tab_to("e.classList.contains('text')")
+    assert page.evaluate("document.activeElement.active") == 0
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".ph-tip").inner_text().startswith("token 4")
+    assert "phi" in page.evaluate("document.querySelector('#ph-active').getAttribute('aria-label')")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_selector("#marked .marking[data-first='4'][data-last='6']")
+    assert page.locator(".text").first.locator("[aria-selected=true]").count() == 3
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.active") == 18
+    page.keyboard.press("Home")
+    page.keyboard.press("Escape")
+    assert page.locator("[aria-selected=true].marked").count() == 0
+    # One stop for each pane, not for each token.
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.pane')?.dataset.metric") == "surprisal_with_layer"
+    tab_to("e.dataset.go")
+    tab_to("e.classList.contains('export')")
+    tab_to("e.closest('#mark-from')")
+    # Every control has a name.
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('input, textarea, button, select')].filter((e) => e.offsetParent
+          && !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim() || e.title)).length"""
+    )
+    assert nameless == 0
+
+
+def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
+    page = visit()
+    text = formal(page)
+    scores = table(page)
+    tokens = page.locator(".text").first.locator("span")
+    tokens.nth(2).scroll_into_view_if_needed()
+    start, end = tokens.nth(2).bounding_box(), tokens.nth(9).bounding_box()
+    page.mouse.move(start["x"] + 1, start["y"] + start["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(end["x"] + end["width"] - 1, end["y"] + end["height"] / 2, steps=5)
+    page.mouse.up()
+    page.wait_for_selector("#marked .marking[data-first='2'][data-last='9']")
+    said = page.locator("#marked").inner_text()
+    assert "Text A, tokens 2 to 9 (8)" in said
+    assert text[2:10] in said
+    for column in ("phi", "surprisal_with_layer"):
+        assert f"{scores[column][2:10].mean():.3f}" in said
+        assert f"{scores[column].mean():.3f}" in said
+    assert page.locator("#mark-from input").input_value() == "2"
+    page.locator("#mark-from input").fill("20")
+    page.locator("#mark-to input").fill("29")
+    page.wait_for_selector("#marked .marking[data-first='20'][data-last='29']")
+    page.wait_for_function("document.querySelectorAll('.text')[1].children[25].classList.contains('marked')")
+    assert f"{scores['phi'][20:30].mean():.3f}" in page.locator("#marked").inner_text()
+    page.locator("#mark-to input").fill("99999")
+    page.wait_for_selector("#marked [role=alert]")
+    assert f"Text A has tokens 0 to {len(text) - 1}" in page.locator("#marked").inner_text()
+
+
+def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
+    page = visit()
+    text = formal(page)
+    choose(page, "Right pane", "entropy")
+    page.wait_for_selector(".pane[data-metric=entropy]")
+    assert {"phi", "entropy"} <= set(table(page).columns)
+    choose(page, "Left pane", "settling depth")
+    page.wait_for_selector(".pane[data-metric=settling_depth]")
+    choose(page, "Left pane", "phi")
+    page.wait_for_selector(".pane[data-metric=phi]")
+    choose(page, "Right pane", "surprisal with layer")
+    page.wait_for_selector(".pane[data-metric=surprisal_with_layer]")
+    ground = "getComputedStyle(document.querySelectorAll('.text > .c0')[0]).backgroundColor"
+    coloured = page.evaluate(ground)
+    choose(page, "Palette", "grey")
+    page.wait_for_selector(".ph.grey")
+    assert page.evaluate(ground) != coloured
+    choose(page, "Palette", "colour")
+    page.wait_for_selector(".ph.colour")
+    # A second text: one scale for both, then each its own, then a fixed one.
+    page.get_by_role("button", name="Compare with a second text").click()
+    second = examples()["in context language"].text
+    page.get_by_label("Text B", exact=True).first.fill(second)
+    page.get_by_role("button", name="Read", exact=True).click()
+    wait_shown(page, second, 1)
+    assert shown(page, 0) == text
+    scores = table(page)
+    means = scores.groupby("text")["phi"].mean()
+    assert means["Text B"] > means["Text A"]
+    rows = page.locator(".means tr").all_inner_texts()
+    assert f"{means['Text A']:.3f}" in rows[1]
+    assert f"{means['Text B']:.3f}" in rows[2]
+    shared, own = [page.locator(".ticks").nth(n).inner_text() for n in (0, 2)], classes(page, 0)
+    assert shared[0] == shared[1]
+    page.evaluate("window.scrollTo(0, 0)")
+    photograph(page, "explore_compare", full=True)
+    choose(page, "Colour scale", "each text's own")
+    page.wait_for_function(
+        "new Set([0, 2].map((n) => document.querySelectorAll('.ticks')[n].textContent)).size === 2"
+    )
+    assert classes(page, 0) != own
+    choose(page, "Colour scale", "from … to …")
+    page.wait_for_function("document.querySelectorAll('.ticks')[0].textContent === '0510 and more'")
+    page.get_by_label("to", exact=True).fill("4")
+    page.wait_for_function("document.querySelectorAll('.ticks')[3].textContent === '024 and more'")
+    page.get_by_label("from", exact=True).fill("5")
+    wait_status(page, "cannot go from 5 to 4")
+
+
+def test_writing_on(visit: Any) -> None:
+    page = visit()
+    formal(page)
+    page.get_by_role("button", name="How the model writes on").click()
+    page.get_by_label("Tokens at most").fill("12")
+    page.get_by_label("Text A", exact=True).first.fill("abcab abcab abc")
+    page.get_by_role("button", name="Write on", exact=True).click()
+    page.wait_for_function("document.querySelector('.text').children.length === 27")
+    assert shown(page).startswith("abcab abcab abc")
+    assert page.get_by_label("Text A", exact=True).first.input_value() == shown(page)
+    page.get_by_label("Text A", exact=True).first.fill("")
+    page.get_by_role("button", name="Write on", exact=True).click()
+    wait_status(page, "Text A is empty")
+
+
+def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any) -> None:
+    page = visit()
+    text = formal(page)
+    read(page, "abcde " * (MOST // 6))
+    page.wait_for_selector("#status progress")
+    page.wait_for_function("+document.querySelector('#status progress')?.value > 0")
+    cancel = page.get_by_role("button", name="Cancel", exact=True)
+    assert cancel.is_enabled()
+    cancel.click()
+    assert wait_status(page, "Cancelled") == "Cancelled."
+    assert shown(page) == text  # what was read before is still there
+    assert not cancel.is_enabled()
+    began = time.monotonic()
+    read(page, "abc abc")  # and the model is free
+    wait_shown(page, "abc abc")
+    assert time.monotonic() - began < 20
+
+
+def test_two_tabs_do_not_mix(visit: Any) -> None:
+    one, two = visit(), visit()
+    for page in (one, two):
+        formal(page)
+    texts = ["aaaa bbbb aaaa bbbb", "cdef cdef"]
+    for page, text in zip((one, two), texts, strict=True):
+        page.get_by_label("Text A", exact=True).first.fill(text)
+    for page in (one, two):
+        page.get_by_role("button", name="Read", exact=True).click()
+    for page, text in zip((one, two), texts, strict=True):
+        wait_shown(page, text)
+        assert "".join(table(page)["token"]) == text
+    links = [page.locator(".export").first.get_attribute("href") for page in (one, two)]
+    assert links[0] != links[1]
+    choose(one, "Palette", "grey")
+    one.wait_for_selector(".ph.grey")
+    assert two.locator(".ph.colour").count()
+
+
+def test_dark_and_light_follow_the_system(visit: Any) -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        page = visit(color_scheme=scheme)
+        ink, ground = page.evaluate(
+            """['color', 'backgroundColor'].map((name) => getComputedStyle(name === 'color' ?
+              document.querySelector('.ph h3') : document.body)[name].match(/[\\d.]+/g).slice(0, 3)
+              .reduce((sum, part) => sum + +part, 0))"""
+        )
+        grounds.append(ground)
+        assert abs(ink - ground) > 380  # of 765
+        page.evaluate("window.scrollTo(0, 0)")
+        photograph(page, "explore" if scheme == "light" else "explore_dark")
+    assert grounds[0] > 700
+    assert grounds[1] < 150
+
+
+def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
+    page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    formal(page)
+    page.get_by_role("button", name="Compare with a second text").click()
+    read(page, "abcdefgh" * 60)
+    wait_shown(page, "abcdefgh" * 60)
+    page.locator(".text").first.locator("span").nth(30).tap()
+    assert page.locator(".ph-tip").inner_text().startswith("token 30")
+    page.locator("#mark-from input").fill("3")
+    page.locator("#mark-to input").fill("9")
+    page.wait_for_selector("#marked .marking")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.querySelector('.ph-tip').getBoundingClientRect().right") <= 390
+    formal(page, "in context language")
+    page.evaluate("document.querySelector('#status').scrollIntoView()")
+    photograph(page, "explore_phone")
