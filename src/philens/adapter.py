@@ -23,8 +23,8 @@ import philens
 from philens import hub
 from philens.card import model_card
 from philens.errors import AdapterError, ConfigError, OutputError, PhilensError
-from philens.files import load_weights, read_json, read_safetensors, written_whole
-from philens.layer import PHiConfig
+from philens.files import check_weights, file_hash, load_weights, read_json, read_safetensors, written_whole
+from philens.layer import PHiConfig, PHiLayer
 from philens.model import PHiModel, attach
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safetensors", "README.md"
 # Precisions that bases are loaded in; weights read in either are the same for a base loaded in float32.
 _READINGS = (torch.bfloat16, torch.float16)
+_KEYS = {"format", "phi", "module_paths", "hidden_size", "base", "training", "versions", "weights_sha256"}
+_OWN_HASH = "config_sha256"
 
 
 @torch.no_grad()
@@ -149,14 +151,16 @@ def save_adapter(
     with written_whole(folder) as staging:
         weights = {name: value.detach().cpu().contiguous() for name, value in lens.phi.state_dict().items()}
         save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        description["weights_sha256"] = _file_hash(staging / WEIGHTS_FILE)
+        description["weights_sha256"] = file_hash(staging / WEIGHTS_FILE)
+        description[_OWN_HASH] = _hash_of(description)
         (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hash_of(description: Mapping[str, Any]) -> str:
+    """SHA-256 of what an adapter's configuration says, in hexadecimal, its own hash aside."""
+    rest = {key: value for key, value in description.items() if key != _OWN_HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def push_to_hub(
@@ -249,6 +253,7 @@ def load(
         config = replace(config, mode=mode, pressure=pressure)
     _check_base(description["base"], base, source)
     weights = read_safetensors(folder / WEIGHTS_FILE)
+    _check_weights(config, description["hidden_size"], weights, folder)
     try:
         lens = attach(base, config)
     except PhilensError as error:
@@ -258,8 +263,13 @@ def load(
             belongs, goes = (", ".join(p) for p in (description["module_paths"], lens.module_paths))
             raise AdapterError(f"{folder} belongs after {belongs}, not {goes}; it is damaged.")
         load_weights(lens.phi, weights, folder / WEIGHTS_FILE)
-        if _file_hash(folder / WEIGHTS_FILE) != description["weights_sha256"]:
-            raise AdapterError(f"{folder / WEIGHTS_FILE} is not as it was saved; fetch or save it again.")
+        # Adapters of philens 0.1 have no hash of their configuration.
+        for file, found, saved in (
+            (WEIGHTS_FILE, file_hash(folder / WEIGHTS_FILE), description["weights_sha256"]),
+            (CONFIG_FILE, _hash_of(description), description.get(_OWN_HASH, _hash_of(description))),
+        ):
+            if found != saved:
+                raise AdapterError(f"{folder / file} is not as it was saved; fetch or save it again.")
     except AdapterError:
         lens.detach()
         raise
@@ -295,8 +305,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     known = {field.name for field in fields(PHiConfig)}
     saved = base.get("fingerprints") if isinstance(base, dict) else None
     whole = (
-        isinstance(options, dict)
+        set(description) - {_OWN_HASH} == _KEYS
+        and isinstance(options, dict)
         and set(options) == known
+        and isinstance(description["hidden_size"], int)
         and isinstance(saved, dict)
         and all(_is_texts(saved.get(key)) for key in ("weights", "unquantized_weights"))
         and _is_texts(description.get("module_paths"))
@@ -306,6 +318,23 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not whole:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
     return description
+
+
+def _check_weights(config: PHiConfig, hidden_size: int, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise an AdapterError unless these are the weights that the options ask for, at no cost in memory."""
+    count = 1 if config.layers is None else len(config.layers)
+    if count * config.prior_depth > len(weights):
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} holds fewer layers than {CONFIG_FILE} says; it is damaged."
+        )
+    try:
+        with torch.device("meta"):
+            layers = [PHiLayer(hidden_size, config) for _ in range(count)]
+    except (PhilensError, RuntimeError, TypeError, OverflowError) as error:
+        raise _unusable(folder, error) from error
+    check_weights(
+        layers[0] if config.layers is None else nn.ModuleList(layers), weights, folder / WEIGHTS_FILE
+    )
 
 
 def _is_texts(value: Any) -> bool:

@@ -148,38 +148,60 @@ def _typed(command: Callable[..., Any], options: dict[str, Any]) -> dict[str, An
     return typed
 
 
+def parse(arguments: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """A command line as a command and what it is called with, recipe keys among it as texts.
+
+    Raises:
+        ConfigError: no such command or option, or a value of the wrong kind.
+    """
+    words, command = _find_command(arguments)
+    keys: dict[str, str] = {}
+    if command is not None:
+        own, keys = split_keys(command, arguments[len(words) :])
+        arguments = [*words, *own]
+    options = vars(_parser().parse_args(arguments))
+    return options["run"], {**_typed(options["run"], options), **keys}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 if the user stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us; a file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("philens").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        parser = _parser()
         if not arguments:
-            parser.print_help(sys.stderr)
+            _parser().print_help(sys.stderr)
             return 2
-        words, command = _find_command(arguments)
-        keys: dict[str, str] = {}
-        if command is not None:
-            own, keys = split_keys(command, arguments[len(words) :])
-            arguments = [*words, *own]
-        options = vars(parser.parse_args(arguments))
-        command = options["run"]
-        return command(**_typed(command, options), **keys) or 0
+        command, options = parse(arguments)
+        code = command(**options) or 0
+        sys.stdout.flush()  # Python would do it too late to say that the disk is full
+        return code
     except BrokenPipeError:  # `philens score ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 141
     except (PhilensError, OSError) as error:
         sys.stderr.write(f"philens: error: {_sentence(error)}\n")
+        _drop_output()
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("philens: stopped; the same command goes on from the last checkpoint.\n")
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
+
+
+def _drop_output() -> None:
+    """Forget what standard output does not take; Python would complain of it at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _sentence(error: Exception) -> str:

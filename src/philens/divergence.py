@@ -75,7 +75,9 @@ def contrastive_loss(z: Tensor, mean: Tensor, logvar: Tensor, negatives: Tensor 
     posterior is a quadratic form, so two batched matrix products give all pairs, a stretch of T at a time.
 
     Args:
-        z, mean, logvar: (B, T, L), float32.
+        z: (B, T, L) latents, float32.
+        mean: (B, T, L) of the posterior, float32.
+        logvar: (B, T, L) of the posterior, float32.
         negatives: (B, T) bool, latents that may serve as negatives; None means all.
 
     Returns:

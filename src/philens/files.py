@@ -4,8 +4,10 @@ Nothing here, or anywhere in philens, unpickles.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from philens.errors import AdapterError, OutputError
 # Far above any configuration, far below what would fill the memory.
 MAX_JSON_BYTES = 1 << 20
 _LOCK_FILE = ".lock"
+# The checksums of a folder's files, as `sha256sum -c` reads them.
+SUMS_FILE = "SHA256SUMS"
 
 
 @contextlib.contextmanager
@@ -131,6 +135,25 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
         AdapterError: there is no such file, or it holds something else.
     """
+    try:
+        value = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(
+            f"{path} is not readable as JSON ({error}); it is damaged or something else."
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} does not hold a JSON object; it is damaged or something else.")
+    return value
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The text of a file in UTF-8 of at most `limit` bytes.
+
+    Raises:
+        AdapterError: there is no such file, or it is larger or something else.
+    """
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -139,14 +162,52 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
             raise AdapterError(
                 f"{path} is larger than {limit} bytes; it is damaged or something else than a configuration."
             )
-        value = json.loads(text.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return text.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(
-            f"{path} is not readable as JSON ({error}); it is damaged or something else."
+            f"{path} is not readable as text ({error}); it is damaged or something else."
         ) from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} does not hold a JSON object; it is damaged or something else.")
-    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        AdapterError: there is no such file, or it cannot be read.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"Cannot read {path}: {error.strerror}; check the path.") from error
+
+
+def write_sums(folder: Path) -> None:
+    """Write the checksums of all files in a folder and those below it into the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{file_hash(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Compare a folder's files with the checksums in it, if there are any.
+
+    Raises:
+        AdapterError: a file is missing or not as it was written.
+    """
+    path = folder / SUMS_FILE
+    if not os.path.lexists(path):
+        return
+    found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0].*)", line) for line in read_text(path).splitlines()]
+    for line in found or [None]:
+        if line is None or ".." in Path(line[2]).parts:
+            raise AdapterError(f"{path} does not hold checksums; it is damaged.")
+        if file_hash(folder / line[2]) != line[1]:
+            raise AdapterError(
+                f"{folder / line[2]} is not as it was written; fetch or write it again, or remove "
+                f"{SUMS_FILE} beside it if it was changed on purpose."
+            )
 
 
 def check_file(path: Path) -> None:
@@ -196,8 +257,14 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     """Load a state dict strictly.
 
     Raises:
-        AdapterError: a missing or extra key, or another shape.
+        AdapterError: as `check_weights`.
     """
+    check_weights(module, weights, source)
+    module.load_state_dict(weights)
+
+
+def check_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raise an AdapterError about a missing or extra key, or another shape, of a state dict for `module`."""
     expected = module.state_dict()
     problems = [f"misses {key}" for key in expected.keys() - weights.keys()]
     problems += [f"has an unknown {key}" for key in weights.keys() - expected.keys()]
@@ -211,4 +278,3 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
         raise AdapterError(
             f"{source} does not fit this model: it {min(problems)}{more}; load what was saved for it."
         )
-    module.load_state_dict(weights)

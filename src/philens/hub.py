@@ -4,7 +4,6 @@ A model is fetched first, as plain files without any pickle among them, and then
 """
 
 import contextlib
-import importlib.util
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from philens.errors import AdapterError, ConfigError
+from philens.extras import require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A model's own files. Some repositories hold the same weights in other formats, and pickles: never fetched.
@@ -26,6 +26,9 @@ _CODE = (
     "(trust_remote_code=True)."
 )
 _CARD_BYTES = 1 << 20
+_TEXT_BYTES = 128 << 20  # the largest vocabularies have some 40 MB
+# How configurations of transformers call the number of blocks.
+_BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _INDEX_BYTES = 64 << 20  # the index of a sharded model has a line for each tensor
 
 
@@ -180,6 +183,7 @@ def load_pretrained(
     folder, commit = find(
         os.fspath(name), patterns, "model", "config.json", revision=revision, local_only=local_only
     )
+    _check_folder(folder)
     # Code may live in a repository of its own; all else is here by now.
     options = {
         "trust_remote_code": trust_remote_code,
@@ -195,10 +199,7 @@ def _quantization_config(quantization: str | None, dtype: Any) -> Any:
         return None
     if quantization not in ("int8", "int4"):
         raise ConfigError(f"quantization must be int8, int4 or None, not {quantization!r}.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"A base in {quantization} needs bitsandbytes: install it with `pip install 'philens[quantize]'`."
-        )
+    require("bitsandbytes", "quantize", f"A base in {quantization}")
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -219,8 +220,11 @@ def _load_model(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = _load_config(folder, name, options)
-    _check_weight_files(folder, name)
+    from philens.files import check_sums
+
+    files = _check_weight_files(folder, name)
+    check_sums(folder)
+    config = _load_config(folder, name, options, files)
     try:
         with quiet():
             base, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -247,17 +251,74 @@ def _load_model(
     return base
 
 
-def _load_config(folder: Path, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+def _check_folder(folder: Path) -> None:
+    """Raise an AdapterError unless a model's small files are files, and small."""
+    from philens.files import check_file
+
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in _TEXT_FILES):
+            check_file(path)
+            if path.stat().st_size > _TEXT_BYTES:
+                raise AdapterError(
+                    f"{path} is larger than {_TEXT_BYTES >> 20} MB; it is damaged or something else than a "
+                    "model's."
+                )
+
+
+def _check_sizes(config: Any, folder: Path, files: list[Path]) -> None:
+    """Raise an AdapterError if a configuration asks for more weights than the files can hold.
+
+    transformers takes memory, and time to fill it, for every weight that a configuration asks for.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size = sum(path.stat().st_size for path in files)
+    # A quantized weight may have a single bit.
+    most = size if getattr(config, "quantization_config", None) is None else 8 * size
+    asked = sum(weight.numel() for weight in model.parameters())
+    if asked > most:
+        raise AdapterError(
+            f"{folder / 'config.json'} asks for {asked:,} weights and the files beside it have {size:,} "
+            "bytes; it is damaged or of another model."
+        )
+
+
+def _blocks_in(raw: Any) -> int:
+    """The most blocks that a configuration asks for, that of a part included."""
+    parts = [_blocks_in(part) for part in raw.values() if isinstance(part, dict)]
+    return max([*parts, *(raw[key] for key in _BLOCKS if isinstance(raw.get(key), int))], default=0)
+
+
+def _load_config(
+    folder: Path, name: str | os.PathLike[str], options: dict[str, Any], files: list[Path]
+) -> Any:
     """The model's configuration.
+
+    Args:
+        files: with the model's weights.
 
     Raises:
         AdapterError: it is none, or not that of a causal language model that may be loaded.
     """
+    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
     from philens.files import read_json
 
     raw = read_json(folder / "config.json")
+    tensors = 0
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            tensors += len(weights.keys())
+    if _blocks_in(raw) > tensors:
+        raise AdapterError(
+            f"{folder / 'config.json'} asks for {_blocks_in(raw):,} blocks and the files beside it hold "
+            f"{tensors:,} tensors; it is damaged or of another model."
+        )
     code, architectures = raw.get("auto_map") or {}, raw.get("architectures") or []
     if not (isinstance(code, dict) and isinstance(architectures, list)):
         raise AdapterError(f"{folder / 'config.json'} is not that of a model; it is damaged.")
@@ -290,6 +351,12 @@ def _load_config(folder: Path, name: str | os.PathLike[str], options: dict[str, 
         raise AdapterError(
             f"{name} ({kind}) is not a causal language model; give one that predicts the next token."
         )
+    try:
+        _check_sizes(config, folder, files)
+    except AdapterError:
+        raise
+    except Exception as error:  # the same
+        raise _unusable(name, "model", error) from error
     return config
 
 
@@ -301,8 +368,8 @@ def _unusable(name: str | os.PathLike[str], part: str, error: Exception) -> Adap
     )
 
 
-def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> None:
-    """Raise an AdapterError unless there are whole safetensors files."""
+def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> list[Path]:
+    """The files with a model's weights; raises an AdapterError unless they are whole safetensors files."""
     from philens.files import check_safetensors, read_json
 
     index = folder / "model.safetensors.index.json"
@@ -323,6 +390,7 @@ def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> None:
         raise AdapterError(f"{name} holds no model.safetensors{held}; save the model with safetensors.")
     for file in files:
         check_safetensors(folder / file)
+    return [folder / file for file in files]
 
 
 def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:

@@ -213,7 +213,8 @@ class PHiLayer(nn.Module):
         dimensions are than the rest; without this, so would the steps that the layer's training takes.
 
         Args:
-            mean, deviation: (D,) of the base's hidden states.
+            mean: (D,) of the base's hidden states.
+            deviation: (D,) standard deviation of them.
         """
         self.shift.copy_(mean)
         # A dimension that never changes tells nothing, and must not be blown up.

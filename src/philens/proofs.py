@@ -23,6 +23,10 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 LENGTH = 12  # tokens of a text that is tried; a model's windows and contexts may be longer
 
 
+class Broken(Exception):
+    """A promise does not hold, otherwise than by a difference of values."""
+
+
 class NotApplicable(Exception):
     """A promise that this model does not call for."""
 
@@ -116,12 +120,12 @@ def _gradient(trial: Trial) -> Pairs:
         reached = _leaves(loss)
         gradients = torch.autograd.grad(loss, layer, allow_unused=True)
     if any(id(parameter) in reached for parameter in trial.lens.base.parameters()):
-        raise InputError("the loss reaches parameters of the frozen base")
+        raise Broken("the loss reaches parameters of the frozen base")
     if missing := sum(gradient is None for gradient in gradients):
-        raise InputError(f"the loss does not reach {missing} of the layer's {len(layer)} parameters")
+        raise Broken(f"the loss does not reach {missing} of the layer's {len(layer)} parameters")
     total = sum(float(gradient.float().norm()) for gradient in gradients)
     if not 0 < total < math.inf:
-        raise InputError(f"the norm of the layer's gradient is {total}")
+        raise Broken(f"the norm of the layer's gradient is {total}")
     yield from ()  # nothing to compare
 
 
@@ -290,7 +294,7 @@ def _checkpointing(trial: Trial) -> Pairs:
         for handle in handles:
             handle.remove()
     if len(calls) != len(lens.layers):
-        raise InputError(f"{len(lens.layers)} layers ran {len(calls)} times")
+        raise Broken(f"{len(lens.layers)} layers ran {len(calls)} times")
     yield from zip(found, expected, strict=True)
     yield from _relative(gradients_again, gradients)
 
@@ -310,7 +314,7 @@ def _compiled(trial: Trial) -> Pairs:
     else:
         yield from zip(trial.values(compiled(trial.ids), trial.ids), trial.read(trial.ids), strict=True)
     if counters["stats"]["unique_graphs"] == graphs:
-        raise InputError("nothing was compiled")
+        raise Broken("nothing was compiled")
 
 
 @_promise("saved", "saved and loaded", of_base=False)
@@ -429,7 +433,7 @@ def _try(
     try:
         for found, expected in attempt(trial):
             if found.shape != expected.shape:
-                raise InputError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+                raise Broken(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
             found, expected = found.double(), expected.double()
             differences = (found - expected).abs().masked_fill(found == expected, 0.0)  # or both infinite
             one = float(differences.nan_to_num(torch.inf).max())
@@ -439,6 +443,8 @@ def _try(
                 worst, difference, allowed = share, one, may
     except NotApplicable as reason:
         return None, None, str(reason), None
+    except Broken as reason:
+        return None, None, str(reason), False
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         return None, None, f"{type(error).__name__}: {first}" if first else type(error).__name__, False

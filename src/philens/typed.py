@@ -42,8 +42,17 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     """
     try:
         return _convert(value, kind)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be {describe(kind)}, not {value!r}.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} must be {describe(kind)}, not {shown(value)}.") from None
+
+
+def shown(value: Any) -> str:
+    """A value as a part of a sentence: one line, and not long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = f"a number of {value.bit_length():,} bits"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -52,7 +61,7 @@ def _convert(value: Any, kind: Any) -> Any:
         for option in arguments:
             try:
                 return _convert(value, option)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
     elif origin is Literal:
         if value in arguments:

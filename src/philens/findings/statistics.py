@@ -134,7 +134,10 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 def _combined(first: Estimate, second: Estimate, combine: Callable[[Floats, Floats], Floats]) -> Estimate:
     if len(first.samples) != len(second.samples):
-        raise InputError("Two estimates are compared over the same number of resamples.")
+        raise InputError(
+            f"Two estimates need the same number of resamples, not {len(first.samples)} and "
+            f"{len(second.samples)}."
+        )
     samples = combine(first.samples, second.samples)
     return Estimate(
         value=float(combine(np.array([first.value]), np.array([second.value]))[0]),

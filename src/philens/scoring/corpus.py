@@ -187,7 +187,10 @@ class Corpus:
             with quiet():
                 records = iter(load_dataset(repository, config or None, split=self.split, streaming=True))
         except Exception as error:  # anything a network can do
-            raise InputError(f"The data set {repository} cannot be read ({reason(error)}).") from error
+            raise InputError(
+                f"The data set {repository} cannot be read ({reason(error)}); check its name, the split and "
+                "the connection."
+            ) from error
         number = 0
         while True:
             try:

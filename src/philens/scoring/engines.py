@@ -4,7 +4,6 @@ Both read the same token ids, draw with temperature and top-p alone, whatever el
 settings say, and log each token's probability before temperature and top-p change it. B rows, V vocabulary.
 """
 
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from philens.adapter import fingerprint
 from philens.errors import AdapterError, ConfigError, InputError
+from philens.extras import require
 from philens.files import read_json
 from philens.generation import new_cache
 from philens.hub import find, is_folder, load_pretrained, reason
@@ -257,16 +257,10 @@ class VLLMEngine:
         temperature: float,
         top_p: float,
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                "The engine vllm needs vLLM: install it with `pip install 'philens[vllm]'` where there is a "
-                "GPU, or leave out --engine."
-            )
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
-
+        vllm = require("vllm", "vllm", "The engine vllm")
         folder, commit = find(model, ("*.json",), "model", "config.json", revision=revision)
         try:
-            self.llm = LLM(
+            self.llm = vllm.LLM(
                 model=str(folder) if is_folder(model) else model,
                 revision=commit,
                 tokenizer_revision=commit,
@@ -276,7 +270,7 @@ class VLLMEngine:
                 logprobs_mode="raw_logprobs",
             )
         except Exception as error:  # anything a compiler, a driver or somebody else's file can do
-            raise AdapterError(f"vLLM cannot load {model} ({reason(error)}).") from error
+            raise AdapterError(f"vLLM cannot load {model} ({reason(error)}); leave out --engine.") from error
         config = self.llm.llm_engine.model_config
         self.tokenizer = self.llm.get_tokenizer()
         self.context = config.max_model_len

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from philens.model import PHiModel
+
+logger = logging.getLogger(__name__)
 
 Form = Literal["terminal", "jsonl", "csv"]
 # Fields of a record; of several the first counts.
@@ -179,7 +182,8 @@ class CandidatesFile:
     or `question` is a user's message. Prompts are called by their `prompt_id` or `problem_id` (or `id`, in a
     line with all candidates), else by number from 0.
 
-    Opening reads the file once to check every line; all that is kept is where lines are.
+    Opening reads the file once to check every line; all that is kept is where lines are. Empty solutions of
+    `philens solve` are left out.
 
     Raises:
         InputError: no such file, or nothing in it; a line that is something else; a prompt with fewer than
@@ -193,7 +197,7 @@ class CandidatesFile:
         # Of each prompt, the bytes at which its lines start.
         self._places: dict[bytes | int, list[int]] = {}
         alone: dict[bytes | int, int] = {}
-        place = 0
+        place, silent = 0, 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -202,12 +206,17 @@ class CandidatesFile:
                     key = number if whole else hashlib.sha256(json.dumps(group.prompt).encode()).digest()
                     if whole:
                         _check_candidates(group.texts, where)
+                    elif not group.texts:
+                        silent += 1
                     elif key not in self._places:
                         alone[key] = number
                     else:
                         alone.pop(key, None)
-                    self._places.setdefault(key, []).append(place)
+                    if group.texts:
+                        self._places.setdefault(key, []).append(place)
                 place += len(line)
+        if silent:
+            logger.warning("%d solutions in %s are empty and left out.", silent, path)
         if not self._places:
             raise InputError(f"{path} holds no candidates; give a file of JSON Lines.")
         if alone:
@@ -247,8 +256,10 @@ def _read_line(line: bytes, where: str) -> tuple[Candidates, bool]:
         texts, whole = [_reply(fields[name]) for name in PAIR_FIELDS], True
     elif single is not None:
         texts, whole = [_reply(fields[single])], False
+        if single == "solution" and texts == [""]:  # a model that was asked may say nothing
+            texts = []
         # One alone: checked as a list would be.
-        _check_candidates([*texts, "another"], where)
+        _check_candidates([*texts, "another", "one more"], where)
     else:
         raise InputError(f"{where} has a {field} and no candidate: {_MUST}.")
     prompt = fields[field]

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from philens.errors import ConfigError, InputError, OutputError, PhilensError
+from philens.extras import require
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.shards import Done, Job, Shard, Writer
 
@@ -42,12 +43,7 @@ class RaySchedule:
             raise ConfigError(f"workers must be at least 1, not {self.workers}.")
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        try:
-            import ray.data  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                "The engine ray needs Ray Data: install it with `pip install 'philens[ray]'`."
-            ) from error
+        require("ray.data", "ray", "The engine ray")
 
     def __call__(self, job: Job, done: Done) -> Iterator[None]:
         """Have the shards of a job written, and yield after each.

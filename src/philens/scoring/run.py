@@ -50,7 +50,7 @@ def load_lens(
     if adapter is None and not (folder / ADAPTER_FOLDER).is_dir():
         if (folder / RECIPE_FILE).is_file():
             load_run(folder)  # says why this run has no adapter
-        raise ConfigError(f"Which PHi layer should go into {model}? Give --adapter, or the folder of a run.")
+        raise ConfigError(f"No PHi layer was named for {model}; give --adapter, or the folder of a run.")
     quantization = None
     if (folder / RECIPE_FILE).is_file() and not (folder / MODEL_FOLDER).is_dir():
         # A run keeps no copy of a frozen base from elsewhere.
@@ -186,7 +186,7 @@ def score_corpus(
         _show(scored(), form, output)
         summary.skipped = corpus.skipped
     if not summary.documents:
-        raise InputError("There is nothing to score: the input holds no text.")
+        raise InputError("There is nothing to score: the input holds no text; give another.")
     return summary
 
 

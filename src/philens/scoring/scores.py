@@ -216,7 +216,9 @@ class TokenScores:
         except OSError as error:
             raise InputError(f"Cannot read {where}: {error.strerror}; check the path.") from error
         except ValueError as error:
-            raise InputError(f"{where} is not readable as JSON ({error}); it is damaged.") from error
+            raise InputError(
+                f"{where} is not readable as JSON ({error}); give what to_json wrote."
+            ) from error
         try:
             if value["format"] != FORMAT:
                 raise InputError(

@@ -82,7 +82,7 @@ def measure_replies(
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
     rows = list(iter_replies(lens, tokenizer, pairs, names, **options))
     if not any(row["tokens"] for row in rows):
-        raise InputError("There is nothing to measure: no reply has a token.")
+        raise InputError("There is nothing to measure: no reply has a token; give one that is not empty.")
     return pd.DataFrame(rows)
 
 

@@ -280,7 +280,9 @@ def _start() -> "subprocess.Popen[str]":
     if not _ask(process, ["1", "1"]):
         process.kill()
         process.communicate()
-        raise ConfigError("math-verify cannot be started; install it again: pip install math-verify.")
+        raise ConfigError(
+            "The package math-verify cannot be started; install it again: pip install math-verify."
+        )
     return process
 
 

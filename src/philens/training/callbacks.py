@@ -1,6 +1,5 @@
 """What happens between training steps: phases, records, evaluations, trackers, a bar, and a way to stop."""
 
-import importlib.util
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.errors import TrainingError
+from philens.extras import require
 from philens.files import write_atomically
 from philens.model import PHiModel
 from philens.tasks.packing import TokenDocuments
@@ -85,13 +85,12 @@ class Records(TrainerCallback):
             track(values, state.global_step)
 
 
-def require_trackers(recipe: Recipe) -> None:
-    """Raise a TrainingError if an experiment tracker that the recipe names is not installed."""
+def require_extras(recipe: Recipe) -> None:
+    """Raise a ConfigError if the recipe needs a package that is not installed, before data are fetched."""
     for name in recipe.train.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise TrainingError(
-                f"train.report_to names {name}, which is not installed; pip install 'philens[{name}]'."
-            )
+        require(name, name, f"train.report_to {name}")
+    if recipe.model.quantization != "none":
+        require("bitsandbytes", "quantize", f"A base in {recipe.model.quantization}")
 
 
 def _tensorboard(recipe: Recipe, folder: Path) -> Callable[[dict[str, float], int], None]:
@@ -169,7 +168,7 @@ class Evaluation(TrainerCallback):
         if collapsed:
             logger.warning(
                 "The PHi layer%s has collapsed at step %d: its latents carry almost no information (phi is "
-                "%.3g nats on average). Lower phi.phi_weight, or insert the layer deeper.",
+                "%.3g nats on average); lower phi.phi_weight, or insert the layer deeper.",
                 at.replace("@", " after "),
                 state.global_step,
                 phi,
@@ -192,7 +191,7 @@ class Interrupt(TrainerCallback):
             self._say()
 
     def _say(self) -> None:
-        logger.warning("Stopping after this step; a checkpoint will be written. Once more stops at once.")
+        logger.warning("Stopping after this step, with a checkpoint; once more stops at once.")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -141,8 +141,9 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        error = _of_data_worker(error)
         if processes() == 1:
-            raise
+            raise error
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         if not _first_to_fail():
             raise SystemExit(code) from error
@@ -157,6 +158,21 @@ def one_voice() -> Iterator[None]:
             raise error from None
         sys.stderr.write(f"philens: error: {error}\n")
         raise SystemExit(code) from None
+
+
+def _of_data_worker(error: BaseException) -> BaseException:
+    """What befell a data worker, in a sentence; any other error, and mistakes of ours, as they are."""
+    text = " ".join(str(error).split())
+    if "DataLoader worker" not in text:
+        return error
+    if "Traceback" not in text:
+        return TrainingError(
+            "A data worker ended without a word (killed, or out of memory); --resume goes on from the last "
+            "checkpoint, with another data.workers if you like."
+        ).with_traceback(error.__traceback__)
+    # torch hands on a worker's error with the worker's traceback as its message.
+    reason = str(error).strip().splitlines()[-1].partition(": ")[2]
+    return type(error)(reason) if isinstance(error, PhilensError | OSError) else error
 
 
 def _first_to_fail() -> bool:

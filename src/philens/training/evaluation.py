@@ -112,7 +112,9 @@ def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
     with the means' variance over the counted tokens as signal and the mean posterior variance as noise.
 
     Args:
-        mean, logvar: (B, T, L) of the posterior. counted: (B, T) bool.
+        mean: (B, T, L) of the posterior.
+        logvar: (B, T, L) of the posterior.
+        counted: (B, T) bool.
     """
     weights, count = counted[..., None].float(), counted.sum()  # to pick the tokens would wait for the device
     center = (mean * weights).sum((0, 1)) / count

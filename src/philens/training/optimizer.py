@@ -70,8 +70,18 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load the whole state of an optimiser, as a checkpoint has it; its parameters may be sharded."""
+    expected = [set(group) for group in optimizer.param_groups]
     chained = isinstance(optimizer, ChainedOptimizer)
     optimizer.load_state_dict(state if chained else shard_state(optimizer, state))
+    # torch looks at none of this.
+    if any(keys - set(group) for keys, group in zip(expected, optimizer.param_groups, strict=True)):
+        raise ValueError("an option is missing")
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+            if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+                raise ValueError(f"{name} is not finite")
 
 
 def _has_fused() -> bool | None:

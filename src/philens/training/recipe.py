@@ -8,11 +8,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from philens.errors import ConfigError, RecipeError
+from philens.errors import AdapterError, ConfigError, RecipeError
+from philens.files import read_text
+from philens.hub import reason
 from philens.layer import PHiConfig
 from philens.tasks.automata import TaskConfig, task_index
 from philens.tasks.sources import TextPart
-from philens.typed import convert, nearest
+from philens.typed import convert, nearest, shown
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -283,12 +285,13 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     if path is not None:
         path = find_recipe(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(f"{path} cannot be read as YAML ({reason}); correct it.") from error
+            values = yaml.load(read_text(path), _Loader) or {}
+        except AdapterError as error:
+            raise RecipeError(str(error)) from error
+        except Exception as error:  # odd numbers and dates raise what they like
+            raise RecipeError(f"{path} cannot be read as YAML ({reason(error)}); correct it.") from error
         if not isinstance(values, dict):
-            raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {values!r:.40}.')
+            raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {shown(values)}.')
     flat = flatten(values)
     for key in flat:
         _check_key(key, str(path))
@@ -316,9 +319,24 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 def _read_yaml(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The value {text!r} of {key} cannot be read; quote it as YAML.") from error
+        return yaml.load(text, _Loader)
+    except Exception as error:  # the same
+        raise RecipeError(f"The value {shown(text)} of {key} cannot be read; quote it as YAML.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, by which a line can stand for any amount of memory, and no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias is not allowed: write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -331,7 +349,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 name = ".".join(sections[: depth + 1])
-                raise RecipeError(f"{name} must be a section of keys, not {place!r}.")
+                raise RecipeError(f"{name} must be a section of keys, not {shown(place)}.")
         place[last] = value
     return nested
 
@@ -361,7 +379,7 @@ def _value(kind: Any, default: Any, value: Any, key: str) -> Any:
     if not (section or named) or (value is None and kind is not section and not named):
         return convert(value, kind, key)
     if not isinstance(value, dict):
-        raise RecipeError(f"{key} must be a section of keys, not {value!r}.")
+        raise RecipeError(f"{key} must be a section of keys, not {shown(value)}.")
     if named:
         return {name: _value(named, None, one, f"{key}.{name}") for name, one in value.items()}
     return _build(section, default, value, f"{key}.")  # pyright: ignore[reportArgumentType]

@@ -265,6 +265,13 @@ def load_model_weights(lens: PHiModel, folder: Path, recipe: Recipe) -> None:
         load_weights(lens.phi, read_safetensors(path), path)
 
 
+def check_finite(lens: PHiModel, source: Path | str, way: str) -> None:
+    """Raise a TrainingError, with a way out, if a weight that came from `source` is not finite."""
+    for name, parameter in lens.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise TrainingError(f"{source} holds a weight that is not finite ({name}); {way}.")
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdecimal()]

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from philens.errors import InsertionError, OutputError, TrainingError
-from philens.files import read_json, written_whole
+from philens.files import locked, read_json, write_sums, written_whole
 from philens.insertion import find_blocks
 from philens.layer import PHiLayer
 from philens.model import PHiModel
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
+from philens.training.arguments import trainer_arguments, wants_bf16
 from philens.training.callbacks import (
     Evaluation,
     Interrupt,
@@ -34,7 +35,16 @@ from philens.training.callbacks import (
     Progress,
     Records,
     draw_course,
-    require_trackers,
+    require_extras,
+)
+from philens.training.checkpoint import (
+    CHECKPOINT_LOGS,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    check_state,
+    load_tensors,
+    reading,
 )
 from philens.training.distributed import (
     StepSampler,
@@ -53,6 +63,8 @@ from philens.training.optimizer import load_state, make_optimizer
 from philens.training.recipe import Recipe
 from philens.training.run import (
     CHECKPOINT_RECIPE,
+    RECIPE_FILE,
+    check_finite,
     check_folder,
     evaluation_documents,
     find_checkpoints,
@@ -62,6 +74,7 @@ from philens.training.run import (
     start_folder,
     start_model,
     text_mixture,
+    tidy,
     training_record,
 )
 
@@ -69,8 +82,6 @@ logger = logging.getLogger(__name__)
 
 # Rows that tell a fresh layer how large a base's hidden states are.
 CALIBRATION_ROWS = 16
-CHECKPOINT_LOGS = "logs.json"
-OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 # The noise of latents: one of the independent streams below a seed; automata have 0 to 2, text 10 to 13.
 _NOISE = 20
 
@@ -120,7 +131,7 @@ class PHiTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.recipe, self.lens, self.tokenizer, self.folder = recipe, lens, tokenizer, folder
-        self.fresh, self.bf16 = fresh, _wants_bf16(recipe)
+        self.fresh, self.bf16 = fresh, wants_bf16(recipe)
         # Of each part of the loss since the last record: its sum over this process's passes, and how many.
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
@@ -282,6 +293,7 @@ class PHiTrainer(Trainer):
                 self.state.save_to_json(str(staging / STATE_FILE))
                 (staging / CHECKPOINT_RECIPE).write_text(json.dumps(asdict(self.recipe)))
                 (staging / CHECKPOINT_LOGS).write_text(json.dumps(logs))
+                write_sums(staging)
         except (OutputError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             known = isinstance(error, OutputError)
             reason = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
@@ -297,12 +309,10 @@ class PHiTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            optimizer, scheduler = (
-                torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-                for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
-            )
-            load_state(self.optimizer.optimizer, optimizer)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            self.lr_scheduler.load_state_dict(scheduler)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            with reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
+                load_state(self.optimizer.optimizer, load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            with reading(Path(checkpoint) / SCHEDULER_FILE) as path:
+                self.lr_scheduler.load_state_dict(load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     # A record may be a mean over several steps; a checkpoint between two records keeps what is summed so far.
 
@@ -315,13 +325,15 @@ class PHiTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """No generator's state matters; this is where Trainer is ready for the sums since the last record."""
         if checkpoint is not None:
-            logs, device = read_json(Path(checkpoint) / CHECKPOINT_LOGS), self.args.device
-            self._tr_loss.fill_(logs["loss"])
-            self._globalstep_last_logged = logs["last_step"]
-            # A process may now make more or fewer of a step's passes.
-            change = self.args.gradient_accumulation_steps / logs["passes_each"]
-            self._sums = {n: torch.tensor(value * change, device=device) for n, value in logs["sums"].items()}
-            self._counts = {name: count * change for name, count in logs["counts"].items()}
+            with reading(Path(checkpoint) / CHECKPOINT_LOGS) as path:
+                logs, device = read_json(path), self.args.device
+                self._tr_loss.fill_(logs["loss"])
+                self._globalstep_last_logged = int(logs["last_step"])
+                # A process may now make more or fewer of a step's passes.
+                change = self.args.gradient_accumulation_steps / logs["passes_each"]
+                sums, counts = logs["sums"].items(), logs["counts"].items()
+                self._sums = {n: torch.tensor(value * change, device=device) for n, value in sums}
+                self._counts = {name: count * change for name, count in counts}
             # What is free to differ on resuming is this run's, not the checkpoint's.
             self.state.compute_steps(self.args, self.state.max_steps)
 
@@ -331,65 +343,6 @@ def _ignore_signals(worker: int) -> None:
     for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _arguments(recipe: Recipe, folder: Path, passes: int) -> TrainingArguments:
-    train, optimizer = recipe.train, recipe.optimizer
-    decay = {"num_decay_steps": round(train.steps * optimizer.decay), "decay_type": "linear"}
-    schedules: dict[str, tuple[str, dict[str, Any]]] = {
-        "constant": ("constant_with_warmup", {}),
-        "linear": ("linear", {}),
-        "cosine": ("cosine", {}),
-        "wsd": ("warmup_stable_decay", decay),
-    }
-    schedule, options = schedules[optimizer.schedule]
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=passes,
-        learning_rate=optimizer.learning_rate,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=options,
-        warmup_steps=optimizer.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        max_grad_norm=optimizer.clip,
-        optim="adamw_torch",
-        use_cpu=not torch.accelerator.is_available(),
-        seed=recipe.seed,
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if train.save_every else "no",
-        save_steps=train.save_every or 1,
-        dataloader_num_workers=recipe.data.workers,
-        dataloader_persistent_workers=recipe.data.workers > 0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},
-        ddp_find_unused_parameters=_may_be_unused(recipe),
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def _may_be_unused(recipe: Recipe) -> bool:
-    """Whether a pass may leave parameters that are trained without a gradient, for which DDP must look."""
-    trains_base = recipe.model.base is None or not recipe.model.frozen
-    observes = recipe.phi is not None and recipe.phi.mode == "observe"
-    waits = recipe.phi_schedule.start_step > 0
-    return waits or (trains_base and (observes or recipe.model.base is not None))
-
-
-def _wants_bf16(recipe: Recipe) -> bool:
-    """Whether to compute in bfloat16: as the recipe says, or where it is fast on the device at hand."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.backends.mps.is_available() or bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def train(
@@ -421,27 +374,37 @@ def train(
             be written, memory does not suffice, or the processes cannot share the passes of a step.
         SystemExit: in all processes but the first that fails, where there are several.
     """
-    with one_voice():
-        return _train(recipe, Path(folder), resume, progress)
+    with one_voice(), contextlib.ExitStack() as held:
+        return _train(recipe, Path(folder), resume, progress, held)
 
 
-def _train(recipe: Recipe, folder: Path, resume: bool, progress: bool | None) -> PHiModel | None:
+def _train(
+    recipe: Recipe, folder: Path, resume: bool, progress: bool | None, held: contextlib.ExitStack
+) -> PHiModel | None:
     rank, processes = join()
     passes = passes_each(recipe.train, processes)
     is_sharded()  # an error there comes before a large model
-    require_trackers(recipe)
+    require_extras(recipe)
     if resume and (lens := finished_model(folder, recipe)):
+        if rank == 0:  # it may have been killed before all was tidy
+            tidy(folder)
+            draw_course(folder)
         return lens
     checkpoint = check_folder(folder, recipe, resume)
     lens, tokenizer = start_model(recipe, checkpoint)
     if checkpoint is not None:
+        check_state(checkpoint)
         load_model_weights(lens, checkpoint, recipe)
+        check_finite(lens, checkpoint, "remove it and --resume, or start again with another --output")
+    elif recipe.model.base is not None:
+        check_finite(lens, recipe.model.base, "give another model.base")
     rows = training_rows(recipe, tokenizer)
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
     wait_for_all()  # until they have seen the folder as it was
     if rank == 0:
-        start_folder(folder, recipe, 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
+        held.enter_context(locked(folder, RECIPE_FILE))
+        start_folder(folder, recipe, -1 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
     held_out = {}
     if recipe.data.parts:
         held_out = evaluation_documents(recipe, tokenizer, recipe.train.evaluation_documents)
@@ -460,7 +423,7 @@ def _train(recipe: Recipe, folder: Path, resume: bool, progress: bool | None) ->
         tokenizer,
         folder,
         fresh=checkpoint is None and recipe.phi is not None and recipe.model.base is not None,
-        args=_arguments(recipe, folder, passes),
+        args=trainer_arguments(recipe, folder, passes),
         train_dataset=rows,
         callbacks=callbacks,
     )

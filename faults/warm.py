@@ -1,0 +1,17 @@
+"""What commands of philens import, imported once: in the server that forks the processes of `process.py`."""
+
+import matplotlib
+import torch
+
+matplotlib.use("agg")
+
+import pyarrow.parquet  # noqa: F401
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+import philens.cli
+import philens.report.figures
+import philens.scoring.engines
+import philens.scoring.score
+import philens.training.trainer  # noqa: F401
+
+torch.set_num_threads(1)

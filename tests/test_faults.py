@@ -1,0 +1,198 @@
+"""Faults that were not survived once; `python -m faults` injects many more, at random."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from philens.errors import InputError, OutputError, TrainingError
+from philens.files import SUMS_FILE, locked
+from philens.training.distributed import one_voice
+from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
+from philens.training.trainer import train
+from tiny import tiny_recipe
+
+SHORT: dict[str, Any] = {"train__steps": 4, "phi_schedule__start_step": 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(tiny_recipe(**SHORT), folder)
+    return folder
+
+
+def unfinished(run: Path, folder: Path) -> Path:
+    """A copy of a run that was killed after its first checkpoint, at step 2."""
+    shutil.copytree(run, folder)
+    for name in ("model", "adapter", "checkpoint-4"):
+        shutil.rmtree(folder / name)
+    (folder / "training.png").unlink()
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Training.
+
+
+def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
+    folder = unfinished(run, tmp_path / "run")
+    for name in (".checkpoint-4.ab12cd", ".model.x1", ".adapter.x1.old"):
+        (folder / name / "part").mkdir(parents=True)
+    for name in (f".{RECIPE_FILE}.77.tmp", ".metrics.jsonl.77.tmp", ".training.png.77.tmp"):
+        (folder / name).write_text("")
+    (folder / ".mine").write_text("not philens'")
+    train(tiny_recipe(**SHORT), folder, resume=True)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in run.iterdir()} | {".mine"}
+    # All that was there in the end but the picture: it is drawn.
+    (folder / "training.png").unlink()
+    (folder / ".training.png.78.tmp").write_text("")
+    train(tiny_recipe(**SHORT), folder, resume=True)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in run.iterdir()} | {".mine"}
+
+
+def test_a_resumed_run_writes_the_same_files(run, tmp_path):
+    folder = unfinished(run, tmp_path / "run")
+    train(tiny_recipe(**SHORT), folder, resume=True)
+    for name in ("model", "adapter"):
+        assert files(folder / name) == files(run / name)
+
+
+def test_a_run_killed_as_it_began_begins_anew(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").write_text("")
+    (folder / f".{RECIPE_FILE}.77.tmp").write_text("name: ")
+    train(tiny_recipe(**SHORT), folder)
+    assert files(folder / "adapter") == files(run / "adapter")
+
+
+def test_what_was_measured_before_the_first_step_is_recorded_once(run, tmp_path):
+    recipe, folder = tiny_recipe(**SHORT, model__base=str(run / "model")), tmp_path / "run"
+    train(recipe, folder)
+    expected = [set(record) - {"tokens_per_second"} for record in read_metrics(folder)]
+    for path in [*find_checkpoints(folder), folder / "adapter"]:
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        path.rmdir()
+    train(recipe, folder, resume=True)
+    records = read_metrics(folder)
+    assert [record["step"] for record in records].count(0) == 1
+    assert [set(record) - {"tokens_per_second"} for record in records] == expected
+
+
+def test_two_trainings_into_one_folder(run, tmp_path):
+    folder = unfinished(run, tmp_path / "run")
+    before = files(folder)
+    with (
+        locked(folder, RECIPE_FILE),
+        pytest.raises(OutputError, match="Another process is writing into .*; wait for it"),
+    ):
+        train(tiny_recipe(**SHORT), folder, resume=True)
+    assert files(folder) == before | {".lock": b""}
+
+
+# A training whose data worker is killed once there is a checkpoint: its arguments are this folder and its own.
+KILLED_WORKER = f"""
+import multiprocessing, os, pathlib, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from philens.errors import TrainingError
+from philens.training.trainer import train
+from tiny import tiny_recipe
+
+def kill():
+    while not list(folder.glob("checkpoint-*")):
+        time.sleep(0.01)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+
+folder = pathlib.Path(sys.argv[2])
+threading.Thread(target=kill, daemon=True).start()
+try:
+    train(tiny_recipe(**{SHORT | {"train__steps": 2000, "data__workers": 1}}), folder)
+except TrainingError as error:
+    sys.stdout.write(str(error))
+"""
+
+
+def test_a_data_worker_is_killed(tmp_path):
+    """The trainer says so, and the run can go on from its last checkpoint."""
+    command = [sys.executable, "-c", KILLED_WORKER, str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.stdout.startswith("A data worker ended without a word"), done.stderr
+    assert done.stdout.count("\n") == 0
+    assert find_checkpoints(tmp_path / "run")
+
+
+def test_errors_of_data_workers_are_one_sentence():
+    """torch hands them on with the worker's traceback as their message."""
+    text = "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    with pytest.raises(InputError, match=r"^a\.txt: not UTF-8; convert it\.$"), one_voice():
+        raise InputError(
+            f'{text}  File "x.py", line 1\nphilens.errors.InputError: a.txt: not UTF-8; convert it.\n'
+        )
+    with (
+        pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file or directory: 'a\.txt'$"),
+        one_voice(),
+    ):
+        raise FileNotFoundError(f"{text}FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'\n")
+    with pytest.raises(RuntimeError, match="Original Traceback"), one_voice():  # ours to mend
+        raise RuntimeError(f"{text}RuntimeError: shapes\n")
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])
+def test_nan_in_a_checkpoint(run, tmp_path, name):
+    folder = unfinished(run, tmp_path / "run")
+    checkpoint = folder / "checkpoint-2"
+    for sums in checkpoint.rglob(SUMS_FILE):  # they would tell
+        sums.unlink()
+    if name == "optimizer.pt":
+        state = torch.load(checkpoint / name, weights_only=True)
+        next(iter(state["state"].values()))["exp_avg"].view(-1)[0] = torch.nan
+        torch.save(state, checkpoint / name)
+    else:
+        spoil(checkpoint / name)
+    with pytest.raises(TrainingError, match="checkpoint-2.* not finite.*; remove"):
+        train(tiny_recipe(**SHORT), folder, resume=True)
+
+
+def spoil(file: Path) -> None:
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+
+
+def test_nan_in_the_base(run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "base")
+    (tmp_path / "base" / SUMS_FILE).unlink()
+    spoil(tmp_path / "base" / "model.safetensors")
+    recipe = tiny_recipe(**SHORT, model__base=str(tmp_path / "base"))
+    with pytest.raises(
+        TrainingError, match=r"base holds a weight that is not finite \(.*\); give another model"
+    ):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# The command line.
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_standard_output_on_a_full_disk_or_closed():
+    command = [sys.executable, "-m", "philens", "train", "smoke", "--print-config"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("philens: error: No space left on device; ")
+    assert done.stderr.count("\n") == 1
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
