@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -132,7 +133,7 @@ def test_settings_that_do_not_exist(model):
 
 
 def test_bitsandbytes_is_missing(model, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = error_of(model, ConfigError, quantization="int4")
     assert message == (
         "A base in int4 needs bitsandbytes: install it with `pip install 'philens[quantize]'`."

@@ -176,6 +176,14 @@ def test_files_that_hold_something_else(tmp_path, records, sentence):
         CandidatesFile(write(tmp_path, *records))
 
 
+def test_what_solve_wrote_may_be_empty(tmp_path, caplog):
+    rows = [{"problem_id": "p", "problem": "1 + 1?", "solution": text} for text in ("2", "", "3", "")]
+    path = write(tmp_path, *rows, {"problem_id": "q", "problem": "2 + 2?", "solution": ""})
+    assert [list(group.texts) for group in CandidatesFile(path)] == [["2", "3"]]
+    assert "3 solutions" in caplog.text
+    assert "empty and left out" in caplog.text
+
+
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match=r"There is no file .*missing.jsonl; check the path"):
         CandidatesFile(tmp_path / "missing.jsonl")

@@ -366,7 +366,7 @@ def test_ray_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray.data", None)
     assert cli.main([*score_words("x"), "--engine", "ray"]) == 2
-    message = "The engine ray needs Ray Data: install it with `pip install 'philens[ray]'`."
+    message = "The engine ray needs ray: install it with `pip install 'philens[ray]'`."
     assert capsys.readouterr().err == f"philens: error: {message}\n"
     monkeypatch.undo()
     assert cli.main(["score", "many.txt", "--engine", "ray", "--workers", "0"]) == 2

@@ -171,7 +171,7 @@ def test_where_models_come_from(written: Any, error_of: Any, model: Path, tmp_pa
     expected = written("0.txt")
     apart = written("0.txt", "--adapter", model / "adapter", model=model / "model")
     assert apart[0]["columns"] == expected[0]["columns"]
-    assert "Give --adapter, or the folder of a run." in error_of("0.txt", model=model / "model")
+    assert "give --adapter, or the folder of a run." in error_of("0.txt", model=model / "model")
     assert "nowhere" in error_of("0.txt", "--adapter", "nowhere", model="nowhere")
     other = tmp_path / "other"
     with quiet():
@@ -220,7 +220,7 @@ def test_float_types(written: Any) -> None:
         (["0.txt", "--filed", "x"], "no option --filed; the nearest valid one is --field."),
         (["0.txt", "--field"], "--field: expected one argument"),
         (["0.txt", "--generate", "a"], "--generate writes a text of its own; leave out 0.txt."),
-        (["empty.txt"], "There is nothing to score: the input holds no text."),
+        (["empty.txt"], "There is nothing to score: the input holds no text; give another."),
     ],
 )
 def test_errors_are_one_sentence(error_of: Any, words: list[str], message: str) -> None:

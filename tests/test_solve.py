@@ -451,7 +451,7 @@ def test_bad_settings(solved: Any, options: dict[str, Any], message: str) -> Non
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_missing(solved: Any) -> None:
-    with pytest.raises(ConfigError, match="needs vLLM: install it with"):
+    with pytest.raises(ConfigError, match="needs vllm: install it with"):
         solved(engine="vllm")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from philens.errors import InsertionError, OutputError, TrainingError
+from philens.errors import ConfigError, InsertionError, OutputError, TrainingError
 from philens.training import trainer as trainer_module
 from philens.training.evaluation import evaluate_tasks
 from philens.training.recipe import load_recipe
@@ -58,7 +58,7 @@ def test_a_run_writes_all_that_is_promised(smoke):
     lens, recipe, folder = smoke
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "adapter", "checkpoint-8", "checkpoint-9", "metrics.jsonl", "model", "recipe.yaml", "tensorboard",
+        ".lock", "adapter", "checkpoint-8", "checkpoint-9", "metrics.jsonl", "model", "recipe.yaml", "tensorboard",
         "training.png", "versions.json",
     }  # fmt: skip
     assert not list(folder.rglob("training_args.bin"))
@@ -145,7 +145,9 @@ def test_wandb_gets_the_records(tmp_path, monkeypatch):
 
 
 def test_a_missing_tracker(tmp_path):
-    with pytest.raises(TrainingError, match=r"wandb, which is not installed; pip install 'philens\[wandb\]'"):
+    with pytest.raises(
+        ConfigError, match=r"wandb needs wandb: install it with `pip install 'philens\[wandb\]'"
+    ):
         train(tiny_recipe(train__report_to="wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
