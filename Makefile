@@ -23,7 +23,7 @@ bench: $(STAMP)
 # The site, in site/; notebooks become pages as they were run.
 docs: $(STAMP)
 	$(BIN)/python -m nbconvert --log-level WARN --to markdown --output-dir docs/notebooks notebooks/*.ipynb
-	sed -i 's|](../docs/|](../|g' docs/notebooks/*.md
+	sed -i 's|](../docs/|](../|g; s|\.ipynb)|.md)|g' docs/notebooks/*.md
 	$(BIN)/python -m zensical build --clean --strict
 
 # Kills, full disks, damaged files, hostile texts: a table of tried and survived. At most 30 minutes.

@@ -10,7 +10,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Subject:
         folder: as philens wrote it.
         read: reads it (or a copy), and gives what must not differ without a sentence.
         expected: what `read` gives of `folder`.
-        fragile: files where a difference that nobody can see is no fault: those of a model of somebody else.
+        checked: whether another result is a fault. Not where nobody can tell: the model of somebody else.
     """
 
     folder: Path
@@ -349,13 +349,20 @@ def _zip(path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def _bomb(path: Path) -> None:
-    """4 GB in 4 MB: an archive as torch writes it, but compressed."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        with archive.open("archive/data.pkl", "w", force_zip64=True) as file:
-            for _ in range(4096):
+@cache
+def _compressed() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("archive/data.pkl", "w") as file:
+            for _ in range(1500):
                 file.write(bytes(1 << 20))
         archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+def _bomb(path: Path) -> None:
+    """An archive as torch writes it, but compressed: 1.5 GB in 7 MB."""
+    path.write_bytes(_compressed())
 
 
 def _folder(path: Path) -> None:
@@ -673,7 +680,11 @@ def cases() -> Iterable[Case]:
     yield case(
         "adapter, keys and shapes", adapter, lambda one: tensors(_WEIGHTS, seed) + types_changed(_WEIGHTS)
     )
-    yield case("adapter, values forged", adapter, lambda one: forged(one, "adapter_config.json"))
+    # With checksums made to fit, another number may well be read: it is what somebody wrote.
+    forged = partial(replace, checked=False)
+    yield case(
+        "adapter, values forged", lambda: forged(adapter()), lambda one: values(one, "adapter_config.json")
+    )
     yield Case("files", "adapter in another base", _another_base)
     yield case("shipped model cut at every 4 KiB", shipped, lambda one: truncations(one, PAGE))
     yield case("run folder cut at every 4 KiB", run_folder, lambda one: truncations(one, PAGE))
@@ -683,7 +694,7 @@ def cases() -> Iterable[Case]:
         run_folder,
         lambda one: things(one, files=_decisive(one)),
     )
-    yield case("base model cut at every 64 bytes", base_model, lambda one: truncations(one, 4 * STEP))
+    yield case("base model cut at every 64 bytes", base_model, lambda one: truncations(one, STEP))
     yield case("base model, single bits", base_model, lambda one: flips(one, 400))
     yield case("base model, other things in a file's place", base_model, things)
     yield case("base model, keys and shapes", base_model, lambda one: tensors("model.safetensors", seed))
@@ -706,12 +717,6 @@ def cases() -> Iterable[Case]:
         unsealed,
         lambda one: random.sample(things(one, files=_checkpoint(one)), 80),
     )
-
-
-def forged(subject: Subject, file: str) -> list[Damage]:
-    """`values` of an adapter's configuration, but for those that say nothing about the layer: a forger with the
-    right checksums may well change what the layer computes, and only has to give one sentence or a layer."""
-    return values(subject, file)
 
 
 def _decisive(subject: Subject) -> list[str]:

@@ -46,31 +46,53 @@ def probe(
     seconds: float = 30.0,
     gigabytes: float | None = 2.0,
     processes: int = PROCESSES,
+    confined: bool = False,
 ) -> Outcome:
     """Call `work` on every item, with a folder of its process, in children that take turns.
 
     An item is survived where `work` returns None or raises one sentence of philens, within `seconds`, without
-    the process dying, and without it growing by more than `gigabytes`.
+    the process dying, and without it growing by more than `gigabytes`. Where it is `confined`, it is refused
+    memory beyond that, as a container would; else it is stopped.
     """
     outcome = Outcome()
     children = [
-        _Child(items, range(k, len(items), processes), work, folder / f"child-{k}") for k in range(processes)
+        _Child(
+            items,
+            range(k, len(items), processes),
+            work,
+            folder / f"child-{k}",
+            gigabytes if confined else None,
+        )
+        for k in range(processes)
     ]
     with selectors.DefaultSelector() as ready:
         for child in children:
             child.start(ready)
         while ready.get_map():
-            for key, _ in ready.select(timeout=1.0):
+            for key, _ in ready.select(timeout=0.2):
                 child = key.data
                 for number, problem, grown in child.read(ready):
                     if problem is None and gigabytes is not None and grown > gigabytes:
                         problem = f"took {grown:.1f} GB"
+                    elif problem is not None:
+                        problem = f"{problem} ({grown:.1f} GB)" if grown > 0.5 else problem
                     outcome.record(None if problem is None else f"{describe(items[number])}: {problem}")
             for child in children:
                 if child.pid and time.monotonic() - child.since > seconds:
                     os.kill(child.pid, signal.SIGKILL)
                     child.reason = f"still at work after {seconds:.0f} s"
+                elif child.pid and gigabytes is not None and _resident(child.pid) > gigabytes + 2:
+                    os.kill(child.pid, signal.SIGKILL)
+                    child.reason = f"took more than {gigabytes + 2:.0f} GB"
     return outcome
+
+
+def _resident(process: int) -> float:
+    """Gigabytes that a process has in memory."""
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def describe(item: Any) -> str:
@@ -87,7 +109,9 @@ class _Child:
         numbers: Sequence[int],
         work: Callable[[Any, Path], str | None],
         folder: Path,
+        gigabytes: float | None,
     ) -> None:
+        self.gigabytes = gigabytes
         self.items, self.left, self.work, self.folder = items, list(numbers), work, folder
         self.pid, self.pipe, self.since, self.waiting, self.reason = 0, -1, 0.0, b"", ""
 
@@ -114,6 +138,9 @@ class _Child:
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.gigabytes is not None:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + int(self.gigabytes * 1e9),) * 2)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in self.left:
             problem = attempt(lambda n=number: self.work(self.items[n], self.folder))

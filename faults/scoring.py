@@ -38,13 +38,22 @@ def _solver(root: Path) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from philens.hub import quiet
     from philens.tokenizer import byte_tokenizer
 
     tokenizer, folder = byte_tokenizer(), root / "solver"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=256, eos_token_id=2)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=2,
+    )
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     problems = root / "problems.jsonl"
     rows = [{"problem": f"{number} + {number}?", "answer": str(2 * number)} for number in range(_PROBLEMS)]

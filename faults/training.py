@@ -434,6 +434,8 @@ def are_nan(place: Path) -> Outcome:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from philens.training.run import find_checkpoints
+
     root, outcome = place.parent, Outcome()
     source = undisturbed(root, "fresh").folder
     for name in ("model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt", "base"):
@@ -442,9 +444,7 @@ def are_nan(place: Path) -> Outcome:
         for finished in ("model", "adapter"):
             if name != "base":
                 shutil.rmtree(run / finished)
-        file = (
-            run / "model/model.safetensors" if name == "base" else sorted(run.glob("checkpoint-*"))[-1] / name
-        )
+        file = run / "model/model.safetensors" if name == "base" else find_checkpoints(run)[-1] / name
         if name == "optimizer.pt":
             state = torch.load(file, weights_only=True)
             next(iter(state["state"].values()))["exp_avg"].view(-1)[0] = torch.nan

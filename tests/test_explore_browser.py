@@ -109,7 +109,7 @@ def wait_shown(page: Any, text: str, section: int = 0) -> None:
 
 def read(page: Any, text: str) -> None:
     """Type a text and press Read."""
-    page.get_by_label("Text A", exact=True).first.fill(text)
+    page.locator("#text-a textarea").fill(text)
     page.get_by_role("button", name="Read", exact=True).click()
 
 
@@ -153,9 +153,14 @@ def table(page: Any) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(kept(page, "CSV")), keep_default_na=True)
 
 
-def photograph(page: Any, name: str, full: bool = False) -> None:
+def photograph(page: Any, name: str, height: int | None = None) -> None:
+    """A picture of what is in view, or of so many pixels from the top."""
     if folder := os.environ.get("PHILENS_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full)
+        size = page.viewport_size
+        if height is not None:
+            page.set_viewport_size(size | {"height": height})
+        page.screenshot(path=Path(folder) / f"{name}.png")
+        page.set_viewport_size(size)
 
 
 def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
@@ -188,9 +193,12 @@ def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     # A step for each token, and the values at the pointer.
     assert page.locator("svg.p0 path").get_attribute("d").count("H") == len(text)
     page.locator("svg.p0").scroll_into_view_if_needed()
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     box = page.locator("svg.p0").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 20.5 / len(text), box["y"] + 5)
-    assert page.locator(".ph-tip").inner_text().startswith("token 20")
+    across = int(box["x"] + box["width"] / 2)  # browsers round to pixels
+    page.mouse.move(across, box["y"] + 5)
+    token = int((across - box["x"]) / box["width"] * len(text))
+    assert page.locator(".ph-tip").inner_text().startswith(f"token {token} ")
     # Means, the page by itself, and the figure.
     assert f"{phi.mean():.3f}" in page.locator(".means").inner_text()
     markup = kept(page, "Stand-alone page").decode()
@@ -212,8 +220,7 @@ def test_text_is_only_text(visit: Any) -> None:
     assert page.evaluate("[...document.querySelectorAll('.text *')].every((e) => e.tagName === 'SPAN')")
     assert "".join(table(page)["token"]) == HOSTILE
     page.locator(".text").first.locator("span").first.click()
-    for _ in range(len(HOSTILE) - 1):
-        page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+End")
     page.wait_for_function("document.querySelector('#marked q')?.textContent.startsWith('<img src=x')")
     assert page.locator("#marked q *").count() == 0
     assert page.evaluate("window.hit") is None
@@ -340,7 +347,7 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     # A second text: one scale for both, then each its own, then a fixed one.
     page.get_by_role("button", name="Compare with a second text").click()
     second = examples()["in context language"].text
-    page.get_by_label("Text B", exact=True).first.fill(second)
+    page.locator("#text-b textarea").fill(second)
     page.get_by_role("button", name="Read", exact=True).click()
     wait_shown(page, second, 1)
     assert shown(page, 0) == text
@@ -353,7 +360,7 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     shared, own = [page.locator(".ticks").nth(n).inner_text() for n in (0, 2)], classes(page, 0)
     assert shared[0] == shared[1]
     page.evaluate("window.scrollTo(0, 0)")
-    photograph(page, "explore_compare", full=True)
+    photograph(page, "explore_compare", 2000)
     choose(page, "Colour scale", "each text's own")
     page.wait_for_function(
         "new Set([0, 2].map((n) => document.querySelectorAll('.ticks')[n].textContent)).size === 2"
@@ -367,17 +374,41 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     wait_status(page, "cannot go from 5 to 4")
 
 
+def test_each_insertion_point_and_each_example(visit: Any) -> None:
+    page = visit()
+    assert page.get_by_label("text model").is_checked()
+    means = {}
+    for layer in ("adapter", "layer-1", "layer-5"):
+        choose(page, "Insertion point", layer)
+        page.wait_for_function(
+            "(layer) => document.querySelector('.reading h3').textContent.includes(layer)",
+            arg=f"{layer} (after",
+        )
+        scores = table(page)
+        means[layer] = (scores["phi"].mean(), scores["surprisal"].mean())
+    assert len({phi for phi, _ in means.values()}) == 3
+    assert len({surprisal for _, surprisal in means.values()}) == 1  # the base's own
+    for name, example in examples().items():
+        page.get_by_role("button", name=name, exact=True).click()
+        wait_status(page, re.escape(example.about))
+        assert page.locator("#text-a textarea").input_value() == example.text
+        assert shown(page).removeprefix("∅") == example.text
+        assert page.get_by_label("formal-language model").is_checked() == example.formal
+    page.get_by_label("text model", exact=True).check()
+    wait_status(page, "read by the text model")
+
+
 def test_writing_on(visit: Any) -> None:
     page = visit()
     formal(page)
     page.get_by_role("button", name="How the model writes on").click()
     page.get_by_label("Tokens at most").fill("12")
-    page.get_by_label("Text A", exact=True).first.fill("abcab abcab abc")
+    page.locator("#text-a textarea").fill("abcab abcab abc")
     page.get_by_role("button", name="Write on", exact=True).click()
     page.wait_for_function("document.querySelector('.text').children.length === 27")
     assert shown(page).startswith("abcab abcab abc")
-    assert page.get_by_label("Text A", exact=True).first.input_value() == shown(page)
-    page.get_by_label("Text A", exact=True).first.fill("")
+    assert page.locator("#text-a textarea").input_value() == shown(page)
+    page.locator("#text-a textarea").fill("")
     page.get_by_role("button", name="Write on", exact=True).click()
     wait_status(page, "Text A is empty")
 
@@ -406,7 +437,7 @@ def test_two_tabs_do_not_mix(visit: Any) -> None:
         formal(page)
     texts = ["aaaa bbbb aaaa bbbb", "cdef cdef"]
     for page, text in zip((one, two), texts, strict=True):
-        page.get_by_label("Text A", exact=True).first.fill(text)
+        page.locator("#text-a textarea").fill(text)
     for page in (one, two):
         page.get_by_role("button", name="Read", exact=True).click()
     for page, text in zip((one, two), texts, strict=True):
@@ -431,7 +462,10 @@ def test_dark_and_light_follow_the_system(visit: Any) -> None:
         grounds.append(ground)
         assert abs(ink - ground) > 380  # of 765
         page.evaluate("window.scrollTo(0, 0)")
-        photograph(page, "explore" if scheme == "light" else "explore_dark")
+        page.mouse.move(
+            *[page.locator(".text").first.locator("span").nth(75).bounding_box()[k] + 4 for k in "xy"]
+        )
+        photograph(page, "explore" if scheme == "light" else "explore_dark", 1150)
     assert grounds[0] > 700
     assert grounds[1] < 150
 
@@ -439,10 +473,14 @@ def test_dark_and_light_follow_the_system(visit: Any) -> None:
 def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    formal(page)
-    page.get_by_role("button", name="Compare with a second text").click()
-    read(page, "abcdefgh" * 60)
+    page.get_by_role("button", name="random", exact=True).tap()
+    wait_shown(page, examples()["random"].text)
+    page.get_by_role("button", name="Compare with a second text").tap()
+    page.locator("#text-b textarea").fill("abcdefgh" * 40)
+    page.locator("#text-a textarea").fill("abcdefgh" * 60)
+    page.get_by_role("button", name="Read", exact=True).tap()
     wait_shown(page, "abcdefgh" * 60)
+    wait_shown(page, "abcdefgh" * 40, 1)
     page.locator(".text").first.locator("span").nth(30).tap()
     assert page.locator(".ph-tip").inner_text().startswith("token 30")
     page.locator("#mark-from input").fill("3")
@@ -450,6 +488,7 @@ def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     page.wait_for_selector("#marked .marking")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.querySelector('.ph-tip').getBoundingClientRect().right") <= 390
-    formal(page, "in context language")
+    page.get_by_role("button", name="prose", exact=True).tap()
+    wait_shown(page, examples()["prose"].text.rjust(len(examples()["prose"].text) + 1, "∅"))
     page.evaluate("document.querySelector('#status').scrollIntoView()")
     photograph(page, "explore_phone")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from philens.errors import InputError, OutputError, TrainingError
+from philens.errors import InputError, OutputError, RecipeError, TrainingError
 from philens.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
 from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
@@ -18,6 +18,7 @@ from philens.training.trainer import train
 from tiny import tiny_recipe
 
 SHORT: dict[str, Any] = {"train__steps": 4, "phi_schedule__start_step": 1}
+FROZEN = SHORT | {"phi_schedule__start_step": 0}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_run_killed_as_it_began_begins_anew(run, tmp_path):
 
 
 def test_what_was_measured_before_the_first_step_is_recorded_once(run, tmp_path):
-    recipe, folder = tiny_recipe(**SHORT, model__base=str(run / "model")), tmp_path / "run"
+    recipe, folder = tiny_recipe(**FROZEN, model__base=str(run / "model")), tmp_path / "run"
     train(recipe, folder)
     expected = [set(record) - {"tokens_per_second"} for record in read_metrics(folder)]
     for path in [*find_checkpoints(folder), folder / "adapter"]:
@@ -95,13 +96,13 @@ def test_two_trainings_into_one_folder(run, tmp_path):
     before = files(folder)
     with (
         locked(folder, RECIPE_FILE),
-        pytest.raises(OutputError, match="Another process is writing into .*; wait for it"),
+        pytest.raises(OutputError, match=r"Another process is writing into .*; wait for it"),
     ):
         train(tiny_recipe(**SHORT), folder, resume=True)
     assert files(folder) == before | {".lock": b""}
 
 
-# A training whose data worker is killed once there is a checkpoint: its arguments are this folder and its own.
+# A training whose data worker is killed once there is a checkpoint. Arguments: this folder, and its own.
 KILLED_WORKER = f"""
 import multiprocessing, os, pathlib, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
@@ -161,7 +162,7 @@ def test_nan_in_a_checkpoint(run, tmp_path, name):
         torch.save(state, checkpoint / name)
     else:
         spoil(checkpoint / name)
-    with pytest.raises(TrainingError, match="checkpoint-2.* not finite.*; remove"):
+    with pytest.raises(TrainingError, match=r"checkpoint-2.* not finite.*; remove"):
         train(tiny_recipe(**SHORT), folder, resume=True)
 
 
@@ -175,12 +176,19 @@ def test_nan_in_the_base(run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "base")
     (tmp_path / "base" / SUMS_FILE).unlink()
     spoil(tmp_path / "base" / "model.safetensors")
-    recipe = tiny_recipe(**SHORT, model__base=str(tmp_path / "base"))
+    recipe = tiny_recipe(**FROZEN, model__base=str(tmp_path / "base"))
     with pytest.raises(
         TrainingError, match=r"base holds a weight that is not finite \(.*\); give another model"
     ):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_base_without_a_layer_in_the_path_has_nothing_to_learn():
+    with pytest.raises(
+        RecipeError, match=r"Until phi_schedule\.start_step nothing would be trained .*; set it to 0"
+    ):
+        tiny_recipe(**SHORT, model__base="base")
 
 
 # The command line.

@@ -294,7 +294,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, documents, reent
     model.train()
     loss, plain = gradients()
     count = len(runs)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     again, checkpointed = gradients()
     hook.remove()

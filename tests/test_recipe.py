@@ -102,7 +102,7 @@ def test_wrong_value_in_a_file(tmp_path):
     assert "cannot be read as YAML" in error_of(written(tmp_path, "a: [1"))
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read as YAML" in error_of(path)
+    assert "is not readable as text" in error_of(path)
     assert error_of(tmp_path / "none.yaml").startswith("There is no recipe")
     assert error_of(tmp_path).startswith("There is no recipe")
 

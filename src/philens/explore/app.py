@@ -207,10 +207,12 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         lists = [point, left, right, spread, palette]
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [*where, *look], shown, **options)
-        result.mark(mark, None, [which, begin, end, marked], **options)
-        gr.on(
-            [which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **options
-        ).then(None, [which, begin, end], None, js=_HIGHLIGHT)
+        # Each key pressed marks anew: only the last counts.
+        last = options | {"trigger_mode": "always_last"}
+        result.mark(mark, None, [which, begin, end, marked], **last)
+        gr.on([which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **last).then(
+            None, [which, begin, end], None, js=_HIGHLIGHT
+        )
         text.change(None, text, None, js=_COUNT.format(most=sessions.most))
         page.unload(leave)
         if FORMAL in models:

@@ -6,8 +6,7 @@ tip.hidden = true;
 document.body.append(tip);
 let sections = [];
 let anchor = null;
-let pressed = false; // ever
-let pointing = false; // now
+let pressed = false;
 
 // A pane is a list of options, its tokens: it has the keyboard's focus, and one of its tokens is the active one.
 function setUp() {
@@ -127,12 +126,12 @@ const tokenAt = (node) => {
   return found?.section ? found : null;
 };
 
-element.addEventListener('pointerdown', () => { pressed = pointing = true; });
-for (const end of ['pointerup', 'pointercancel']) addEventListener(end, () => { pointing = false; });
+element.addEventListener('pointerdown', () => { pressed = true; });
 element.addEventListener('mouseover', ({target}) => { const token = tokenAt(target); if (token) show(token); });
 element.addEventListener('mouseout', ({target}) => { if (tokenAt(target) || target.closest('svg')) hide(); });
 element.addEventListener('focusin', ({target}) => {
-  if (target.tokens && !pointing) activate(target.tokens[target.active]);
+  // Not where a pointer brought the focus, which a click then takes to its token.
+  if (target.tokens && target.matches(':focus-visible')) activate(target.tokens[target.active]);
 });
 element.addEventListener('focusout', ({target}) => { if (target.tokens) hide(); });
 element.addEventListener('scroll', () => { tip.hidden = true; }, true);

@@ -216,7 +216,7 @@ class CandidatesFile:
                         self._places.setdefault(key, []).append(place)
                 place += len(line)
         if silent:
-            logger.warning("%d solutions in %s are empty and left out.", silent, path)
+            logger.warning("Empty solutions in %s left out: %d.", path, silent)
         if not self._places:
             raise InputError(f"{path} holds no candidates; give a file of JSON Lines.")
         if alone:

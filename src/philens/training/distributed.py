@@ -167,8 +167,8 @@ def _of_data_worker(error: BaseException) -> BaseException:
         return error
     if "Traceback" not in text:
         return TrainingError(
-            "A data worker ended without a word (killed, or out of memory); --resume goes on from the last "
-            "checkpoint, with another data.workers if you like."
+            "A data worker ended without a word (killed, or out of memory or shared memory); --resume goes "
+            "on from the last checkpoint, with another data.workers if you like."
         ).with_traceback(error.__traceback__)
     # torch hands on a worker's error with the worker's traceback as its message.
     reason = str(error).strip().splitlines()[-1].partition(": ")[2]

@@ -462,6 +462,11 @@ def _check_model(recipe: Recipe) -> None:
             raise RecipeError(f"model.vocab_size must be at least 262 (all bytes), not {model.vocab_size}.")
     elif recipe.phi is None and model.frozen:
         raise RecipeError("Nothing would be trained: give phi, or set model.frozen to false.")
+    elif model.frozen and recipe.phi_schedule.start_step:
+        raise RecipeError(
+            "Until phi_schedule.start_step nothing would be trained in a frozen base; set it to 0, or "
+            "model.frozen to false."
+        )
     elif model.quantization != "none" and not model.frozen:
         raise RecipeError("A quantized base cannot be trained; set model.frozen to true.")
     if recipe.phi is None and recipe.phi_schedule != PhiSchedule():

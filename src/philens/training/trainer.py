@@ -4,12 +4,14 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 import warnings
 from dataclasses import asdict
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +179,7 @@ class PHiTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = _ignore_signals
+        loader.worker_init_fn = _prepare_worker
         return loader
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -338,11 +340,13 @@ class PHiTrainer(Trainer):
             self.state.compute_steps(self.args, self.state.max_steps)
 
 
-def _ignore_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Ctrl-C in a terminal, and what a launcher sends, reaches data workers too; the trainer still needs them
-    for its last step."""
+    for its last step. And rows that cannot be handed over, for want of shared memory, end the worker: without
+    a word they would be waited for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(lambda error, rows: os._exit(1))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def train(
