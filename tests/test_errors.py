@@ -142,7 +142,7 @@ for _place, _name in [key for key, values in CONSTANTS.items() if not key[0] and
 
 def as_documented(message: str) -> str:
     """A message as its entry has it."""
-    return HOLE.sub(r"\1", re.sub("(\0[A-Z0-9_]+\0)+", lambda holes: HOLE.match(holes[0])[0], message))
+    return HOLE.sub(r"\1", re.sub("(\0[A-Z0-9_]+\0)+", r"\1", message))
 
 
 def pattern(message: str) -> str:

@@ -208,7 +208,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [*where, *look], shown, **options)
         # Each key pressed marks anew: only the last counts.
-        last = options | {"trigger_mode": "always_last"}
+        last: dict[str, Any] = options | {"trigger_mode": "always_last"}
         result.mark(mark, None, [which, begin, end, marked], **last)
         gr.on([which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **last).then(
             None, [which, begin, end], None, js=_HIGHLIGHT

@@ -16,6 +16,8 @@ from philens.tasks.automata import TaskConfig, task_index
 from philens.tasks.sources import TextPart
 from philens.typed import convert, nearest, shown
 
+# Some seconds to read; the recipes that come with philens have 2 kB at most.
+_MAX_BYTES = 1 << 18
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -285,7 +287,7 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     if path is not None:
         path = find_recipe(path)
         try:
-            values = yaml.load(read_text(path), _Loader) or {}
+            values = yaml.load(read_text(path, _MAX_BYTES), _Loader) or {}
         except AdapterError as error:
             raise RecipeError(str(error)) from error
         except Exception as error:  # odd numbers and dates raise what they like
@@ -333,9 +335,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} is given twice")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
 
