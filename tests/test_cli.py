@@ -115,7 +115,8 @@ def test_train_takes_any_key(philens, tmp_path, monkeypatch):
 def test_env(philens):
     code, out, _ = philens("env")
     assert code == 0
-    assert re.search(r"^torch +2\.", out, re.MULTILINE)
+    assert re.search(r"^  torch +2\.", out, re.MULTILINE)
+    assert re.search(r"^  models +small \(adapter\); text \(adapter, layer-1, layer-5\)$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def _shipped() -> Iterator[str]:
     """The models that come with philens, and the insertion points of each."""
     for model in sorted(resources.files("philens").joinpath("shipped").iterdir(), key=lambda path: path.name):
         layers = [part.name for part in model.iterdir() if part.joinpath("phi_layer.safetensors").is_file()]
-        if layers and model.joinpath("model", "model.safetensors").is_file():
+        if layers and model.joinpath("model", "config.json").is_file():
             yield f"{model.name} ({', '.join(sorted(layers))})"
 
 
