@@ -142,7 +142,7 @@ class _Child:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + int(self.gigabytes * 1e9),) * 2)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in self.left:
+        for number in list(self.left):
             problem = attempt(lambda n=number: self.work(self.items[n], self.folder))
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
             os.write(end, json.dumps([number, problem, grown]).encode() + b"\n")

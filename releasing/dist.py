@@ -95,7 +95,7 @@ def collect(sdist: Path, folder: Path) -> str:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (root,) = folder.iterdir()
-    return run(sys.executable, "-m", "pytest", "--collect-only", "-q", cwd=root).strip().splitlines()[-1]
+    return run(sys.executable, "-m", "pytest", "--collect-only", cwd=root).strip().splitlines()[-1]
 
 
 def install(archive: Path, folder: Path) -> str:

@@ -55,9 +55,11 @@ def requirements() -> list[Requirement]:
     found = []
     for extra, lines in declared:
         for line in lines:
-            parts = re.fullmatch(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)", line.replace(" ", ""))
+            parts = re.fullmatch(r"([\w.-]+)(?:\[.*\])?>=([\w.]+)(?:,<[\w.]+)?", line.replace(" ", ""))
             if parts is None:
-                raise Failed(f"{line!r} in pyproject.toml is not of the form package>=version")
+                raise Failed(
+                    f"{line!r} in pyproject.toml is not package>=version or package>=version,<version"
+                )
             found.append(Requirement(parts[1].lower(), parts[2], extra))
     return found
 

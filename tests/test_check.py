@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import nn
 
 from conftest import make_gpt2, make_llama
@@ -317,6 +319,10 @@ def test_a_vocabulary_that_is_not_known():
         lens.check()
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="needs transformers 5.23, see docs/extras.md",
+)
 def test_compiling_is_tried_when_asked(lens):
     torch._dynamo.reset()
     assert "compiled" not in lens.check().results

@@ -1,8 +1,10 @@
 """Faults that were not survived once; `python -m faults` injects many more, at random."""
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from philens.errors import InputError, OutputError, RecipeError, TrainingError
 from philens.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
 from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
-from philens.training.trainer import train
+from philens.training.trainer import _prepare_worker, train
 from tiny import tiny_recipe
 
 SHORT: dict[str, Any] = {"train__steps": 4, "phi_schedule__start_step": 1}
@@ -148,6 +150,21 @@ def test_errors_of_data_workers_are_one_sentence():
         raise FileNotFoundError(f"{text}FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'\n")
     with pytest.raises(RuntimeError, match="Original Traceback"), one_voice():  # ours to mend
         raise RuntimeError(f"{text}RuntimeError: shapes\n")
+
+
+def hand_over() -> None:
+    """A data worker whose rows cannot be handed over, as without shared memory."""
+    _prepare_worker(0)
+    queue: Any = multiprocessing.Queue()
+    queue.put(lambda: "cannot be pickled")
+    time.sleep(100)
+
+
+def test_rows_that_cannot_be_handed_over_end_the_worker():
+    worker = multiprocessing.get_context("fork").Process(target=hand_over)
+    worker.start()
+    worker.join(50)
+    assert worker.exitcode == 1  # and the trainer, which waits for them, is told
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])

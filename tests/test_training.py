@@ -58,8 +58,8 @@ def test_a_run_writes_all_that_is_promised(smoke):
     lens, recipe, folder = smoke
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".lock", "adapter", "checkpoint-8", "checkpoint-9", "metrics.jsonl", "model", "recipe.yaml", "tensorboard",
-        "training.png", "versions.json",
+        ".lock", "adapter", "checkpoint-8", "checkpoint-9", "metrics.jsonl", "model", "recipe.yaml",
+        "tensorboard", "training.png", "versions.json",
     }  # fmt: skip
     assert not list(folder.rglob("training_args.bin"))
     assert load_recipe(folder / "recipe.yaml") == recipe

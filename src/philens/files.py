@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 1 << 20
 _LOCK_FILE = ".lock"
 # The checksums of a folder's files, as `sha256sum -c` reads them.
 SUMS_FILE = "SHA256SUMS"
+_SUM = "# {}\n{}  {}\n"
 
 
 @contextlib.contextmanager
@@ -186,7 +187,11 @@ def file_hash(path: Path) -> str:
 def write_sums(folder: Path) -> None:
     """Write the checksums of all files in a folder and those below it into the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{file_hash(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    # Sizes, which are a comment to sha256sum, tell at once what would take long to read.
+    lines = [
+        _SUM.format(path.stat().st_size, file_hash(path), path.relative_to(folder).as_posix())
+        for path in files
+    ]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -199,13 +204,16 @@ def check_sums(folder: Path) -> None:
     path = folder / SUMS_FILE
     if not os.path.lexists(path):
         return
-    found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0].*)", line) for line in read_text(path).splitlines()]
-    for line in found or [None]:
-        if line is None or ".." in Path(line[2]).parts:
-            raise AdapterError(f"{path} does not hold checksums; it is damaged.")
-        if file_hash(folder / line[2]) != line[1]:
+    text = read_text(path)
+    found = re.findall(r"# (\d+)\n([0-9a-f]{64})  ([^/\0\n][^\0\n]*)\n", text)
+    whole = text == "".join(_SUM.format(*line) for line in found)
+    if not found or not whole or any(".." in Path(name).parts for _, _, name in found):
+        raise AdapterError(f"{path} does not hold checksums; it is damaged.")
+    for size, digest, name in found:
+        check_file(folder / name)
+        if str((folder / name).stat().st_size) != size or file_hash(folder / name) != digest:
             raise AdapterError(
-                f"{folder / line[2]} is not as it was written; fetch or write it again, or remove "
+                f"{folder / name} is not as it was written; fetch or write it again, or remove "
                 f"{SUMS_FILE} beside it if it was changed on purpose."
             )
 
@@ -263,7 +271,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     module.load_state_dict(weights)
 
 
-def check_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise an AdapterError about a missing or extra key, or another shape, of a state dict for `module`."""
     expected = module.state_dict()
     problems = [f"misses {key}" for key in expected.keys() - weights.keys()]

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,7 +164,10 @@ def one_voice() -> Iterator[None]:
 def _of_data_worker(error: BaseException) -> BaseException:
     """What befell a data worker, in a sentence; any other error, and mistakes of ours, as they are."""
     text = " ".join(str(error).split())
-    if "DataLoader worker" not in text:
+    places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    # Rows are fetched from a worker by a connection, which may break before its end is noticed.
+    cut_off = isinstance(error, EOFError | OSError) and "_try_get_data" in places
+    if "DataLoader worker" not in text and not cut_off:
         return error
     if "Traceback" not in text:
         return TrainingError(

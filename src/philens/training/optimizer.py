@@ -76,10 +76,16 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     # torch looks at none of this.
     if any(keys - set(group) for keys, group in zip(expected, optimizer.param_groups, strict=True)):
         raise ValueError("an option is missing")
+    for group in optimizer.param_groups:
+        # What never had a gradient has no moments.
+        kept = [frozenset(optimizer.state.get(parameter, ())) for parameter in group["params"]]
+        if len(set(filter(None, kept))) > 1:
+            raise ValueError("a moment is missing")
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"{name} is of shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+            shape = getattr(value, "shape", None)
+            if shape is None or (len(shape) and shape != parameter.shape):
+                raise ValueError(f"{name} does not fit a parameter of shape {tuple(parameter.shape)}")
             if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
                 raise ValueError(f"{name} is not finite")
 

@@ -417,6 +417,14 @@ def check_recipe(recipe: Recipe) -> None:
                 value = getattr(getattr(recipe, section), name)
                 if not (value > 0 or (least and value == 0)) or value == math.inf:
                     raise RecipeError(f"{section}.{name} must be {word}, not {value}.")
+    depth = 1 if recipe.phi is None else recipe.phi.prior_depth
+    for name, value, most in (
+        ("model.layers", recipe.model.layers, 1000),
+        ("phi.prior_depth", depth, 1000),
+        ("data.workers", recipe.data.workers, 256),
+    ):
+        if value > most:
+            raise RecipeError(f"{name} must be at most {most}, not {shown(value)}.")
     for step, length in recipe.data.document_lengths.items():
         if step < 0 or length < 1:
             raise RecipeError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from philens import hub
 from philens.adapter import WEIGHTS_FILE, load, save_adapter
@@ -26,11 +27,13 @@ from philens.files import (
     write_sums,
     written_whole,
 )
-from philens.layer import PHiConfig
+from philens.insertion import text_config
+from philens.layer import PHiConfig, PHiLayer
 from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.text import TextMixture, open_parts
 from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
+from philens.training.sizes import check_data_sizes, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ SHIPPED_TEXT = SHIPPED.parent / "text"
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 CHECKPOINT_RECIPE = "recipe.json"
-_METRICS_BYTES = 1 << 30
+_METRICS_BYTES = 256 << 20
 
 
 def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
@@ -55,6 +58,7 @@ def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiMode
         RecipeError: sizes that do not fit together, or a base that does not fit the data.
         PhilensError: the base, or the text that a tokenizer is made from, cannot be read.
     """
+    check_data_sizes(recipe)
     if recipe.model.base is None:
         tokenizer = (
             _make_tokenizer(recipe) if checkpoint is None else load_tokenizer(checkpoint / MODEL_FOLDER)
@@ -109,7 +113,10 @@ def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
         lens.phi.requires_grad_(False)
         lens.disable()
         return lens
-    lens = attach(base, recipe.phi)
+    config, width = recipe.phi, getattr(text_config(base), "hidden_size", 1)
+    sizes = "phi.latent_size, phi.prior_mlp_size and phi.prior_depth"
+    check_weights(sizes, lambda: nn.ModuleList(PHiLayer(width, config) for _ in config.layers or [0]))
+    lens = attach(base, config)
     if recipe.model.base is not None and recipe.model.frozen:
         lens.freeze_base()
     return lens
@@ -182,6 +189,8 @@ def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
     """
     torch.manual_seed(recipe.seed)
     try:
+        sizes = "model.layers, model.hidden_size and model.intermediate_size"
+        check_weights(sizes, lambda: _build_base(recipe, tokenizer))
         return _build_base(recipe, tokenizer)
     except StrictDataclassError as error:
         raise RecipeError(

@@ -79,6 +79,7 @@ from philens.training.run import (
     tidy,
     training_record,
 )
+from philens.training.sizes import within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -316,6 +317,9 @@ class PHiTrainer(Trainer):
             with reading(Path(checkpoint) / SCHEDULER_FILE) as path:
                 self.lr_scheduler.load_state_dict(load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing scales losses, whatever lies in a checkpoint."""
+
     # A record may be a mean over several steps; a checkpoint between two records keeps what is summed so far.
 
     def _log_state(self) -> dict[str, Any]:
@@ -378,7 +382,7 @@ def train(
             be written, memory does not suffice, or the processes cannot share the passes of a step.
         SystemExit: in all processes but the first that fails, where there are several.
     """
-    with one_voice(), contextlib.ExitStack() as held:
+    with one_voice(), within_memory(), contextlib.ExitStack() as held:
         return _train(recipe, Path(folder), resume, progress, held)
 
 
