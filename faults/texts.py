@@ -1,6 +1,5 @@
 """Texts of every kind through scoring, pages, terminals and files, and corpora that are not what they say."""
 
-import io
 import json
 import os
 import random
@@ -8,97 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from faults.generated import MARKUP, SIGNS, texts
 from faults.probe import attempt, probe
 from faults.table import Case, Outcome
+from faults.written import ATTRIBUTES, TAGS, wrong_page, wrong_scores, wrong_terminal
 
 TEXTS, OTHERS, PER_PAGE = 10_000, 1_500, 50
-
-# First and last character of blocks, a few of each kind of writing, and what no writing has.
-_BLOCKS = (
-    (0x20, 0x7E), (0xA1, 0x17F), (0x370, 0x3FF), (0x400, 0x4FF), (0x530, 0x58F), (0x590, 0x5FF),
-    (0x600, 0x6FF), (0x700, 0x74F), (0x900, 0x97F), (0x980, 0x9FF), (0xB80, 0xBFF), (0xE00, 0xE7F),
-    (0xF00, 0xFFF), (0x1000, 0x109F), (0x10A0, 0x10FF), (0x1100, 0x11FF), (0x1200, 0x137F),
-    (0x13A0, 0x13FF), (0x1780, 0x17FF), (0x1800, 0x18AF), (0x2000, 0x206F), (0x20A0, 0x20CF),
-    (0x20D0, 0x20FF), (0x2200, 0x22FF), (0x2500, 0x257F), (0x3040, 0x30FF), (0x4E00, 0x9FFF),
-    (0xAC00, 0xD7A3), (0xE000, 0xF8FF), (0xFB1D, 0xFDFF), (0xFE00, 0xFE0F), (0xFE70, 0xFEFF),
-    (0xFF00, 0xFFEF), (0xFFF0, 0xFFFF), (0x10330, 0x1034F), (0x12000, 0x123FF), (0x13000, 0x1342F),
-    (0x1D400, 0x1D7FF), (0x1F300, 0x1F6FF), (0x1F900, 0x1F9FF), (0x20000, 0x2A6DF), (0xE0000, 0xE007F),
-    (0x10FF00, 0x10FFFF),
-)  # fmt: skip
-_MARKUP = (
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>",
-    "</style><script>alert(1)", "</title><b>", "</textarea>", "]]>", "<![CDATA[", "<!--", "-->", "<!-->",
-    "--!>", '" onmouseover="alert(1)', "' x='", "<iframe src=//example.org>",
-    "<link rel=stylesheet href=//example.org/x.css>", "javascript:alert(1)", "&lt;b&gt;", "&amp;",
-    "&#x3c;script&#x3e;", "&", "<", ">", '"', "'", "`", "</span></div></figure>",
-    "<base href=//example.org>", "<meta http-equiv=refresh content=0;url=//example.org>", "<plaintext>",
-    "<math><mi//xlink:href=x>", "</script>", "@import url(//example.org)", "expression(alert(1))",
-    "{{7*7}}", "${7*7}", "[bold red]", "[/]", "[link=x]", "$x^2$", "\\", "%s", "%n", "=1+1",
-    "<a href='data:text/html,x'>", "<object data=x>", "<style>*{display:none}</style>",
-)  # fmt: skip
-_SIGNS = (
-    "\x00", "\x07", "\x08", "\x0b", "\x0c", "\x1a", "\x7f", "\x85", "\x9b31m", "\x1b[31m",
-    "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\", "\x1b[2J", "\x1b", "\r", "\r\n", "\n", "\n\n", "\t", " ",
-    "   ", "\u00a0", "\u1680", "\u2028", "\u2029", "\u200b", "\u200c", "\u200d", "\u200e", "\u200f",
-    "\u202a", "\u202e", "\u202c", "\u2066", "\u2069", "\ufeff", "\ufffe", "\uffff", "\ufffd", "\u00ad",
-    "\u034f", "\u0301" * 40, "e\u0301", "\u0e33", "ﬁ", "İ", "ß", "ǰ", "ΐ", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪🇫🇷",
-    "1️⃣", "\U000e0001", "שלום", "مرحبا", "नमस्ते", "한국어", "日本語", "﷽", "\uff28", "①", "²", "⏎",
-    "⇥", "␣", "∅",
-    "⟨U+200B⟩", "▁", "##", "Ġ", "Ċ", "<unk>", "<s>", "</s>", "<0x0A>", "<|begin|>", "<|end|>", "<|pad|>",
-    "[CLS]", "[UNK]", "\x03",
-)  # fmt: skip
-
-
-@cache
-def texts(count: int, surrogates: bool = False) -> list[str]:
-    """Texts that hypothesis composes of writing, signs and markup; the same in one run of faults."""
-    from hypothesis import HealthCheck, Phase, given, seed, settings
-    from hypothesis import strategies as st
-
-    writing = st.sampled_from(_BLOCKS).flatmap(
-        lambda block: st.text(
-            st.characters(min_codepoint=block[0], max_codepoint=block[1], exclude_categories=["Cs"]),
-            max_size=8,
-        )
-    )
-    pieces = [
-        writing,
-        writing,
-        st.sampled_from(_MARKUP),
-        st.sampled_from(_SIGNS),
-        st.text("ab \n", max_size=12),
-    ]
-    if surrogates:
-        pieces.append(st.characters(categories=["Cs"]))
-    long = st.tuples(st.sampled_from(_MARKUP + _SIGNS), st.integers(1, 60)).map(
-        lambda pair: pair[0] * pair[1]
-    )
-    made = st.lists(st.one_of(*pieces, long), min_size=1, max_size=8).map("".join)
-    found: list[str] = []
-
-    @seed(random.getrandbits(64))
-    @settings(
-        max_examples=count + count // 10,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(made)
-    def collect(text: str) -> None:
-        if len(found) < count:
-            found.append(text)
-
-    collect()
-    found += [found[k % len(found)] for k in range(count - len(found))]
-    return found
 
 
 # Models to score with: those that come with philens, and tiny ones with tokenizers of other kinds.
@@ -117,7 +36,7 @@ def _shipped(name: str) -> tuple[Any, Any]:
 
 
 @cache
-def _tiny(kind: str) -> tuple[Any, Any]:
+def tiny_lens(kind: str) -> tuple[Any, Any]:
     """A fresh lens that reads the tokens of a tokenizer of a kind, trained on a part of the texts."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -196,126 +115,6 @@ _TOKENIZERS = {
 }
 
 
-# What must hold of every text.
-
-
-def wrong_scores(text: str, scores: Any) -> str | None:
-    """What is wrong with the scores of a text, and with what is written of them."""
-    import numpy as np
-
-    from philens.scoring.corpus import Document
-    from philens.scoring.scores import TokenScores
-    from philens.scoring.shards import json_line
-
-    if scores.text != text or "".join(scores.pieces()) != text:
-        return "the pieces are not the text"
-    if (
-        (scores.offsets < 0).any()
-        or (scores.offsets > len(text)).any()
-        or (np.diff(scores.offsets, axis=1) < 0).any()
-    ):
-        return "offsets outside the text"
-    for name, values in scores.columns.items():
-        if not np.isfinite(values[1:]).all():
-            return f"{name} is not finite"
-    line = json_line(Document("a", text, 0), scores)
-    if "\n" in line or json.loads(line.encode("utf-8"))["text"] != text:
-        return "the JSON line is another text"
-    again = TokenScores.from_json(scores.to_json())
-    if again.text != text or not np.array_equal(again.phi, scores.phi, equal_nan=True):
-        return "JSON does not come back"
-    if zlib.crc32(text.encode()) % 5:  # tables take longer than all the rest
-        return None
-    table, words = scores.to_pandas(), scores.words()
-    if "".join(table["token"]) != text or not set("".join(words["word"])) <= set(text):
-        return "the tables hold another text"
-    return None
-
-
-_TAGS = {
-    "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "caption", "tr",
-    "th", "td", "a", "section", "figure", "figcaption", "span", "b", "i", "footer", "dl", "dt", "dd",
-}  # fmt: skip
-_ATTRIBUTES = {"class", "title", "id", "href", "lang", "charset", "name", "content", "http-equiv"}
-_VOID = {"meta"}
-
-
-class _Page(HTMLParser):
-    """Elements and attributes of a page, and the text of its pieces."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.problem: str | None = None
-        self.open: list[str] = []
-        self.pieces: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = {name for name, _ in attrs}
-        if tag not in _TAGS or not names <= _ATTRIBUTES or len(names) < len(attrs):
-            self.problem = f"an element that is not the page's: <{tag} {attrs!r:.80}>"
-        href = dict(attrs).get("href")
-        if href is not None and not re.fullmatch(r"#d\d+", href):
-            self.problem = f"a link to {href!r:.80}"
-        if tag not in _VOID:
-            self.open.append(tag)
-        if tag == "span" and "title" in names:
-            self.pieces.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.problem = f"a closing {tag} that is not the page's"
-
-    def handle_data(self, data: str) -> None:
-        if self.pieces and self.open and self.open[-1] == "span":
-            self.pieces[-1] += data
-
-    def handle_comment(self, data: str) -> None:
-        self.problem = "a comment"
-
-    def unknown_decl(self, data: str) -> None:
-        self.problem = "a declaration"
-
-
-def wrong_page(path: Path, scores: list[Any]) -> str | None:
-    """What is wrong with a page of scored texts."""
-    from philens.report.colours import visible
-    from philens.report.page import write_scores_page
-
-    write_scores_page(path, scores)
-    page = _Page()
-    page.feed(path.read_bytes().decode("utf-8"))
-    page.close()
-    if page.problem or page.open:
-        return page.problem or f"{page.open[-1]} is left open"
-    columns = [name for name in ("phi", "surprisal") if name in scores[0].columns]
-    expected = [visible(piece) or "∅" for item in scores for _ in columns for piece in item.pieces()]
-    if [piece.replace("⏎\n", "⏎") for piece in page.pieces] != expected:
-        return "the pieces on the page are others"
-    return None
-
-
-def wrong_terminal(scores: list[Any]) -> str | None:
-    """What a text gets through to a terminal."""
-    from rich.console import Console
-
-    from philens.report.tokens import print_coloured, print_rows
-
-    coloured, rows = io.StringIO(), io.StringIO()
-    console = Console(file=coloured, force_terminal=True, color_system="truecolor", width=100)
-    print_coloured(console, (("a\x1b[31m", item) for item in scores))
-    print_rows(rows, (("a\x1b[31m", item) for item in scores))
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", coloured.getvalue()) + rows.getvalue()
-    controls = sorted(
-        set(re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown))
-    )
-    if controls:
-        return f"a terminal gets {controls!r}"
-    for item in scores:
-        if item.text.isascii() and item.text.isalnum() and item.text not in shown:
-            return "a text is not shown"
-    return None
-
-
 # What a text is rightly refused for.
 _REFUSED = ("half a character", "is empty", "gives only special tokens", "gives no token")
 
@@ -358,7 +157,7 @@ def _in_group(lens_of: Callable[[], tuple[Any, Any]], group: list[str], place: P
 
 
 def _surrogates(folder: Path) -> Outcome:
-    lens_of = partial(_tiny, "bytes")
+    lens_of = partial(tiny_lens, "bytes")
     lens_of()
     found = texts(400, surrogates=True)
     found = [*found, "\ud800", "\udfff\ud800", "a\udcff", "\ud83d\ude00"]
@@ -386,13 +185,13 @@ def _odd(folder: Path) -> Outcome:
     }
     kinds = list(_TOKENIZERS)
     for kind in kinds:
-        _tiny(kind)
+        tiny_lens(kind)
     items = [(kind, name) for kind in kinds for name in made]
 
     def work(item: tuple[str, str], place: Path) -> str | None:
         import philens
 
-        lens, tokenizer = _tiny(item[0])
+        lens, tokenizer = tiny_lens(item[0])
         text = made[item[1]]
         scores = philens.score(lens, tokenizer, [text], batch_tokens=16_384)[0]
         problem = wrong_scores(text, scores)
@@ -405,7 +204,7 @@ def _odd(folder: Path) -> Outcome:
 
 
 def _figures(folder: Path) -> Outcome:
-    lens, tokenizer = _tiny("bytes")
+    lens, tokenizer = tiny_lens("bytes")
     found = [text[:40] for text in texts(TEXTS) if text[:40]][:60]
 
     def work(text: str, place: Path) -> str | None:
@@ -439,10 +238,10 @@ def _browser(folder: Path) -> Outcome:
     import philens
     from philens.report.page import write_scores_page
 
-    lens, tokenizer = _tiny("bytes")
+    lens, tokenizer = tiny_lens("bytes")
     outcome, found = Outcome(), texts(TEXTS)
     hostile = [text for text in found if "<" in text][:200]
-    groups = [list(_MARKUP), list(_SIGNS), *(hostile[k : k + 40] for k in range(0, len(hostile), 40))]
+    groups = [list(MARKUP), list(SIGNS), *(hostile[k : k + 40] for k in range(0, len(hostile), 40))]
     arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, headless=True, args=arguments)
@@ -465,8 +264,8 @@ def _browser(folder: Path) -> Outcome:
                 page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
             )
             pieces = page.evaluate("document.querySelectorAll('span[title]').length")
-            events += [f"<{tag}> in the page" for tag in sorted(tags - _TAGS - {"tbody"})]
-            events += [f"an attribute {name}" for name in sorted(names - _ATTRIBUTES)]
+            events += [f"<{tag}> in the page" for tag in sorted(tags - TAGS - {"tbody"})]
+            events += [f"an attribute {name}" for name in sorted(names - ATTRIBUTES)]
             if pieces != 2 * sum(map(len, scores)):
                 events.append(f"{pieces} pieces instead of {2 * sum(map(len, scores))}")
             page.close()
@@ -627,15 +426,11 @@ def _commands(folder: Path) -> Outcome:
 
 
 def cases() -> Iterable[Case]:
-    import philens
-
     yield Case("texts", "model for letters", partial(_through, partial(_shipped, "SHIPPED"), TEXTS))
-    if hasattr(philens, "SHIPPED_TEXT"):
-        yield Case(
-            "texts", "model for text, byte pairs", partial(_through, partial(_shipped, "SHIPPED_TEXT"), TEXTS)
-        )
+    text = partial(_shipped, "SHIPPED_TEXT")
+    yield Case("texts", "model for text, byte pairs", partial(_through, text, TEXTS))
     for kind in ("bytes", "unigram with bytes", "WordPiece"):
-        yield Case("texts", f"{kind}", partial(_through, partial(_tiny, kind), OTHERS))
+        yield Case("texts", f"{kind}", partial(_through, partial(tiny_lens, kind), OTHERS))
     yield Case("texts", "lone surrogates", _surrogates)
     yield Case("texts", "empty, spaces, megabytes", _odd)
     yield Case("texts", "figures", _figures)
