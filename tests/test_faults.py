@@ -221,3 +221,18 @@ def test_standard_output_on_a_full_disk_or_closed():
     assert done.stderr.count("\n") == 1
     done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_in_which_nothing_was_begun_goes_again(tmp_path):
+    with locked(tmp_path / "new", "record.json"):
+        with pytest.raises(OutputError, match="Another process"), locked(tmp_path / "new", "record.json"):
+            pass
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    with locked(tmp_path / "new", "record.json"):
+        (tmp_path / "new" / "record.json").touch()
+    assert (tmp_path / "new" / "record.json").exists()
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine", "record.json"):
+        pass
+    assert (tmp_path / "mine").is_dir()

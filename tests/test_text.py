@@ -584,7 +584,7 @@ def test_a_base_that_is_trained_is_kept(runs, tmp_path):
 
 
 def test_bases_and_data_that_do_not_fit(runs, tmp_path):
-    recipe = tiny_recipe(model__base=str(runs / "base" / "model"))
+    recipe = tiny_recipe(model__base=str(runs / "base" / "model"), phi_schedule__start_step=0)
     with pytest.raises(RecipeError, match="does not read characters as formal languages need it"):
         train(recipe, tmp_path / "a")
     parts = {"gone": {"source": "gone.jsonl"}}

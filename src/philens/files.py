@@ -34,7 +34,7 @@ def locked(folder: Path, record: str, part: str = "") -> Iterator[None]:
     ends.
 
     Args:
-        folder: is made if need be.
+        folder: is made if need be, and goes again if nothing comes into it.
         record: the file that tells such a folder from one with other files.
         part: what is locked of it, where the processes of one command share a folder.
 
@@ -43,6 +43,7 @@ def locked(folder: Path, record: str, part: str = "") -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{record}.")}
@@ -61,6 +62,11 @@ def locked(folder: Path, record: str, part: str = "") -> Iterator[None]:
     try:
         yield
     finally:
+        # Where nothing was begun, nothing stays. Others cannot take the lock before its file is gone.
+        with contextlib.suppress(OSError):
+            if made and all(path.name.startswith(_LOCK_FILE) for path in folder.iterdir()):
+                Path(lock.lock_file).unlink()
+                folder.rmdir()
         lock.release()
 
 

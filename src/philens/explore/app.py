@@ -207,9 +207,10 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         lists = [point, left, right, spread, palette]
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [*where, *look], shown, **options)
-        # Each key pressed marks anew: only the last counts.
+        # With "always_last", Gradio 6.31 sends the data of an earlier event.
+        result.mark(mark, None, [which, begin, end, marked], **(options | {"trigger_mode": "multiple"}))
+        # These events have no data but the fields', which are read when it is sent.
         last: dict[str, Any] = options | {"trigger_mode": "always_last"}
-        result.mark(mark, None, [which, begin, end, marked], **last)
         gr.on([which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **last).then(
             None, [which, begin, end], None, js=_HIGHLIGHT
         )

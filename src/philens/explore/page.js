@@ -7,6 +7,7 @@ document.body.append(tip);
 let sections = [];
 let anchor = null;
 let pressed = false;
+let marking = 0;
 
 // A pane is a list of options, its tokens: it has the keyboard's focus, and one of its tokens is the active one.
 function setUp() {
@@ -104,7 +105,9 @@ function highlight(text, first, last) {
 function mark(section, one, other) {
   const [first, last] = [Math.min(one, other), Math.max(one, other)];
   highlight(section.text, first, last);
-  trigger('mark', {text: section.text, first, last});
+  // A key held down marks anew at each step: its means are asked for where it stops.
+  clearTimeout(marking);
+  marking = setTimeout(() => trigger('mark', {text: section.text, first, last}), 60);
 }
 
 // The token above or below: the nearest one of the next line.
