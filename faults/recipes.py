@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.probe import probe
+from faults.subjects import SIZES
 from faults.table import Case, Outcome
 
 MUTANTS = 200
@@ -22,7 +23,7 @@ _VALUES = (
 )  # fmt: skip
 
 # Sizes so small that two steps take a second. A mutant keeps those of its own mutated key.
-_TINY: dict[str, Any] = {
+_TINY: dict[str, Any] = SIZES | {
     "model.base": None,
     "model.revision": None,
     "model.dtype": "auto",
@@ -30,34 +31,19 @@ _TINY: dict[str, Any] = {
     "model.quantization": "none",
     "model.architecture": "transformer",
     "model.tokenizer": "characters",
-    "model.hidden_size": 16,
-    "model.intermediate_size": 16,
-    "model.layers": 2,
-    "model.heads": 2,
-    "phi.layer": 0,
-    "phi.prior_heads": 2,
     "phi.latent_size": None,
     "data.parts": {},
     "data.mixture": {"memorized_sequences": 1, "copy": 1},
-    "data.tasks.strings": [2, 3],
-    "data.tasks.string_length": [8, 12],
     "data.length": 64,
-    "data.group": 2,
     "data.document_lengths": {},
     "data.workers": 0,
-    "optimizer.warmup_steps": 1,
     "optimizer.decay": 0.1,
     "phi_schedule.start_step": 0,
     "phi_schedule.warmup_steps": 1,
     "train.steps": 2,
-    "train.batch_size": 2,
     "train.accumulate": 1,
     "train.compile": False,
-    "train.precision": "fp32",
-    "train.log_every": 1,
-    "train.eval_every": 0,
     "train.save_every": 0,
-    "train.evaluation_documents": 2,
     "train.report_to": [],
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from faults import process
 from faults.process import Command, Setup
 from faults.table import Case, Outcome
+from faults.trials import Trials, Undisturbed
 
 # What fills a folder: scores as JSON Lines and as Parquet, and solutions.
 KINDS = ("jsonl", "parquet", "solve")
@@ -83,14 +84,14 @@ def words(root: Path, kind: str, output: Path) -> list[str]:
 
 
 @functools.cache
-def undisturbed(root: Path, kind: str) -> tuple[dict[str, bytes], float, int]:
-    """What each kind gives, in how many seconds, and by how many changes of the folder."""
+def undisturbed(root: Path, kind: str) -> Undisturbed:
+    """Each kind once."""
     folder, count = root / f"undisturbed-{kind}", root / f"undisturbed-{kind}.count"
     watch = partial(process.die_at_change, str(folder), 0, str(count))
     ended = process.run(words(root, kind, folder), root / f"undisturbed-{kind}.log", [watch])
     if (problem := process.finished(ended)) is not None:
         raise RuntimeError(f"undisturbed, it failed: {problem}")
-    return result(folder), ended.seconds, count.stat().st_size
+    return Undisturbed(folder, ended.seconds, count.stat().st_size)
 
 
 def result(folder: Path) -> dict[str, bytes]:
@@ -107,7 +108,7 @@ def completed(root: Path, kind: str, folder: Path) -> str | None:
 def same(root: Path, kind: str, folder: Path) -> str | None:
     """How a folder differs from the undisturbed one, and whether each row is there once."""
     found = result(folder)
-    if (problem := process.differences(found, undisturbed(root, kind)[0])) is not None:
+    if (problem := process.differences(found, result(undisturbed(root, kind).folder))) is not None:
         return problem
     if kind == "jsonl":
         rows = [
@@ -125,18 +126,7 @@ def start(root: Path, kind: str, folder: Path, setup: Sequence[Setup] = ()) -> C
     return Command(words(root, kind, folder), folder.with_suffix(".log"), setup)
 
 
-def each(
-    count: int, place: Path, attempt: Callable[[str, Path, float], str | None], kinds: Sequence[str] = KINDS
-) -> Outcome:
-    """So many attempts by the kinds in turn: with a folder each, and a random number in [0, 1)."""
-    attempts = []
-    for number in range(count):
-        own = place / str(number)
-        own.mkdir()
-        attempts.append(partial(attempt, kinds[number % len(kinds)], own, random.random()))
-    for kind in kinds:
-        undisturbed(place.parent, kind)
-    return process.two_at_a_time(attempts)
+TRIALS = Trials(KINDS, undisturbed, start, completed)
 
 
 def kill_again_and_again(place: Path) -> Outcome:
@@ -149,7 +139,7 @@ def kill_again_and_again(place: Path) -> Outcome:
         while killed < kills:
             command = start(root, kind, folder)
             # Short, or it would be finished long before.
-            time.sleep(draw.random() * undisturbed(root, kind)[1] / 6)
+            time.sleep(draw.random() * undisturbed(root, kind).seconds / 6)
             command.signal(signal.SIGKILL)
             ended = command.wait()
             if ended.code not in (0, -signal.SIGKILL):
@@ -162,53 +152,8 @@ def kill_again_and_again(place: Path) -> Outcome:
         problem = completed(root, kind, folder)
         return None if problem is None else f"{kind} after {kills} kills: {problem}"
 
-    outcome = each(len(KINDS), place, attempt)
+    outcome = TRIALS.each(len(KINDS), place, attempt)
     return Outcome(outcome.tried * kills, outcome.survived * kills, outcome.notes)
-
-
-def kill_at_random(place: Path) -> Outcome:
-    """kill -9 at a moment drawn uniformly over the whole time, then completed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        begin, seconds = partial(start, place.parent, kind), undisturbed(place.parent, kind)[1]
-        folder, _ = process.stopped_at(begin, own, signal.SIGKILL, fraction, seconds)
-        problem = completed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} killed at {fraction:.1%} of its time: {problem}"
-
-    return each(20, place, attempt)
-
-
-def kill_at_changes(place: Path) -> Outcome:
-    """kill -9 at a change in the folder drawn among all, also while going on, then completed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        folder, changes = own / "output", undisturbed(place.parent, kind)[2]
-        numbers = (1 + int(fraction * (changes - 12)), 1 + int(fraction * 7919) % 6)
-        for number in numbers:
-            die = partial(process.die_at_change, str(folder), number)
-            ended = start(place.parent, kind, folder, [die]).wait()
-            # What was nearly finished may make fewer changes than that when it goes on.
-            if ended.code != -signal.SIGKILL and (number == numbers[0] or ended.code):
-                return f"{kind} at change {number} of {changes}: it was not killed; {ended}"
-        problem = completed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} killed at changes {numbers} of {changes}: {problem}"
-
-    return each(20, place, attempt)
-
-
-def stop_at_random(place: Path) -> Outcome:
-    """Ctrl-C or SIGTERM at a random moment, then completed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        number = signal.SIGTERM if own.name in "0257" else signal.SIGINT
-        begin, seconds = partial(start, place.parent, kind), undisturbed(place.parent, kind)[1]
-        folder, ended = process.stopped_at(begin, own, number, fraction, seconds)
-        if "Traceback" in ended.text or ended.code not in (0, 130, -signal.SIGTERM):
-            return f"{kind}, {number.name} at {fraction:.1%} of its time: {ended}"
-        problem = completed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} after {number.name} at {fraction:.1%}: {problem}"
-
-    return each(8, place, attempt)
 
 
 def kill_rank(place: Path) -> Outcome:
@@ -221,7 +166,7 @@ def kill_rank(place: Path) -> Outcome:
             Command(words(root, kind, folder), own / f"{number}.log", (), environment)
             for number, environment in enumerate(process.ranks(3))
         ]
-        time.sleep(fraction * undisturbed(root, kind)[1])
+        time.sleep(fraction * undisturbed(root, kind).seconds)
         commands[int(fraction * 997) % 3].signal(signal.SIGKILL)
         for ended in [command.wait() for command in commands]:
             if ended.code not in (0, -signal.SIGKILL) or "Traceback" in ended.text:
@@ -229,7 +174,7 @@ def kill_rank(place: Path) -> Outcome:
         problem = completed(root, kind, folder)
         return None if problem is None else f"{kind}, one killed at {fraction:.1%}: {problem}"
 
-    return each(6, place, attempt, ("jsonl", "parquet"))
+    return TRIALS.each(6, place, attempt, ("jsonl", "parquet"))
 
 
 def two_into_one(place: Path) -> Outcome:
@@ -248,7 +193,7 @@ def two_into_one(place: Path) -> Outcome:
         problem = process.finished(ends[0]) or process.one_sentence(ends[1]) or same(root, kind, folder)
         return None if problem is None else f"{kind}: {problem}"
 
-    return each(6, place, attempt)
+    return TRIALS.each(6, place, attempt)
 
 
 def files_stop_growing(place: Path) -> Outcome:
@@ -257,14 +202,14 @@ def files_stop_growing(place: Path) -> Outcome:
     def attempt(kind: str, own: Path, fraction: float) -> str | None:
         root, folder, size = place.parent, own / "output", int(300 * 60 ** random.Random(fraction).random())
         command = start(root, kind, folder)
-        time.sleep(fraction * undisturbed(root, kind)[1])
+        time.sleep(fraction * undisturbed(root, kind).seconds)
         command.limit_files(size)
         ended = command.wait()
         problem = process.finished(ended) if ended.code == 0 else process.one_sentence(ended)
         problem = problem or completed(root, kind, folder)
         return None if problem is None else f"{kind}, {size:,} bytes from {fraction:.1%} on: {problem}"
 
-    return each(9, place, attempt)
+    return TRIALS.each(9, place, attempt)
 
 
 def disk_fills_up(place: Path) -> Outcome:
@@ -276,7 +221,7 @@ def disk_fills_up(place: Path) -> Outcome:
             with process.mounted(disk, "size=8m"):
                 folder = disk / "output"
                 command = Command(words(root, kind, folder), place / f"{number}.log")
-                time.sleep(fraction * undisturbed(root, kind)[1])
+                time.sleep(fraction * undisturbed(root, kind).seconds)
                 if read_only:
                     process.remount(disk, "ro")
                 else:
@@ -372,7 +317,7 @@ def clock_set_back(place: Path) -> Outcome:
     def attempt(kind: str, own: Path, fraction: float) -> str | None:
         root = place.parent
         begin = partial(start, root, kind, setup=[partial(process.set_clock, -1e8, 1.0)])
-        folder, _ = process.stopped_at(begin, own, signal.SIGKILL, fraction, undisturbed(root, kind)[1])
+        folder, _ = process.stopped_at(begin, own, signal.SIGKILL, fraction, undisturbed(root, kind).seconds)
         for path in folder.rglob("*"):
             os.utime(path, (4e9, 4e9))
         in_1970 = [partial(process.set_clock, -1e11)]
@@ -380,15 +325,15 @@ def clock_set_back(place: Path) -> Outcome:
         problem = process.finished(ended) or same(root, kind, folder)
         return None if problem is None else f"{kind}: {problem}"
 
-    return each(3, place, attempt)
+    return TRIALS.each(3, place, attempt)
 
 
 def cases() -> Iterable[Case]:
     for name, run in {
         "kill -9 twenty times, each kind of output": kill_again_and_again,
-        "kill -9 at a random moment": kill_at_random,
-        "kill -9 at a random change on disk, twice": kill_at_changes,
-        "Ctrl-C or SIGTERM at a random moment": stop_at_random,
+        "kill -9 at a random moment": TRIALS.kill_at_random,
+        "kill -9 at a random change on disk, twice": TRIALS.kill_at_changes,
+        "Ctrl-C or SIGTERM at a random moment": TRIALS.stop_at_random,
         "one of three processes killed": kill_rank,
         "two runs into one folder": two_into_one,
         "files stop growing at a random moment": files_stop_growing,

@@ -87,7 +87,7 @@ def adapter() -> Subject:
     return Subject(folder, read, read(folder))
 
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "model.hidden_size": 16,
     "model.intermediate_size": 16,
     "model.layers": 2,
@@ -114,7 +114,7 @@ def _train(folder: Path, resume: bool) -> Any:
     from philens.training.recipe import load_recipe
     from philens.training.trainer import train
 
-    lens = train(load_recipe(None, _SIZES), folder, resume=resume)
+    lens = train(load_recipe(None, SIZES), folder, resume=resume)
     assert lens is not None
     return {name: value.numpy().copy() for name, value in lens.state_dict().items()}
 

@@ -12,8 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from faults import process
 from faults.process import Command, Setup
 from faults.table import Case, Outcome
+from faults.trials import Trials, Undisturbed
 
 # Three kinds of training: a model from nothing; a layer in a frozen base, by a data worker, whose records are
 # means over several steps and begin before the first; and a model of text, which makes its tokenizer.
@@ -28,15 +28,6 @@ KINDS = ("fresh", "layer", "text")
 _SHORT = {"train.steps": 12, "train.save_every": 3, "train.eval_every": 0, "train.evaluation_documents": 4}
 _SHORT |= {"train.precision": "fp32", "phi_schedule.start_step": 4, "phi_schedule.warmup_steps": 4}
 _WORDS = ("the", "small", "model", "reads", "what", "people", "write", "and", "thinks", "where", "it", "must")
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run that nothing befell: its folder, how long it took, and how many changes it made there."""
-
-    folder: Path
-    seconds: float
-    changes: int
 
 
 def words(root: Path, kind: str, output: Path, *more: str) -> list[str]:
@@ -108,56 +99,14 @@ def same(root: Path, kind: str, folder: Path) -> str | None:
     return process.differences(result(folder), result(undisturbed(root, kind).folder))
 
 
-def start(root: Path, kind: str, folder: Path, *more: str, setup: Sequence[Setup] = ()) -> Command:
-    return Command(words(root, kind, folder, *more), folder.with_suffix(".log"), setup)
+def start(root: Path, kind: str, folder: Path, setup: Sequence[Setup] = ()) -> Command:
+    return Command(words(root, kind, folder, "--resume"), folder.with_suffix(".log"), setup)
 
 
-def each(count: int, place: Path, attempt: Callable[[str, Path, float], str | None]) -> Outcome:
-    """So many attempts by the kinds of training in turn: a folder each, and a random number in [0, 1)."""
-    attempts = []
-    for number in range(count):
-        own = place / str(number)
-        own.mkdir()
-        attempts.append(partial(attempt, KINDS[number % len(KINDS)], own, random.random()))
-    for kind in KINDS:
-        undisturbed(place.parent, kind)
-    return process.two_at_a_time(attempts)
+TRIALS = Trials(KINDS, undisturbed, start, resumed)
 
 
 # Killed.
-
-
-def kill_at_random(place: Path) -> Outcome:
-    """kill -9 at a moment drawn uniformly over the whole run, then resumed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        begin = partial(start, place.parent, kind)
-        seconds = undisturbed(place.parent, kind).seconds
-        folder, ended = process.stopped_at(begin, own, signal.SIGKILL, fraction, seconds)
-        if ended.code != -signal.SIGKILL:
-            return f"it was not killed; {ended}"
-        problem = resumed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} killed at {fraction:.1%} of its time: {problem}"
-
-    return each(20, place, attempt)
-
-
-def kill_at_changes(place: Path) -> Outcome:
-    """kill -9 at a change in the run folder drawn among all, also while resuming from that, and resumed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        folder, changes = own / "run", undisturbed(place.parent, kind).changes
-        numbers = (1 + int(fraction * changes), 1 + int(fraction * 7919) % 12)
-        for number in numbers:
-            die = partial(process.die_at_change, str(folder), number)
-            ended = start(place.parent, kind, folder, "--resume", setup=[die]).wait()
-            # What was nearly finished may make fewer changes than that when it goes on.
-            if ended.code != -signal.SIGKILL and (number == numbers[0] or ended.code):
-                return f"{kind} at change {number} of {changes}: it was not killed; {ended}"
-        problem = resumed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} killed at changes {numbers} of {changes}: {problem}"
-
-    return each(20, place, attempt)
 
 
 def kill_again_and_again(place: Path) -> Outcome:
@@ -167,7 +116,7 @@ def kill_again_and_again(place: Path) -> Outcome:
         folder, seconds = own / "run", undisturbed(place.parent, kind).seconds
         draw = random.Random(fraction)
         for _ in range(8):
-            command = start(place.parent, kind, folder, "--resume")
+            command = start(place.parent, kind, folder)
             time.sleep(draw.random() * seconds / 2)
             command.signal(signal.SIGKILL)
             ended = command.wait()
@@ -176,26 +125,7 @@ def kill_again_and_again(place: Path) -> Outcome:
         problem = resumed(place.parent, kind, folder)
         return None if problem is None else f"{kind} killed 8 times: {problem}"
 
-    return each(3, place, attempt)
-
-
-# Stopped politely.
-
-
-def stop_at_random(place: Path) -> Outcome:
-    """Ctrl-C or SIGTERM at a random moment, then resumed."""
-
-    def attempt(kind: str, own: Path, fraction: float) -> str | None:
-        number = signal.SIGTERM if own.name in "0257" else signal.SIGINT
-        seconds = undisturbed(place.parent, kind).seconds
-        folder, ended = process.stopped_at(partial(start, place.parent, kind), own, number, fraction, seconds)
-        # Before training begins, a polite kill ends any program.
-        if "Traceback" in ended.text or ended.code not in (0, 130, -signal.SIGTERM):
-            return f"{kind}, {number.name} at {fraction:.1%} of its time: {ended}"
-        problem = resumed(place.parent, kind, folder)
-        return None if problem is None else f"{kind} after {number.name} at {fraction:.1%}: {problem}"
-
-    return each(8, place, attempt)
+    return TRIALS.each(3, place, attempt)
 
 
 # Several processes.
@@ -217,7 +147,7 @@ def kill_data_worker(place: Path) -> Outcome:
         problem = process.finished(ended) if ended.code == 0 else process.one_sentence(ended)
         return problem or resumed(place.parent, "layer", folder)
 
-    return each(3, place, attempt)
+    return TRIALS.each(3, place, attempt)
 
 
 def train_together(root: Path, folder: Path, *more: str) -> list[Command]:
@@ -325,7 +255,7 @@ def files_stop_growing(place: Path) -> Outcome:
         problem = problem or resumed(place.parent, kind, folder)
         return None if problem is None else f"{kind}, {size:,} bytes from {fraction:.1%} on: {problem}"
 
-    return each(8, place, attempt)
+    return TRIALS.each(8, place, attempt)
 
 
 def disk_fills_up(place: Path) -> Outcome:
@@ -423,11 +353,11 @@ def become_nan(place: Path) -> Outcome:
 
     def attempt(kind: str, own: Path, fraction: float) -> str | None:
         what, number = whats[int(own.name) % len(whats)], 2 + int(fraction * 10)
-        ended = start(place.parent, kind, own / "run", setup=[partial(poison, what, number)]).wait()
+        ended = start(place.parent, kind, own / "run", [partial(poison, what, number)]).wait()
         problem = process.one_sentence(ended) or resumed(place.parent, kind, own / "run")
         return None if problem is None else f"{kind}, NaN in {what}, number {number}: {problem}"
 
-    return each(12, place, attempt)
+    return TRIALS.each(12, place, attempt)
 
 
 def are_nan(place: Path) -> Outcome:
@@ -488,15 +418,15 @@ def clock_set_back(place: Path) -> Outcome:
             problem = f"resumed from another than checkpoint-{max(steps)}: {said}"
         return None if problem is None else f"{kind}: {problem}"
 
-    return each(4, place, attempt)
+    return TRIALS.each(4, place, attempt)
 
 
 def cases() -> Iterable[Case]:
     for name, run in {
-        "kill -9 at a random moment, resumed": kill_at_random,
-        "kill -9 at a random change on disk, twice": kill_at_changes,
+        "kill -9 at a random moment, resumed": TRIALS.kill_at_random,
+        "kill -9 at a random change on disk, twice": TRIALS.kill_at_changes,
         "one run, kill -9 eight times": kill_again_and_again,
-        "Ctrl-C or SIGTERM at a random moment": stop_at_random,
+        "Ctrl-C or SIGTERM at a random moment": TRIALS.stop_at_random,
         "data worker killed": kill_data_worker,
         "one of two processes killed": kill_rank,
         "the same under accelerate launch": kill_under_launcher,
