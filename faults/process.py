@@ -13,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ LIMIT = 400
 NOBODY = 65534
 
 Setup = Callable[[], object]
+# How a process ended can be read once, and multiprocessing reads it for all of them when it starts one.
+_STATUS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Command:
         self._process = _SERVER.Process(
             target=_run, args=(list(words), str(log), list(setup), dict(environment or {}), started)
         )
-        self._process.start()
+        with _STATUS:
+            self._process.start()
         started.close()
         with contextlib.suppress(EOFError):
             ready.recv()
@@ -92,18 +97,20 @@ class Command:
         return children_of(self._process.pid or 0)
 
     def running(self) -> bool:
-        return self._process.is_alive()
+        with _STATUS:
+            return self._process.is_alive()
 
     def wait(self) -> Ended:
         """Its end; one that hangs is killed and says so."""
-        self._process.join(LIMIT)
         text = ""
-        if self.running():
+        if not connection.wait([self._process.sentinel], LIMIT):
             self._process.kill()
-            self._process.join()
+            connection.wait([self._process.sentinel])
             text = f"\nit hung for {LIMIT} seconds"
         seconds = time.monotonic() - self._begin
-        return Ended(self._process.exitcode or 0, self.log.read_text(errors="replace") + text, seconds)
+        with _STATUS:
+            code = self._process.exitcode
+        return Ended(code or 0, self.log.read_text(errors="replace") + text, seconds)
 
 
 def _run(words: list[str], log: str, setup: list[Setup], environment: dict[str, str], started: Any) -> None:
@@ -184,7 +191,7 @@ def stopped_at(
     Args:
         start: starts it with an empty folder to fill, of a name of its own in `place`.
         number: of the signal.
-        fraction, seconds: the moment is this part of how long it takes; where it has ended by then, it is
+        fraction, seconds: the moment is this part of how long it takes; where it is done by then, it is
             started anew, and given as much less time as it needed.
 
     Returns:
@@ -197,7 +204,7 @@ def stopped_at(
         was_running = command.running()
         command.signal(number)
         ended = command.wait()
-        if was_running:
+        if was_running and ended.code:
             return folder, ended
         seconds = min(ended.seconds, 0.9 * seconds)
     raise RuntimeError(f"it always ended before it was stopped; {ended}")

@@ -208,7 +208,9 @@ def kill_under_launcher(place: Path) -> Outcome:
 
     ended = process.launch(line, place / "launched.log", kill)
     said = [one for one in ended.text.splitlines() if one.startswith("philens: ")]
-    problem = None if ended.code and len(said) == 1 else f"{said}; {ended}"
+    # Before and after the steps, a polite kill, which is what the other gets, ends any program.
+    ended_at_once = not said and "Signal 15 (SIGTERM)" in ended.text
+    problem = None if ended.code and (len(said) == 1 or ended_at_once) else f"{said}; {ended}"
     if problem is None:
         ends = [command.wait() for command in train_together(root, folder, "--resume")]
         problem = next(filter(None, map(process.finished, ends)), None)

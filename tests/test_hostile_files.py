@@ -306,6 +306,16 @@ def test_another_state_of_the_optimiser(stopped, edit):
         resume(stopped)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_huge_file_in_a_checkpoint_is_not_read(stopped, growth, name):
+    checkpoint = stopped / "checkpoint-2"
+    unseal(checkpoint)
+    os.truncate(checkpoint / "model" / name, 10 << 30)
+    with pytest.raises(AdapterError, match=f"{name} is larger than 128 MB"):
+        resume(stopped)
+    assert growth() < 200
+
+
 def test_a_compressed_archive_is_not_unpacked(stopped):
     checkpoint = stopped / "checkpoint-2"
     unseal(checkpoint)

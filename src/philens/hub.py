@@ -183,7 +183,7 @@ def load_pretrained(
     folder, commit = find(
         os.fspath(name), patterns, "model", "config.json", revision=revision, local_only=local_only
     )
-    _check_folder(folder)
+    check_small_files(folder)
     # Code may live in a repository of its own; all else is here by now.
     options = {
         "trust_remote_code": trust_remote_code,
@@ -251,11 +251,11 @@ def _load_model(
     return base
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise an AdapterError unless a model's small files are files, and small."""
+def check_small_files(folder: Path) -> None:
+    """Raise an AdapterError unless the small files of a model or a tokenizer are files, and small."""
     from philens.files import check_file
 
-    for path in folder.iterdir():
+    for path in folder.glob("*"):
         if any(path.match(pattern) for pattern in _TEXT_FILES):
             check_file(path)
             if path.stat().st_size > _TEXT_BYTES:
