@@ -88,7 +88,7 @@ class _Page(HTMLParser):
 
 def wrong_page(path: Path, scores: list[Any]) -> str | None:
     """What is wrong with a page of scored texts."""
-    from philens.report.colours import visible
+    from philens.output import visible
     from philens.report.page import write_scores_page
 
     write_scores_page(path, scores)

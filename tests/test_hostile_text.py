@@ -3,7 +3,13 @@
 The checks are those of `python -m faults texts`, which tries 10,000 texts with each of two models.
 """
 
+import io
+import json
+import os
 import random
+import re
+import sys
+from pathlib import Path
 
 import pytest
 from faults.generated import MARKUP, SIGNS, texts
@@ -11,7 +17,13 @@ from faults.texts import tiny_lens
 from faults.written import wrong_page, wrong_scores, wrong_terminal
 
 import philens
+from philens import cli
 from philens.errors import InputError
+from philens.scoring.corpus import Corpus
+from philens.scoring.rank import CandidatesFile
+from philens.tasks.levels import read_levels
+from philens.tasks.problems import read_rows
+from philens.tasks.sources import TextPart, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +107,88 @@ def test_the_checks_see_what_they_look_for(monkeypatch, tmp_path, name, problem)
     else:
         assert found is not None
         assert any(part in found for part in problem.split("|"))
+
+
+LETTERS = "abc é 漢 😀 \x1b[31m <script>"
+
+
+def scored(monkeypatch, encoding, *words):
+    """Exit code, bytes of standard output, text of standard error of `philens score`, both in an encoding."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    code = cli.main(["score", *words, "--model", str(philens.SHIPPED_TEXT)])
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue() for stream in streams)
+    return code, out, err.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_terminals_of_every_encoding(monkeypatch, tmp_path, encoding):
+    monkeypatch.chdir(tmp_path)
+    Path("é漢.txt").write_text(LETTERS, encoding="utf-8")
+    code, out, err = scored(monkeypatch, encoding, "é漢.txt", "--format", "table")
+    assert code == 0, err
+    assert re.fullmatch(r"Scored 1 document with \d+ tokens\.\n", err)
+    assert ("é漢.txt" if encoding == "utf-8" else "\\u6f22.txt: ") in out.decode(encoding)
+    assert b"\x1b" not in out
+    code, out, _ = scored(monkeypatch, encoding, "é漢.txt", "--format", "jsonl")
+    record = json.loads(out.decode())
+    assert (code, record["id"], record["text"]) == (0, "é漢.txt", LETTERS)
+
+
+def test_a_name_that_is_not_unicode(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"a\xff.txt")
+    Path(name).write_text("some text")
+    code, out, err = scored(monkeypatch, "utf-8", name, "--format", "jsonl")
+    assert (code, json.loads(out)["id"]) == (0, "a\\udcff.txt"), err
+    for form in ("jsonl", "parquet", "html"):
+        output = os.fsdecode(b"b\xff." + form.encode())
+        output = output if form == "html" else f"{output}.folder"
+        code, out, err = scored(monkeypatch, "utf-8", name, "--format", form, "--output", output)
+        assert (code, err) == (0, ""), err
+        assert out.startswith("Wrote b⟨U+DCFF⟩.".encode())
+        assert Path(output).exists()
+    code, out, err = scored(monkeypatch, "ascii", name + ".no", "--format", "table")
+    assert (code, out) == (2, b"")
+    assert err == "philens: error: There is no file a\\u27e8U+DCFF\\u27e9.txt.no; check the path.\n"
+
+
+def test_names_that_a_terminal_would_obey(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name = "a\x1b]0;title\x07\x1b[31m\u202e.txt"
+    Path(name).write_text("some text")
+    runs = [scored(monkeypatch, "utf-8", name, "--format", form) for form in ("table", "jsonl", "terminal")]
+    runs.append(scored(monkeypatch, "utf-8", name, "--format", "html", "--output", f"{name}.html"))
+    runs.append(scored(monkeypatch, "utf-8", f"{name}.no"))
+    assert [code for code, _, _ in runs] == [0, 0, 0, 0, 2]
+    for _, out, err in runs:
+        said = out.decode() + err
+        assert not set("\x1b\x07") & set(said)
+        assert "title" in said
+
+
+HUGE = "1" + "0" * 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        (f'{{"text": {HUGE}}}', lambda path: list(Corpus([str(path)]))),
+        (f'{{"prompt": {HUGE}}}', CandidatesFile),
+        (f'{{"text": {HUGE}}}', lambda path: read_levels(path.parent)),
+        (f'{{"question": {HUGE}}}', read_rows),
+        (f'{{"text": "a"}}\n{{"text": {HUGE}}}', lambda path: open_source(TextPart(source=str(path)))),
+    ],
+    ids=["corpus", "candidates", "levels", "problems", "training"],
+)
+def test_a_number_that_python_does_not_read(tmp_path, content, read):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError) as raised:
+        read(path)
+    assert "sys.set_int_max_str_digits" not in str(raised.value)
+    assert re.search("[Ll]ine [12]", str(raised.value))
+    assert len(str(raised.value)) < 400

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import logging
 import os
 import re
@@ -11,7 +12,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import philens
 from philens.commands import COMMANDS, Command
+from philens.commands.show import tell
 from philens.errors import ConfigError, PhilensError
+from philens.output import printable
 from philens.typed import convert, nearest
 
 
@@ -163,13 +166,24 @@ def parse(arguments: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     return options["run"], {**_typed(options["run"], options), **keys}
 
 
+class _Plain(logging.Formatter):
+    """Messages alone, of which a terminal obeys nothing."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 if the user stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; a file that is opened would take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what is shown
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("philens").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -186,11 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except (PhilensError, OSError) as error:
-        sys.stderr.write(f"philens: error: {_sentence(error)}\n")
+        tell(f"philens: error: {_sentence(error)}")
         _drop_output()
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("philens: stopped; the same command goes on from the last checkpoint.\n")
+        tell("philens: stopped; the same command goes on from the last checkpoint.")
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)

@@ -138,6 +138,7 @@ def _root(error: BaseException) -> BaseException:
 def reason(error: BaseException) -> str:
     """An exception's message as a part of a sentence: one line, no full stop, not long."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.partition("; use sys.set_int_max_str_digits")[0]  # of numbers with more than 4,300 digits
     text = re.split(r"(?<=[a-z\])'`])\. (?=[A-Z])", text)[0]
     return (text if len(text) <= 200 else text[:200] + "...").rstrip(". ")
 

@@ -3,13 +3,13 @@
 torch and transformers are imported inside the functions, so that help and errors come at once.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import philens
-from philens.commands.show import console, say
+from philens.commands.show import console, say, tell
 from philens.errors import ConfigError
+from philens.output import utf8_output
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
@@ -47,7 +47,7 @@ def train(
     if print_config:
         from philens.training.run import recipe_yaml
 
-        sys.stdout.write(recipe_yaml(resolved))
+        utf8_output().write(recipe_yaml(resolved))
         return 0
     from philens.scoring.ranks import rank
     from philens.training.trainer import train
@@ -161,10 +161,10 @@ def score(
     except KeyboardInterrupt:
         if process.number == 0:
             goes_on = "; the same command goes on" if format in ("jsonl", "parquet") and output else ""
-            sys.stderr.write(f"philens: stopped{goes_on}.\n")
+            tell(f"philens: stopped{goes_on}.")
         return 130
     if output is None:
-        sys.stderr.write(f"Scored {summary}.\n")
+        tell(f"Scored {summary}.")
     elif summary.finished and (summary.new or process.of == 1):  # of several processes the last one, once
         say(f"{'Wrote' if summary.new else 'Already finished:'} {output}: {summary}.")
     return 0

@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from philens.output import printable
+
 
 def console() -> Any:
     """The terminal."""
@@ -13,5 +15,10 @@ def console() -> Any:
 
 def say(text: str) -> None:
     """Print a line, at once."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """Print a line that is for people only, on standard error."""
+    sys.stderr.write(printable(text) + "\n")

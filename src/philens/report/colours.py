@@ -1,4 +1,4 @@
-"""Values as colours, the same in pages and terminals, and texts made safe to show.
+"""Values as colours, the same in pages and terminals.
 
 Both palettes change lightness steadily, so they can be told without seeing hue, and every colour carries text
 of at least 4.5:1 contrast.
@@ -6,7 +6,6 @@ of at least 4.5:1 contrast.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from unicodedata import category
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -65,25 +64,6 @@ def luminance(colour: NDArray[np.int64]) -> float:
     share = colour / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
-
-
-def visible(text: str) -> str:
-    """`text` with what a reader would not see, or a browser or terminal would obey, made visible.
-
-    Those are controls (line breaks and escapes too), joiners, directions and lone surrogates.
-    """
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    if character == "\n":
-        return "⏎"
-    if character == "\t":
-        return "⇥"
-    # Controls, formats (zero width, directions), lone surrogates, line and paragraph separators.
-    if category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return f"⟨U+{ord(character):04X}⟩"
-    return character
 
 
 def plain_label(column: str) -> str:

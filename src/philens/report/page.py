@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 
 from philens.errors import InputError
 from philens.files import write_atomically
-from philens.report.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label, visible
+from philens.output import visible
+from philens.report.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label
 from philens.scoring.scores import TokenScores, unit
 
 MAX_TOKENS, MAX_DOCUMENTS = 50_000, 1_000

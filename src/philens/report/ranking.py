@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from philens.report.colours import plain_label, visible
+from philens.output import visible
+from philens.report.colours import plain_label
 from philens.report.terminal import new_table, number_text
 
 if TYPE_CHECKING:

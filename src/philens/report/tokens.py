@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from philens.report.colours import DARK, LEVELS, Scale, palette, plain_label, visible
+from philens.output import visible
+from philens.report.colours import DARK, LEVELS, Scale, palette, plain_label
 from philens.scoring.scores import TokenScores, unit
 
 # The scale is that of as many tokens as a screen or two can hold.

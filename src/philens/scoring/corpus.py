@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from philens.errors import InputError
+from philens.hub import reason
 
 # A longer text becomes several documents, cut at line ends where there are any.
 MAX_CHARACTERS = 1 << 20
@@ -150,8 +151,8 @@ class Corpus:
                 continue
             try:
                 record = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{place} is not JSON ({error}); correct or remove it.") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{place} is not JSON ({reason(error)}); correct or remove it.") from error
             if not isinstance(record, dict):
                 raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
             yield from self._documents(record, place, f"{name}:{number}", end)
@@ -180,7 +181,7 @@ class Corpus:
     def _read_hub(self, name: str) -> Iterator[Document]:
         from datasets import load_dataset
 
-        from philens.hub import quiet, reason
+        from philens.hub import quiet
 
         repository, _, config = name.removeprefix(_HUB).partition(":")
         try:
@@ -240,7 +241,9 @@ def _suffix(name: str) -> str:
 
 
 def _public(name: str) -> str:
-    """A name without what in an address is only for access: keys, and options behind a question mark."""
+    """A name for people and files: what is not Unicode in it as an escape, and without what in an address is
+    only for access: keys, and options behind a question mark."""
+    name = name.encode(errors="backslashreplace").decode()
     return re.sub(r"(?<=://)[^/?]*@|\?.*", "", name) if _REMOTE in name else name
 
 

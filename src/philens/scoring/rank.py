@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from philens.errors import ConfigError, InputError
 from philens.files import write_atomically
+from philens.hub import reason
+from philens.output import utf8_output
 from philens.progress import shown
 from philens.scoring.rules import Rule
 from philens.scoring.solutions import METRICS, iter_replies
@@ -243,8 +244,8 @@ def _read_line(line: bytes, where: str) -> tuple[Candidates, bool]:
     """What a line holds, its id empty if it has none, and whether that is all candidates of the prompt."""
     try:
         record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); correct or remove it.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({reason(error)}); correct or remove it.") from error
     fields = record if isinstance(record, dict) else {}
     field = next((name for name in PROMPT_FIELDS if name in fields), None)
     single = next((name for name in CANDIDATE_FIELDS if name in fields), None)
@@ -333,7 +334,7 @@ def rank_file(
                 yield str(table.to_csv(index=False, header=number == 0))
 
     if output is None:
-        sys.stdout.writelines(lines())
+        utf8_output().writelines(lines())
     else:
         write_atomically(output, lambda file: file.writelines(line.encode() for line in lines()))
     return len(groups)

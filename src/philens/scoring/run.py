@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from philens.errors import ConfigError, InputError
+from philens.output import utf8_output
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.ranks import ALONE, Rank, device
 from philens.scoring.shards import Done, Schedule, chunks, json_line, write_shards
@@ -229,8 +230,9 @@ def _show(scored: "Iterator[tuple[Document, TokenScores]]", form: str, output: P
     from philens.report.page import MAX_DOCUMENTS, MAX_TOKENS, write_scores_page
 
     if form == "jsonl":
+        file = utf8_output()
         for document, scores in scored:
-            sys.stdout.write(json_line(document, scores) + "\n")
+            file.write(json_line(document, scores) + "\n")
     elif form == "html" and output is not None:
         # One more than the page shows, so that it can say that there is more.
         pages, count = [], 0

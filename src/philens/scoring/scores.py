@@ -261,7 +261,8 @@ class TokenScores:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        from philens.report.colours import plain_label, visible
+        from philens.output import visible
+        from philens.report.colours import plain_label
 
         chosen = self._chosen(metrics)
         few = len(self) <= _TOKENS_NAMED

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from philens.errors import InputError
+from philens.hub import reason
 from philens.tasks.sources import TEXTS
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ def _text_of(content: str, where: str, name: str, level: str) -> LevelText:
     """The text in a JSON record; InputErrors begin with `where`."""
     try:
         record: Any = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); correct or remove it.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({reason(error)}); correct or remove it.") from error
     if not isinstance(record, dict):
         raise InputError(f'{where} is no record: it must look like {{"level": "code", "text": "..."}}.')
     unknown = sorted(record.keys() - _FIELDS)

@@ -276,7 +276,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".json":
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass  # one object on each line, perhaps
         else:
             rows = value if isinstance(value, list) else [value]
@@ -287,7 +287,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             row = line
         if isinstance(row, dict):
             rows.append(row)

@@ -353,7 +353,7 @@ def _find_broken_line(paths: Iterable[Path]) -> None:
                     wrong = bool(text.strip()) and lines and not isinstance(json.loads(text), dict)
                     if not lines:
                         json.loads(text)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     wrong = True
                 if wrong:
                     where = f"Line {number} of {path} is" if lines else f"{path} is"

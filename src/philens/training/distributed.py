@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from philens.errors import PhilensError, TrainingError
+from philens.output import printable
 from philens.training.recipe import TrainRecipe
 
 _FAILED = "philens/failed"
@@ -44,7 +45,7 @@ def is_sharded() -> bool:
     """Whether accelerate was told to shard the model.
 
     Raises:
-        TrainingError: by FSDP1.
+        TrainingError: by FSDP1, or with a torch that cannot.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
@@ -52,6 +53,11 @@ def is_sharded() -> bool:
         raise TrainingError(
             "A model is sharded by FSDP2 only; give accelerate launch --fsdp_version 2, or set "
             "fsdp_version: 2 in its configuration."
+        )
+    if torch.__version__ < "2.12.dev0":  # its backward pass reads weights that are gone
+        raise TrainingError(
+            f"A model is sharded with torch 2.12 or later, and this is {torch.__version__}; update it, "
+            "or train without FSDP."
         )
     return True
 
@@ -157,7 +163,7 @@ def one_voice() -> Iterator[None]:
             raise  # a mistake of ours: the traceback is wanted
         if dist.get_rank() == 0:
             raise error from None
-        sys.stderr.write(f"philens: error: {error}\n")
+        sys.stderr.write(printable(f"philens: error: {error}\n"))
         raise SystemExit(code) from None
 
 

@@ -417,6 +417,8 @@ def check_recipe(recipe: Recipe) -> None:
                 value = getattr(getattr(recipe, section), name)
                 if not (value > 0 or (least and value == 0)) or value == math.inf:
                     raise RecipeError(f"{section}.{name} must be {word}, not {value}.")
+    if not 0 <= recipe.seed < 1 << 32:
+        raise RecipeError(f"seed must be at least 0 and below {1 << 32}, not {shown(recipe.seed)}.")
     depth = 1 if recipe.phi is None else recipe.phi.prior_depth
     for name, value, most in (
         ("model.layers", recipe.model.layers, 1000),
