@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from packaging import version
 
 import philens
 from philens.check import check
@@ -141,6 +142,8 @@ UNSUPPORTED = {
     },
     "LSTM of philens": {"assisted": NO_GOING_BACK},
 }
+# What a version of transformers mended.
+SINCE = {"Falcon": {"packing": "5.24"}}
 COLUMNS = [
     *("disabled", "gradient", "causal", "batch", "right padding", "left padding", "packing", "cache"),
     *("early exit", "states", "observing", "same phi", "greedy", "sampling", "beams", "assisted"),
@@ -198,8 +201,14 @@ def checked(name, compiled):
     return report
 
 
+def mended(name, column):
+    since = SINCE.get(name, {}).get(column)
+    return since is not None and version.parse(hf.__version__) >= version.parse(since)
+
+
 def expected(name):
-    return {c: "not supported by the base" if c in UNSUPPORTED.get(name, {}) else "yes" for c in COLUMNS}
+    lacks = {c for c in UNSUPPORTED.get(name, {}) if not mended(name, c)}
+    return {c: "not supported by the base" if c in lacks else "yes" for c in COLUMNS}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -247,7 +256,8 @@ def page():
         "print(lens.check())",
         "```",
         "",
-        "✓ holds; - the base itself cannot do it: with the layer disabled it fails the same trial.",
+        "✓ holds; - the base itself cannot do it: with the layer disabled it fails the same trial; a number: it",
+        "can since that version of transformers.",
         "",
         f"| model | inserted after | {' | '.join(COLUMNS)} |",
         f"|---|---|{':-:|' * len(COLUMNS)}",
@@ -255,7 +265,8 @@ def page():
     for name, report in reports.items():
         results = expected(name) | report.results
         path = f"`{report.points[0].path}`"
-        lines.append(f"| {name} | {path} | {' | '.join(signs[results[column]] for column in COLUMNS)} |")
+        cells = (SINCE.get(name, {}).get(column, signs[results[column]]) for column in COLUMNS)
+        lines.append(f"| {name} | {path} | {' | '.join(cells)} |")
     lines += [
         "",
         "Float32; a value may differ by 1e-4 + 1e-4 of the largest of its kind (a phi of 300 nats by 0.03),",
@@ -272,7 +283,8 @@ def page():
     for name, reasons in UNSUPPORTED.items():
         grouped = {reason: [c for c in reasons if reasons[c] == reason] for reason in reasons.values()}
         said = "; ".join(f"{', '.join(columns)}: {reason}" for reason, columns in grouped.items())
-        lines.append(f"- **{name}**: {said}")
+        until = "".join(f" ({c} until transformers {since})" for c, since in SINCE.get(name, {}).items())
+        lines.append(f"- **{name}**: {said}{until}")
     return "\n".join([*lines, ""])
 
 

@@ -298,7 +298,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, documents, reent
     model.enable_input_require_grads()
     again, checkpointed = gradients()
     hook.remove()
-    assert model(ids, use_cache=True).past_key_values is None, "a state updated twice must not be handed out"
+    assert not {"cache", "past_key_values"} & model(ids, use_cache=True).keys(), "no state updated twice"
+    with pytest.raises(InputError, match="while activations are checkpointed"):
+        model(ids, cache=DynamicCache(config=model.config))
     assert (count, len(runs)) == (1, 3), "checkpointing runs a block twice"
     close(again, loss)
     for left, right in zip(plain, checkpointed, strict=True):

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from philens.errors import InputError
-from philens.insertion import text_config, transform_output
+from philens.insertion import CACHE_NAMES, cache_argument, find_cache, text_config, transform_output
 from philens.losses import PHiModelOutput, token_surprisal
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ def new_cache(base: nn.Module) -> Cache:
     Raises:
         InputError: the model keeps another kind of cache, or none.
     """
-    names = inspect.signature(base.forward).parameters
-    if not isinstance(base, GenerationMixin) or not {"past_key_values", "cache_params"} & names.keys():
+    if not isinstance(base, GenerationMixin) or cache_argument(base) is None:
         raise InputError(
             f"{type(base).__name__} has no cache of the usual kind; read the whole text at once."
         )
@@ -144,7 +142,7 @@ def generate(
             # Beams change rows; a cache of the user's must not be read on; sampled latents are drawn once.
             elif (
                 (_setting(generator, options, "num_beams") or 1) == 1
-                and not {"past_key_values", "return_dict_in_generate"} & options.keys()
+                and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
                 and lens.config.inference == "mean"
             ):
                 record = _Record(lens, input_ids.shape[1])
@@ -213,7 +211,7 @@ class _Record:
     def finish(self, sequences: Tensor) -> bool:
         """Read the last token, which nobody needed so far; False where the record is not that of these rows
         (B, T)."""
-        cache = self.arguments.get("past_key_values", self.arguments.get("cache_params"))
+        cache = find_cache(self.arguments)
         mask, positions = (self.arguments.get(name) for name in ("attention_mask", "position_ids"))
         ids = torch.cat(self.ids, 1) if len({len(some) for some in self.ids}) == 1 else sequences[:0]
         complete = (
@@ -306,7 +304,7 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int) -> Iterator[list[
                 "Tokens can be followed in one row and token by token: not with beams, several sequences or "
                 "assistance; leave out on_token."
             )
-        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        cache = find_cache(kwargs)
         if cache is None:
             raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
         lens._start(kwargs.get("attention_mask"), cache=cache)

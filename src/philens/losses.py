@@ -35,7 +35,7 @@ class PHiModelOutput:
             `surprisal_base` (observing only), `phi`, all in nats per token; `contrastive`, `reconstruction`.
             With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
         layer_outputs: everything each layer computed; empty while disabled.
-        past_key_values: the cache, where one was asked for.
+        cache: where one was asked for; `past_key_values` is another name of it.
     """
 
     loss: Tensor | None = None
@@ -43,9 +43,14 @@ class PHiModelOutput:
     phi: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     layer_outputs: list[PHiOutput] = field(default_factory=list)
-    past_key_values: Any = None
+    cache: Any = None
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     head_states: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, as transformers called it before 5.24."""
+        return self.cache
 
     def logits_at(self, positions: slice) -> Tensor:
         """(B, t, V) float32 logits of some positions of T, made when asked for.

@@ -6,6 +6,7 @@ state of one document runs on into the next of its pack; here it is reset, so a 
 depend on what it is packed with. Shapes: B rows, T tokens, D hidden size, H LSTM size, V vocabulary.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from philens.errors import ConfigError, InputError
+from philens.insertion import CACHE_NAME, CACHE_NAMES
 
 # Packed sequences compute no padding, but their backward pass is about five times slower on a CPU.
 _PACK_ABOVE_PADDING = 4
@@ -52,7 +54,7 @@ class LSTMConfig(PreTrainedConfig):
     """
 
     model_type = "philens_lstm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [*CACHE_NAMES]  # noqa: RUF012
 
     vocab_size: int = 128
     hidden_size: int = 768
@@ -166,9 +168,7 @@ class LSTMBlock(GradientCheckpointingLayer):
 
     # Each batch's documents have other lengths, for which a compiler would make a new program each time.
     @torch.compiler.disable()
-    def forward(
-        self, hidden_states: Tensor, segments: Segments, past_key_values: Cache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, segments: Segments, cache: Cache | None = None) -> Tensor:
         """Map hidden states (B, T, D) to (B, T, D), padding unchanged, and update this block's state."""
         batch, width, size = hidden_states.shape
         inputs = self.norm(hidden_states).reshape(batch * width, size)[segments.token]
@@ -176,7 +176,7 @@ class LSTMBlock(GradientCheckpointingLayer):
         padded = inputs.new_zeros(count * segments.longest, size).index_copy(0, segments.slot, inputs)
         padded = padded.view(count, segments.longest, size)
 
-        state = None if past_key_values is None else _find_state(past_key_values, self.layer_idx)
+        state = None if cache is None else _find_state(cache, self.layer_idx)
         hidden = cell = inputs.new_zeros(count, self.lstm.hidden_size)
         if state is not None and state.keys is not None and state.values is not None:
             goes_on, rows = segments.continues, segments.row[segments.continues]
@@ -209,14 +209,28 @@ class LSTMBlock(GradientCheckpointingLayer):
         """
         tokens, slots = len(segments.slot), padded.shape[0] * padded.shape[1]
         hidden, cell = start[0][None], start[1][None]
-        if tokens < slots and (exact_end or slots > _PACK_ABOVE_PADDING * tokens):
-            lengths = segments.lengths.cpu()
-            packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
-            packed, (hidden, cell) = self.lstm(packed, (hidden, cell))
-            outputs, _ = pad_packed_sequence(packed, batch_first=True)
-        else:
-            outputs, (hidden, cell) = self.lstm(padded, (hidden, cell))
+        with contextlib.ExitStack() as stack:
+            if _autocast_fails(padded):
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+                weight = self.lstm.all_weights[0][0]
+                padded, hidden, cell = padded.to(weight), hidden.to(weight), cell.to(weight)
+            if tokens < slots and (exact_end or slots > _PACK_ABOVE_PADDING * tokens):
+                lengths = segments.lengths.cpu()
+                packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+                packed, (hidden, cell) = self.lstm(packed, (hidden, cell))
+                outputs, _ = pad_packed_sequence(packed, batch_first=True)
+            else:
+                outputs, (hidden, cell) = self.lstm(padded, (hidden, cell))
         return outputs, (hidden[0], cell[0])
+
+
+def _autocast_fails(inputs: Tensor) -> bool:
+    """Whether autocast asks for an LSTM in a precision that oneDNN has only for CPUs with AVX-512."""
+    if inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.get_autocast_dtype("cpu") == torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class LSTMPreTrainedModel(PreTrainedModel):
@@ -227,7 +241,7 @@ class LSTMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LSTMBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": LSTMBlock}  # noqa: RUF012
     _is_stateful = True
 
@@ -265,23 +279,25 @@ class LSTMModel(LSTMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Read tokens, on from `past_key_values` if given.
+        """Read tokens, on from a cache if given.
 
         Args:
             input_ids: (B, T); or `inputs_embeds` (B, T, D) in its place.
             attention_mask: (B, T), or (B, earlier + T) with a cache; 0 on padding, which may be anywhere.
             position_ids: (B, T) or (1, T); 0 starts a new document, with a fresh state. Without them a row
                 is one document.
-            past_key_values: states after the tokens before, of `DynamicCache(config=model.config)`.
+            cache: states after the tokens before, of `DynamicCache(config=model.config)`.
             use_cache: return the states after these tokens; None means the config's, and no in training.
             output_hidden_states: return the embeddings and each block's output (B, T, D), the last of them
                 after the final norm.
+            past_key_values: another name of `cache`, which transformers used before 5.24.
 
         Raises:
             InputError: if shapes do not fit together, no token is real, or the cache is another model's.
@@ -296,22 +312,28 @@ class LSTMModel(LSTMPreTrainedModel):
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and self.training and self.gradient_checkpointing:
+        cache = past_key_values if cache is None else cache
+        if self.training and self.gradient_checkpointing:
             use_cache = False  # a block run twice would update its state twice
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            if cache is not None:
+                raise InputError(
+                    "A cache cannot be read on while activations are checkpointed; call model.eval() first."
+                )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         record = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, segments=segments, past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, segments=segments, cache=cache)
             record.append(hidden_states)
         record[-1] = hidden_states = self.norm(hidden_states)
 
+        states: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(record) if output_hidden_states else None,
+            **states,
         )
 
 
@@ -332,12 +354,13 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `LSTMModel.forward`, with logits (B, T, V) and, given labels, a loss.
@@ -350,7 +373,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -362,9 +385,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=base.past_key_values, hidden_states=base.hidden_states
-        )
+        states: dict[str, Any] = {CACHE_NAME: base.get(CACHE_NAME)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=base.hidden_states, **states)
 
 
 @torch.compiler.disable()

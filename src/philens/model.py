@@ -12,9 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from philens.attention import document_ids
 from philens.errors import ConfigError, InputError, InsertionError
 from philens.insertion import (
+    CACHE_NAME,
+    CACHE_NAMES,
     StopForward,
     accepted_arguments,
+    cache_argument,
     find_blocks,
+    find_cache,
     find_insertion_point,
     recompute,
     recorded_forms,
@@ -284,7 +288,7 @@ class PHiModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         returns: Literal["logits", "states", "phi"] = "logits",
         packed: bool | None = None,
@@ -300,8 +304,8 @@ class PHiModel(nn.Module):
                 transformers for packs); padding in a pack is then a document of its own.
             labels: (B, T), -100 on tokens that do not count. A token's own id, not the next one's; a
                 document's first token is never predicted from the document before it.
-            past_key_values: a cache that an earlier call returned: the tokens go on from those it has read,
-                and so does the prior.
+            cache: that an earlier call returned: the tokens go on from those it has read, and so does the
+                prior. `past_key_values` is another name of it.
             use_cache: return a cache.
             returns: `logits`; `states` leaves logits to be made in parts by `logits_at`, so that no
                 (B, T, V) is held; `phi` stops at the deepest layer: no blocks above it, no vocabulary.
@@ -312,10 +316,11 @@ class PHiModel(nn.Module):
         Raises:
             InputError: shapes that do not fit.
         """
-        self._check(input_ids, attention_mask, position_ids, labels, past_key_values, returns)
+        cache = find_cache({"cache": cache} | kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        self._check(input_ids, attention_mask, position_ids, labels, cache, returns)
         if self.enabled:
             self._run_once()
-        cache = past_key_values
         if use_cache and cache is None:
             from philens.generation import new_cache
 
@@ -323,7 +328,7 @@ class PHiModel(nn.Module):
         documents = None if position_ids is None or cache is not None else document_ids(position_ids)
         arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": position_ids} | kwargs
         if cache is not None:
-            arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
+            arguments[cache_argument(self.base) or CACHE_NAME] = cache
         # A base sees the documents of a pack by their positions; a padding mask would switch that off.
         if documents is None or "position_ids" not in self._arguments:
             packed = False
@@ -342,7 +347,7 @@ class PHiModel(nn.Module):
             if resumes:
                 stack.enter_context(recorded_forms(self.blocks_below, forms))
             result = self._read(input_ids, arguments, returns)
-        outputs, result.past_key_values = self._outputs, cache
+        outputs, result.cache = self._outputs, cache
         self._start()
         if self.enabled and len(outputs) < len(self.layers):
             missing = next(p for number, p in enumerate(self.module_paths) if number not in outputs)

@@ -184,8 +184,8 @@ def _cache(trial: Trial) -> Pairs:
     cache, steps = None, []
     for t in range(trial.ids.shape[1]):
         one = trial.ids[:, t : t + 1]
-        output = trial.lens(one, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = trial.lens(one, cache=cache, use_cache=True)
+        cache = output.cache
         steps.append(trial.values(output, one))
     for found, expected in zip(zip(*steps, strict=True), trial.read(trial.ids), strict=True):
         yield torch.cat(found, 1), expected

@@ -21,7 +21,7 @@ from philens.extras import require
 from philens.files import read_json
 from philens.generation import new_cache
 from philens.hub import find, is_folder, load_pretrained, reason
-from philens.insertion import accepted_arguments
+from philens.insertion import cache_argument
 from philens.model import PHiModel
 from philens.scoring.run import load_lens
 from philens.scoring.windows import context_length
@@ -212,12 +212,8 @@ class TransformersEngine:
 
     def _new_cache(self) -> dict[str, Any]:
         """An empty cache by the name of the argument that it is for; none for a model with one of its own."""
-        try:
-            cache = new_cache(self.base)
-        except InputError:
-            return {}
-        names, _ = accepted_arguments(self.base)
-        return {"past_key_values" if "past_key_values" in names else "cache_params": cache}
+        name = cache_argument(self.base)
+        return {} if name is None else {name: new_cache(self.base)}
 
     def _go_on(
         self,
