@@ -26,6 +26,11 @@ class Damage:
     what: str
     change: Callable[[Path], None] = field(repr=False)
     reseal: bool = False  # whether checksums are made to fit again, as a forger would
+    refused: bool = False  # whether nothing but a sentence will do, were the numbers the same
+
+
+# Of these no byte may be missing.
+_WEIGHTS = (".safetensors", ".pt")
 
 
 def _cut(size: int, path: Path) -> None:
@@ -42,7 +47,7 @@ def _flip(place: int, bit: int, path: Path) -> None:
 
 def truncations(subject: Subject, step: int, files: Iterable[str] | None = None) -> list[Damage]:
     return [
-        Damage(file, f"cut at {size}", partial(_cut, size))
+        Damage(file, f"cut at {size}", partial(_cut, size), refused=file.endswith(_WEIGHTS))
         for file in files or subject.files
         for size in range(0, (subject.folder / file).stat().st_size, step)
     ]
@@ -56,7 +61,8 @@ def flips(subject: Subject, count: int, files: Iterable[str] | None = None) -> l
     for _ in range(count):
         file = random.choice(names)
         place, bit = random.randrange((subject.folder / file).stat().st_size), random.randrange(8)
-        found.append(Damage(file, f"byte {place} bit {bit}", partial(_flip, place, bit)))
+        sealed = subject.checked and file.endswith(_WEIGHTS)
+        found.append(Damage(file, f"byte {place} bit {bit}", partial(_flip, place, bit), refused=sealed))
     return found
 
 
@@ -65,7 +71,7 @@ def header_flips(subject: Subject, file: str) -> list[Damage]:
     with (subject.folder / file).open("rb") as opened:
         end = 8 + struct.unpack("<Q", opened.read(8))[0]
     return [
-        Damage(file, f"byte {place} bit {bit}", partial(_flip, place, bit))
+        Damage(file, f"byte {place} bit {bit}", partial(_flip, place, bit), refused=True)
         for place in range(end)
         for bit in range(8)
     ]
@@ -233,7 +239,13 @@ THINGS: dict[str, Callable[[Path], None]] = {
 
 def things(subject: Subject, reseal: bool = False, files: Iterable[str] | None = None) -> list[Damage]:
     return [
-        Damage(file, name, change, reseal and name not in ("a FIFO", "a sparse file of 10 GB"))
+        Damage(
+            file,
+            name,
+            change,
+            reseal and name not in ("a FIFO", "a sparse file of 10 GB"),
+            refused=file.endswith(_WEIGHTS),
+        )
         for file in files or subject.files
         for name, change in THINGS.items()
         if file.endswith(".yaml") or not name.startswith("YAML")
@@ -271,7 +283,7 @@ def tensors(file: str) -> list[Damage]:
     seed = random.randrange(1 << 30)
     edits = {"renamed": rename, "swapped": swap, "reshaped": reshape, "without": drop}
     return [
-        Damage(file, f"{name} ({seed + k})", partial(change, edit, seed + k), reseal=True)
+        Damage(file, f"{name} ({seed + k})", partial(change, edit, seed + k), reseal=True, refused=True)
         for name, edit in edits.items()
         for k in range(25)
     ]
@@ -288,7 +300,7 @@ def types_changed(file: str) -> list[Damage]:
         save_file(weights, path, {"format": "pt"})
 
     kinds = ("float64", "float16", "bfloat16", "int64", "int8", "bool", "complex64")
-    return [Damage(file, dtype, partial(change, dtype)) for dtype in kinds]
+    return [Damage(file, dtype, partial(change, dtype), refused=True) for dtype in kinds]
 
 
 _VALUES: list[Any] = [
@@ -373,11 +385,12 @@ def optimizer_states(prefix: str) -> list[Damage]:
         "without lr": edited(lambda state: state["param_groups"][0].pop("lr")),
     }
     found = [
-        Damage(f"{prefix}/optimizer.pt", name, partial(change, edit), reseal=True)
+        Damage(f"{prefix}/optimizer.pt", name, partial(change, edit), reseal=True, refused=True)
         for name, edit in edits.items()
     ]
     for name in ("a list", "a tensor", "a payload inside"):
-        found.append(Damage(f"{prefix}/scheduler.pt", name, partial(change, edits[name]), reseal=True))
+        one = Damage(f"{prefix}/scheduler.pt", name, partial(change, edits[name]), reseal=True, refused=True)
+        found.append(one)
     return found
 
 

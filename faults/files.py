@@ -31,7 +31,11 @@ PAGE, STEP = 4096, 64
 
 
 def damaged(subject: Subject, damages: list[Damage], folder: Path, seconds: float = 200.0) -> Outcome:
-    """Read the subject with each damage: the right result or one sentence, and nothing executed."""
+    """Read the subject with each damage: the right result or one sentence, and nothing executed.
+
+    What is refused must be so for its damage: without any, it is read, also with checksums made anew.
+    """
+    from philens.errors import PhilensError
 
     def work(damage: Damage, place: Path) -> str | None:
         copy, mark = place / "copy", place / "executed"
@@ -43,14 +47,24 @@ def damaged(subject: Subject, damages: list[Damage], folder: Path, seconds: floa
             seal(copy)
         try:
             result = subject.read(copy)
+        except PhilensError as error:
+            if damage in whole:
+                return f"refused: {error}"
+            raise
         finally:
             if mark.exists():
                 mark.unlink()
                 return "code in the file was executed"  # noqa: B012
+        if damage.refused:
+            return "read, and not refused"
         if subject.checked and not same(result, subject.expected):
             return "read, with other numbers and without a word"
         return None
 
+    whole = [Damage("", "nothing", lambda path: None, reseal) for reseal in (False, True)]
+    control = probe(whole, work, folder, seconds=seconds)
+    if control.notes:
+        return Outcome(len(damages), 0, control.notes)
     return probe(damages, work, folder, seconds=seconds)
 
 

@@ -100,9 +100,23 @@ def result(folder: Path) -> dict[str, bytes]:
 
 
 def completed(root: Path, kind: str, folder: Path) -> str | None:
-    """What is wrong with a folder once the same command has gone on."""
+    """What is wrong with a folder once the same command has gone on, and left alone what was there."""
+    before = written(folder)
     ended = process.run(words(root, kind, folder), folder.with_suffix(".again"))
-    return process.finished(ended) or same(root, kind, folder)
+    problem = process.finished(ended) or same(root, kind, folder)
+    if problem is None and (again := sorted(before - written(folder))):
+        problem = f"{len(again)} shards were written again, first {again[0][0]}"
+    return problem
+
+
+def written(folder: Path) -> set[tuple[str, int, int]]:
+    """The shards that a folder knows to be written, each with its file's number and the moment."""
+    manifest = folder / "_manifest.json"
+    count = json.loads(manifest.read_text())["progress"]["shards"] if manifest.exists() else 0
+    known = {f"part-{number:05}" for number in range(count)}
+    known |= {path.stem.removeprefix("_") for path in folder.glob("_part-*.json")}
+    files = [path for path in folder.glob("part-*") if path.stem in known]
+    return {(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def same(root: Path, kind: str, folder: Path) -> str | None:

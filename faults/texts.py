@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.generated import MARKUP, SIGNS, texts
-from faults.probe import attempt, probe
+from faults.probe import probe
 from faults.table import Case, Outcome
 from faults.written import ATTRIBUTES, TAGS, wrong_page, wrong_scores, wrong_terminal
 
@@ -115,8 +115,16 @@ _TOKENIZERS = {
 }
 
 
-# What a text is rightly refused for.
-_REFUSED = ("half a character", "is empty", "gives only special tokens", "gives no token")
+def _rightly_refused(tokenizer: Any, text: str, why: str) -> bool:
+    """Whether a text is refused for what it is."""
+    if "half a character" in why:
+        return any("\ud800" <= character <= "\udfff" for character in text)
+    if "is empty" in why:
+        return not text
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    nothing = "gives only special tokens" in why or "gives no token" in why
+    return nothing and not any(character.isascii() and character.isalnum() for character in text)
 
 
 def _readable(tokenizer: Any, group: list[str]) -> tuple[list[str], str | None]:
@@ -130,7 +138,7 @@ def _readable(tokenizer: Any, group: list[str]) -> tuple[list[str], str | None]:
             tokenize(tokenizer, text, "A text")
             good.append(text)
         except InputError as error:
-            if not any(word in str(error) for word in _REFUSED):
+            if not _rightly_refused(tokenizer, text, str(error)):
                 return [], f"{text!r:.200}: refused: {error}"
     return good, None
 
@@ -138,18 +146,22 @@ def _readable(tokenizer: Any, group: list[str]) -> tuple[list[str], str | None]:
 def _score(lens_of: Callable[[], tuple[Any, Any]], group: list[str], place: Path) -> str | None:
     """Score some texts and look at all that is made of them; lone surrogates and nothing are refused."""
     import philens
+    from philens.errors import PhilensError
 
     lens, tokenizer = lens_of()
     good, problem = _readable(tokenizer, group)
     if problem:
         return problem
-    scores = philens.score(lens, tokenizer, good) if good else []
-    for text, item in zip(good, scores, strict=True):
-        if problem := attempt(partial(wrong_scores, text, item)):
-            return f"{text!r:.200}: {problem}"
-    if not scores:
-        return None
-    return wrong_page(place / "page.html", scores) or wrong_terminal(scores)
+    try:  # a sentence is no answer to what can be read
+        scores = philens.score(lens, tokenizer, good) if good else []
+        for text, item in zip(good, scores, strict=True):
+            if problem := wrong_scores(text, item):
+                return f"{text!r:.200}: {problem}"
+        if not scores:
+            return None
+        return wrong_page(place / "page.html", scores) or wrong_terminal(scores)
+    except PhilensError as error:
+        return f"refused: {error}"
 
 
 def _through(lens_of: Callable[[], tuple[Any, Any]], count: int, folder: Path) -> Outcome:

@@ -89,9 +89,16 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def resumed(root: Path, kind: str, folder: Path, setup: Sequence[Setup] = ()) -> str | None:
-    """What is wrong with a run once it has gone on to its end."""
+    """What is wrong with a run once it has gone on to its end, and from its last checkpoint."""
+    from philens.training.run import find_checkpoints
+
+    finished = (folder / "adapter").is_dir()
+    last = [] if finished or not folder.exists() else find_checkpoints(folder)[-1:]
     ended = process.run(words(root, kind, folder, "--resume"), folder.with_suffix(".resumed"), setup)
-    return process.finished(ended) or same(root, kind, folder)
+    problem = process.finished(ended) or same(root, kind, folder)
+    if problem is None and last and f"Resuming from {last[0]}." not in ended.text:
+        problem = f"it did not go on from {last[0].name}; {ended}"
+    return problem
 
 
 def same(root: Path, kind: str, folder: Path) -> str | None:
@@ -175,6 +182,8 @@ def kill_rank(place: Path) -> Outcome:
         ends = [process.end_as_launcher(command) for command in commands]
         said = [line for end in ends for line in end.text.splitlines() if line.startswith("philens: error: ")]
         problem = next((str(end) for end in ends if "Traceback" in end.text), None)
+        if problem is None and ends[1 - killed].code == -signal.SIGKILL:
+            problem = "the other hung, and heard of no polite kill"
         if problem is None and len(said) > 1:
             problem = f"{len(said)} sentences: {said}"
         if problem is None:
@@ -391,7 +400,10 @@ def are_nan(place: Path) -> Outcome:
         line = words(root, "fresh", run, "--resume")
         if name == "base":
             line = words(root, "layer", place / "run", "--model.base", str(run / "model"))
-        problem = process.one_sentence(process.run(line, run.with_suffix(".log")))
+        ended = process.run(line, run.with_suffix(".log"))
+        problem = process.one_sentence(ended)
+        if problem is None and "not finite" not in ended.text:
+            problem = f"refused for something else; {ended}"
         outcome.record(None if problem is None else f"NaN in {name}: {problem}")
     return outcome
 
@@ -408,16 +420,13 @@ def clock_set_back(place: Path) -> Outcome:
         seconds = undisturbed(place.parent, kind).seconds
         begin = partial(start, place.parent, kind, setup=[wrong])
         folder, _ = process.stopped_at(begin, own, signal.SIGKILL, 0.4 + 0.6 * fraction, seconds)
-        steps = {int(path.name.rsplit("-", 1)[1]): path for path in folder.glob("checkpoint-*")}
         for path in folder.rglob("*"):
             moment = time.time() + random.Random(str(path)).uniform(-1e9, 1e9)
             os.utime(path, (moment, moment), follow_symlinks=False)
-        for step, path in steps.items():  # the oldest is the newest by its time, and from the future
-            os.utime(path, (4e9 - step, 4e9 - step))
+        for path in folder.glob("checkpoint-*"):  # the oldest is the newest by its time, and from the future
+            moment = 4e9 - int(path.name.rsplit("-", 1)[1])
+            os.utime(path, (moment, moment))
         problem = resumed(place.parent, kind, folder, [in_1970])
-        said = folder.with_suffix(".resumed").read_text()
-        if problem is None and steps and f"checkpoint-{max(steps)}" not in said and "Resuming" in said:
-            problem = f"resumed from another than checkpoint-{max(steps)}: {said}"
         return None if problem is None else f"{kind}: {problem}"
 
     return TRIALS.each(4, place, attempt)

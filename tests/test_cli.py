@@ -184,7 +184,9 @@ def test_ctrl_c_at_any_moment(philens, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "env", stop)
     code, _, err = philens("env")
     assert code == 130
-    assert err == "philens: stopped; the same command goes on from the last checkpoint.\n"
+    assert err == (
+        "philens: stopped; train goes on with --resume, solve, sweep and reproduce by the same command.\n"
+    )
 
 
 def test_split_keys():

@@ -4,7 +4,10 @@ A Python block that cannot run here follows a comment that says why: `<!-- not r
 of one page share their names, in order; one inside a comment is run like the others and not shown.
 """
 
+import csv
+import importlib
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -15,6 +18,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +26,8 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 import philens
 from browser import open_browser
@@ -32,7 +38,8 @@ from philens.training.recipe import load_recipe
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"  # made by `make docs`; tests/test_notebooks.py runs them
 DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if NOTEBOOKS not in page.parents]
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+WRITTEN = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHELLS = ("sh", "bash", "console", "text", "")
 
 
@@ -49,12 +56,21 @@ class Block(NamedTuple):
     reason: str | None
 
 
+def prose(page: Path) -> str:
+    """The Markdown of a page, or of a notebook's cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return text
+
+
 def blocks(page: Path) -> list[Block]:
     """The code blocks of a page, in order: fenced ones, and those indented after an empty line."""
-    text = page.read_text(encoding="utf-8")
+    text = prose(page)
     found = []
     for match in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        before = re.search(r"<!--\s*not run(.*?)-->\s*\Z", text[: match.start()], re.DOTALL)
+        before = re.search(r"<!--\s*not run((?:(?!-->).)*)-->\s*\Z", text[: match.start()], re.DOTALL)
         line = text.count("\n", 0, match.start(2)) + 1
         found.append(Block(match[1], match[2], line, before and before[1].strip(" :\n")))
     outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -91,6 +107,68 @@ def test_the_first_snippet_prints_a_line_for_each_letter(
     assert all(float(phi) >= 0 for phi, _ in lines)
 
 
+def test_the_yaml_of_a_page_is_what_it_is_for(tmp_path: Path) -> None:
+    """Parts of a recipe, and a configuration of accelerate."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "yaml":
+                path = tmp_path / "block.yaml"
+                path.write_text(block.text, encoding="utf-8")
+                if page.name == "scale.md":
+                    load_config_from_file(str(path))
+                else:
+                    load_recipe(path)
+
+
+# Figures.
+
+
+def close(written: str, value: float) -> bool:
+    return round(value, len(written.partition(".")[2])) == float(written)
+
+
+def intervals_of(value: object) -> Iterator[tuple[float, ...]]:
+    """Value, low and high of all that results.json gives an interval."""
+    if isinstance(value, dict):
+        found = value.get("mean", value.get("value")), *(value.get("ci95") or ())
+        if len(found) == 3 and None not in found:
+            yield found
+    if isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from intervals_of(below)
+
+
+def test_every_interval_of_a_finding_is_one_of_the_results() -> None:
+    """Of trials, whose files are not kept, the option that gives them stands in the row. Times are of a
+    machine, and by a command."""
+    results = ROOT / "results"
+    known = {
+        found
+        for path in results.rglob("results.json")
+        for found in intervals_of(json.loads(path.read_text(encoding="utf-8")))
+    }
+    for path in results.rglob("*.csv"):
+        with path.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name in (name.removesuffix("_low") for name in row if name.endswith("_low")):
+                    values = [row.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+                    if all(values):
+                        known.add(tuple(map(float, values)))
+    number, count = r"([\u2212-]?\d+(?:\.\d+)?)", 0
+    for page in (page for page in PAGES if page.name != "performance.md"):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            for found in re.findall(rf"{number} \[{number}, {number}\]", line):
+                written = [part.replace("\u2212", "-") for part in found]
+                times = (1, 100)  # as it is, and in percent
+                assert re.search(r"^\| `--", line) or any(
+                    all(close(part, value * scale) for part, value in zip(written, values, strict=True))
+                    for values in known
+                    for scale in times
+                ), f"{name_of(page)}: {found}"
+                count += 1
+    assert count > 150
+
+
 # Commands.
 
 
@@ -102,7 +180,7 @@ def command_lines(page: Path) -> list[str]:
 
 def mentions(page: Path) -> list[str]:
     """Commands in a page's prose."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE)
     return [" ".join(found.split()) for found in re.findall(r"`((?:philens|make) [^`]+)`", text)]
 
 
@@ -124,7 +202,9 @@ def calls(line: str) -> Iterator[list[str]]:
         while part and re.match(r"[A-Z_]+=", part[0]):
             part.pop(0)
         launched = part[:1] in (["accelerate"], ["torchrun"], ["python"]) and "philens" in part
-        if part[:1] == ["philens"] or launched:
+        if part and Path(part[0]).name == "philens":
+            yield part[1:]
+        elif launched:
             yield part[part.index("philens") + 1 :]
 
 
@@ -136,8 +216,8 @@ def spelled_out(arguments: list[str]) -> list[str]:
     return [{"RECIPE": "smoke", "N": "1"}.get(word, word) for word in words]
 
 
-LINES = [(page, line) for page in PAGES for line in command_lines(page)]
-MENTIONS = [(page, line) for page in PAGES for line in mentions(page)]
+LINES = [(page, line) for page in [*PAGES, *WRITTEN] for line in command_lines(page)]
+MENTIONS = [(page, line) for page in [*PAGES, *WRITTEN] for line in mentions(page)]
 CALLS = [(page, spelled_out(call)) for page, line in LINES for call in calls(line)]
 MENTIONED = [(page, spelled_out(call)) for page, line in MENTIONS for call in calls(line)]
 
@@ -198,6 +278,52 @@ def test_the_make_targets_of_pages_exist() -> None:
     for page, line in LINES + MENTIONS:
         if found := re.match(r"(?:\$ )?make ([a-z-]+)", line):
             assert found[1] in targets, f"{page}: {line}"
+
+
+# What GitHub shows.
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w -]", "", words).replace(" ", "-")
+
+
+def test_links_of_pages_resolve_in_the_repository() -> None:
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        text = re.sub(r"^```.*?^```$", "", prose(page), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            place, _, anchor = link.partition("#")
+            if urlsplit(link).scheme or "notebooks/" in place:
+                continue
+            target = page.parent / place if place else page
+            assert target.exists(), f"{name_of(page)}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", prose(target), re.MULTILINE)
+                assert anchor in map(slug, headings), f"{name_of(page)}: {link}"
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {Path(link).name for page in PAGES for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", prose(page))}
+    assert shown == {path.name for path in (ROOT / "docs/images").glob("*.png")}
+
+
+def test_the_forms_of_issues_are_forms() -> None:
+    """By what GitHub asks of them; it shows none that breaks a rule."""
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() <= {"name", "description", "title", "labels", "assignees", "body"}
+        assert form["name"]
+        assert form["description"]
+        asked = [item for item in form["body"] if item["type"] != "markdown"]
+        assert asked
+        assert len({item["id"] for item in asked}) == len(asked)
+        for item in form["body"]:
+            assert item.keys() <= {"type", "id", "attributes", "validations"}
+            needed = {"markdown": {"value"}, "textarea": {"label"}, "dropdown": {"label", "options"}}
+            assert needed[item["type"]] <= item["attributes"].keys(), path
 
 
 # The site.
@@ -286,6 +412,15 @@ def test_every_link_anchor_and_image_of_the_site_resolves(site: Path, html: dict
                 assert unquote(anchor) in html[target].anchors, f"{path.relative_to(site)}: {link}"
 
 
+def test_no_command_of_a_block_is_taken_for_prose(site: Path) -> None:
+    """Indented too little, as below an item of a list."""
+    commands = {" ".join(line.split()) for _, line in LINES if line.strip()}
+    for path in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>([^<]*)</p>", path.read_text(encoding="utf-8"))
+        shown = commands & {" ".join(unescape(text).split()) for text in paragraphs}
+        assert not shown, f"{path}: {shown}"
+
+
 def test_the_site_loads_nothing_from_elsewhere(site: Path, html: dict[Path, Page]) -> None:
     for path, page in html.items():
         for source in page.loaded:
@@ -300,6 +435,13 @@ def test_every_public_name_has_an_entry_with_a_description(site: Path, html: dic
     }
     for name in philens.__all__:
         assert f"philens.{name}" in anchors, name
+    # And what pages and notebooks take from modules, constants left out.
+    for page in [*PAGES, *WRITTEN]:
+        text = page.read_text(encoding="utf-8").replace("\\n", "\n")
+        for module, names in re.findall(r"^[\s\"]*from (philens[\w.]*) import ([\w, ]+)", text, re.MULTILINE):
+            for name in names.split(","):
+                if callable(getattr(importlib.import_module(module), name.strip())):
+                    assert f"{module}.{name.strip()}" in anchors, f"{name_of(page)}: {module}.{name}"
     # A docstring that is not understood would be shown as it stands.
     for path, page in html.items():
         if path.is_relative_to(site / "api"):
@@ -309,6 +451,9 @@ def test_every_public_name_has_an_entry_with_a_description(site: Path, html: dic
                 if re.match(r"(Args|Attributes|Returns|Raises|Yields):\s+\S", text)
             ]
             assert not raw, f"{path.relative_to(site)}: {raw}"
+            # Of several names before one colon all but the first would stand where the type belongs.
+            several = [text for text in page.texts if re.fullmatch(r"[a-z]\w*,", text)]
+            assert not several, f"{path.relative_to(site)}: {several}"
 
 
 # In a browser.

@@ -1,10 +1,8 @@
 """Faults that were not survived once; `python -m faults` injects many more, at random."""
 
-import multiprocessing
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from philens.errors import InputError, OutputError, RecipeError, TrainingError
 from philens.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
 from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
-from philens.training.trainer import _prepare_worker, train
+from philens.training.trainer import train
 from tiny import tiny_recipe
 
 SHORT: dict[str, Any] = {"train__steps": 4, "phi_schedule__start_step": 1}
@@ -104,22 +102,26 @@ def test_two_trainings_into_one_folder(run, tmp_path):
     assert files(folder) == before | {".lock": b""}
 
 
-# A training whose data worker is killed once there is a checkpoint. Arguments: this folder, and its own.
-KILLED_WORKER = f"""
-import multiprocessing, os, pathlib, signal, sys, threading, time
+# Something happens to the data worker of a training once there is a checkpoint. Arguments: this folder, that
+# of the run, and what happens.
+STRUCK_WORKER = f"""
+import multiprocessing, os, pathlib, resource, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 from philens.errors import TrainingError
 from philens.training.trainer import train
 from tiny import tiny_recipe
 
-def kill():
+def strike():
     while not list(folder.glob("checkpoint-*")):
         time.sleep(0.01)
     for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGKILL)
+        if sys.argv[3] == "killed":
+            os.kill(child.pid, signal.SIGKILL)
+        else:
+            resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (64, 64))
 
 folder = pathlib.Path(sys.argv[2])
-threading.Thread(target=kill, daemon=True).start()
+threading.Thread(target=strike, daemon=True).start()
 try:
     train(tiny_recipe(**{SHORT | {"train__steps": 2000, "data__workers": 1}}), folder)
 except TrainingError as error:
@@ -127,9 +129,10 @@ except TrainingError as error:
 """
 
 
-def test_a_data_worker_is_killed(tmp_path):
+@pytest.mark.parametrize("what", ["killed", "no room to hand over rows"])
+def test_a_data_worker_ends(tmp_path, what):
     """The trainer says so, and the run can go on from its last checkpoint."""
-    command = [sys.executable, "-c", KILLED_WORKER, str(Path(__file__).parent), str(tmp_path / "run")]
+    command = [sys.executable, "-c", STRUCK_WORKER, str(Path(__file__).parent), str(tmp_path / "run"), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.stdout.startswith("A data worker ended without a word"), done.stderr
     assert done.stdout.count("\n") == 0
@@ -150,21 +153,6 @@ def test_errors_of_data_workers_are_one_sentence():
         raise FileNotFoundError(f"{text}FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'\n")
     with pytest.raises(RuntimeError, match="Original Traceback"), one_voice():  # ours to mend
         raise RuntimeError(f"{text}RuntimeError: shapes\n")
-
-
-def hand_over() -> None:
-    """A data worker whose rows cannot be handed over, as without shared memory."""
-    _prepare_worker(0)
-    queue: Any = multiprocessing.Queue()
-    queue.put(lambda: "cannot be pickled")
-    time.sleep(100)
-
-
-def test_rows_that_cannot_be_handed_over_end_the_worker():
-    worker = multiprocessing.get_context("fork").Process(target=hand_over)
-    worker.start()
-    worker.join(50)
-    assert worker.exitcode == 1  # and the trainer, which waits for them, is told
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])

@@ -134,8 +134,8 @@ def explain(axes: Axes) -> None:
             None,
             0.43,
             "phi",
-            "how far what came is from the forecast:\nKL(posterior ‖ prior) in nats, summed over all\n"
-            "128 directions. Drawn is the most telling one.",
+            "how far what came is from the forecast:\nKL(posterior ‖ prior) in nats, summed over\n"
+            "128 directions; the most telling is drawn.",
         ),
     )
     for colour, height, name, meaning in words:

@@ -23,7 +23,15 @@ import philens
 from philens import hub
 from philens.card import model_card
 from philens.errors import AdapterError, ConfigError, OutputError, PhilensError
-from philens.files import check_weights, file_hash, load_weights, read_json, read_safetensors, written_whole
+from philens.files import (
+    check_weights,
+    file_hash,
+    load_weights,
+    not_finite,
+    read_json,
+    read_safetensors,
+    written_whole,
+)
 from philens.layer import PHiConfig, PHiLayer
 from philens.model import PHiModel, attach
 
@@ -263,6 +271,10 @@ def load(
             belongs, goes = (", ".join(p) for p in (description["module_paths"], lens.module_paths))
             raise AdapterError(f"{folder} belongs after {belongs}, not {goes}; it is damaged.")
         load_weights(lens.phi, weights, folder / WEIGHTS_FILE)
+        if (name := not_finite(lens.phi)) is not None:
+            raise AdapterError(
+                f"{folder / WEIGHTS_FILE} holds a weight that is not finite ({name}); train the layer anew."
+            )
         # Adapters of philens 0.1 have no hash of their configuration.
         for file, found, saved in (
             (WEIGHTS_FILE, file_hash(folder / WEIGHTS_FILE), description["weights_sha256"]),

@@ -44,7 +44,7 @@ def as_autocast(x: Tensor) -> Tensor:
     """What autocast, if it is on, makes of an operand: for operators that it does not know, and once for
     several that read the same."""
     kind = x.device.type
-    # is_autocast_available would break the compiled graph of torch 2.11.
+    # A meta device has no autocast.
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x

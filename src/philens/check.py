@@ -50,7 +50,8 @@ class Point:
         path: its module path.
         width: D of the hidden states there.
         latent_size: L.
-        below, above: blocks up to and including it, and after it; None where blocks cannot be told.
+        below: blocks up to and including it; None where blocks cannot be told.
+        above: blocks after it; None where blocks cannot be told.
     """
 
     path: str
@@ -68,8 +69,12 @@ class CheckReport:
         base: class of the base model.
         mode: `bottleneck` or `observe`.
         points: the insertion points.
-        base_dtype, layer_dtype: of their weights.
-        base_parameters, base_trainable, layer_parameters, layer_trainable: numbers of parameters.
+        base_dtype: of the base's weights.
+        layer_dtype: of the layers' weights.
+        base_parameters: how many the base has.
+        base_trainable: how many of them are trained.
+        layer_parameters: how many the layers have.
+        layer_trainable: how many of them are trained.
         tolerance: a value may differ by this much + this share of the largest of its kind.
         proofs: one for each promise.
     """

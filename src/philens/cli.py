@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 2
     except KeyboardInterrupt:
-        tell("philens: stopped; the same command goes on from the last checkpoint.")
+        tell("philens: stopped; train goes on with --resume, solve, sweep and reproduce by the same command.")
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)

@@ -73,16 +73,25 @@ def locked(folder: Path, record: str, part: str = "") -> Iterator[None]:
 def write_atomically(path: str | os.PathLike[str], content: Callable[[BinaryIO], object]) -> Path:
     """Let `content` write to a temporary file beside `path`, then move it there: all of it or nothing.
 
+    Links are followed. A device or a pipe, such as /dev/stdout, is written into: nothing takes its place.
     Raises OutputError where the folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        raise OutputError(f"Cannot write {path}: it is a folder; name a file.")
+    into = path.exists() and not path.is_file()
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if into:
+            with path.open("wb") as file:
+                content(file)
+            return path
         with temporary.open("wb") as file:
             content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"Cannot write {path}: {reason}; free some space or choose another.") from error
@@ -90,6 +99,14 @@ def write_atomically(path: str | os.PathLike[str], content: Callable[[BinaryIO],
         with contextlib.suppress(OSError):  # after the move it is gone
             temporary.unlink()
     return path
+
+
+def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether both are there and are one file, whatever they are called."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -100,22 +117,31 @@ def written_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: it cannot be written.
     """
     folder = Path(folder)
+    target = Path(os.path.realpath(folder))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise OutputError(f"Cannot write {folder}: {error.strerror}; choose another folder.") from error
     try:
         yield staging
         staging.chmod(0o755)
+        for path in staging.rglob("*"):
+            if path.is_file():  # on the disk before it has its name: what it replaces may go then
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if folder.exists():
             _check_replaceable(folder, staging)
             old = staging.with_name(staging.name + ".old")
-            folder.rename(old)
-            staging.rename(folder)
-            shutil.rmtree(old)
+            target.rename(old)
+            try:
+                staging.rename(target)
+            except BaseException:  # Ctrl-C too
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            staging.rename(folder)
+            staging.rename(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
@@ -277,8 +303,18 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     module.load_state_dict(weights)
 
 
+def not_finite(module: nn.Module) -> str | None:
+    """The name of a parameter that holds NaN or an infinity, None if there is none."""
+    for name, parameter in module.named_parameters():
+        # Numbers in 8 bits are those of quantization, and torch does not look at them.
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.isfinite().all():
+            return name
+    return None
+
+
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise an AdapterError about a missing or extra key, or another shape, of a state dict for `module`."""
+    """Raise an AdapterError about a missing or extra key of a state dict for `module`, or another shape, or
+    no numbers with a point where there must be some."""
     expected = module.state_dict()
     problems = [f"misses {key}" for key in expected.keys() - weights.keys()]
     problems += [f"has an unknown {key}" for key in weights.keys() - expected.keys()]
@@ -286,6 +322,12 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str 
         f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(expected[key].shape)}"
         for key in expected.keys() & weights.keys()
         if weights[key].shape != expected[key].shape
+    ]
+    problems += [
+        f"has {key} of type {str(weights[key].dtype).removeprefix('torch.')}, not "
+        f"{str(expected[key].dtype).removeprefix('torch.')}"
+        for key in expected.keys() & weights.keys()
+        if weights[key].is_floating_point() != expected[key].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""

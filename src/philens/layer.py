@@ -95,8 +95,11 @@ class PHiConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
-        if not self.logvar_min < self.logvar_max:
-            raise ConfigError("logvar_min must be below logvar_max.")
+        if not -80 <= self.logvar_min < self.logvar_max <= 80:  # beyond, variances leave float32
+            raise ConfigError(
+                "logvar_min must be below logvar_max, and both between -80 and 80, not "
+                f"{self.logvar_min:g} and {self.logvar_max:g}."
+            )
         if self.samples > 1 and self.inference != "sample":
             raise ConfigError('samples above 1 need inference="sample".')
         if sum(point is not None for point in (self.layer, self.module, self.layers)) > 1:
@@ -125,8 +128,10 @@ class PHiOutput:
         contrastive: (B, T) contrastive loss in nats, 0 on padding; None where it was not asked for, its
             weight is 0, or there is no bottleneck.
         latent: (B, T, L) the latents z.
-        posterior_mean, posterior_logvar: (B, T, L) of q(z_t | h_t).
-        prior_mean, prior_logvar: (B, T, L) of p(z_t | z_<t).
+        posterior_mean: (B, T, L) of q(z_t | h_t).
+        posterior_logvar: (B, T, L), likewise.
+        prior_mean: (B, T, L) of p(z_t | z_<t).
+        prior_logvar: (B, T, L), likewise.
         phi_standard_error: (B, T) of phi over samples; None unless there are several.
     """
 
@@ -150,8 +155,9 @@ class PHiLayer(nn.Module):
         config: options; the insertion point and the loss weights are used by `philens.attach`, not here.
 
     Attributes:
-        shift, scale: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken
-            back by them. 0 and 1 unless `calibrate` set them.
+        shift: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken back by
+            both. 0 unless `calibrate` set it.
+        scale: (D,), likewise. 1 unless `calibrate` set it.
 
     Raises:
         ConfigError: sizes that do not fit together.

@@ -1,7 +1,7 @@
 """Values from files and command lines checked against type annotations, with errors in plain words."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -53,6 +53,13 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes no number of more than 4,300 digits
         text = f"a number of {value.bit_length():,} bits"
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def listed(names: Iterable[Any], most: int = 30) -> str:
+    """Names as a part of a sentence: not many of them, and none long."""
+    texts = [name if len(name) <= 80 else f"{name[:80]}..." for name in map(str, names)]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -3,6 +3,7 @@
 torch and transformers are imported inside the functions, so that help and errors come at once.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import philens
 from philens.commands.show import console, say, tell
 from philens.errors import ConfigError
 from philens.output import utf8_output
+from philens.typed import shown
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
@@ -52,6 +54,10 @@ def train(
     from philens.scoring.ranks import rank
     from philens.training.trainer import train
 
+    if output is None and (resolved.name in ("", "..") or set("/\\\0") & set(resolved.name)):
+        raise ConfigError(
+            f"name must be that of a folder in runs, not {shown(resolved.name)}; change it or give --output."
+        )
     folder = output or Path("runs") / resolved.name
     finished = train(resolved, folder, resume)
     if rank().number > 0:
@@ -132,6 +138,10 @@ def score(
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
         if process.of > 1:
             raise ConfigError("--generate writes one text; start it as one process.")
+        if max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
+        if sample and not 0 < temperature < math.inf:
+            raise ConfigError(f"--temperature must be above 0, not {temperature:g}.")
         _generate(load_lens(*source), generate, max_new_tokens, sample, temperature)
         return 0
     schedule = None

@@ -1,5 +1,6 @@
 """What commands print."""
 
+import contextlib
 import sys
 from typing import Any
 
@@ -21,4 +22,6 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print a line that is for people only, on standard error."""
-    sys.stderr.write(printable(text) + "\n")
+    with contextlib.suppress(OSError):  # nobody reads it, or the disk it goes to is full
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()

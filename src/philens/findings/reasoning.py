@@ -90,7 +90,9 @@ class Choices:
             some for `correctness`.
         prompt: name of `PROMPTS`; None takes that of the problems, or `boxed`.
         shots: solved training problems in the prompt.
-        samples, temperature, max_new_tokens: of sampling.
+        samples: solutions sampled of each problem.
+        temperature: of sampling.
+        max_new_tokens: of a sampled solution, at most.
         by: what difficulty is, `level` or `steps`; None takes what the problems have.
         kl: formula that phi is measured with; None takes the one it was trained with.
         seed: of training, of the draw of problems, of sampling and of the bootstrap; the first of several.

@@ -199,7 +199,7 @@ def count_of(number: int, unit: str) -> str:
 
 
 def task_label(name: str) -> str:
-    """A task's name as DESIGN spells it: `in_context_language` becomes `in-context language`."""
+    """A task's name as people read it: `in_context_language` becomes `in-context language`."""
     return name.replace("in_context", "in-context").replace("_", " ")
 
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from philens.errors import InputError
 from philens.hub import reason
+from philens.typed import listed
 
 # A longer text becomes several documents, cut at line ends where there are any.
 MAX_CHARACTERS = 1 << 20
@@ -100,16 +101,18 @@ class Corpus:
                 f"{_public(name)} is read as text and has no fields; "
                 "--field goes with .jsonl, .parquet and hub:."
             )
+        if name == "-" and sys.stdin is None:
+            raise InputError("Standard input is closed; give a file, or put a text into it.")
         if name == "-" or name.startswith(_HUB):
             return None
         if _REMOTE in name:
             filesystem, path = _remote(name)
             return filesystem.get_file_info(path).size
         path = Path(name)
-        if path.is_dir():
+        if name and path.is_dir():
             raise InputError(f"{name} is a folder; give the files in it.")
-        if not path.exists():
-            raise InputError(f"There is no file {name}; check the path.")
+        if not (name and path.exists()):
+            raise InputError(f"There is no file {name or repr(name)}; check the path.")
         return path.stat().st_size if path.is_file() else None
 
     def __iter__(self) -> Iterator[Document]:
@@ -210,7 +213,7 @@ class Corpus:
         for wanted in [self.field] if self.field is not None else ["text", "messages"]:
             if wanted in fields:
                 return wanted
-        have = ", ".join(map(repr, fields)) or "none"
+        have = listed(map(repr, fields)) or "none"
         missing = self.field or "text"
         raise InputError(f"{place} has no field {missing!r}; it has {have}: choose one with --field.")
 

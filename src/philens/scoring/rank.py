@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from philens.errors import ConfigError, InputError
-from philens.files import write_atomically
+from philens.files import same_file, write_atomically
 from philens.hub import reason
 from philens.output import utf8_output
 from philens.progress import shown
@@ -312,6 +312,8 @@ def rank_file(
 
     if form == "terminal" and output is not None:
         raise ConfigError("--format terminal goes to the terminal; with --output give --format jsonl or csv.")
+    if output is not None and same_file(path, output):
+        raise ConfigError(f"{output} is an input, which would be replaced; choose another --output.")
     rule = Rule.parse(rule) if isinstance(rule, str) else rule
     groups = CandidatesFile(path)
     lens, tokenizer = load()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from philens.errors import ConfigError, InputError
+from philens.errors import AdapterError, ConfigError, InputError
+from philens.files import same_file
 from philens.output import utf8_output
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.ranks import ALONE, Rank, device
@@ -43,6 +44,7 @@ def load_lens(
         ConfigError: there is no adapter.
     """
     from philens.adapter import load
+    from philens.files import not_finite
     from philens.hub import load_pretrained
     from philens.training.recipe import load_recipe
     from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
@@ -62,6 +64,8 @@ def load_lens(
     loaded, tokenizer = load_pretrained(
         base, revision=revision, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
     )
+    if (name := not_finite(loaded)) is not None:
+        raise AdapterError(f"{base} holds a weight that is not finite ({name}); give another model.")
     lens = load(loaded, adapter or model)
     if (accelerator := device()) is not None:
         lens.to(accelerator)
@@ -151,6 +155,8 @@ def score_corpus(
         PhilensError: what `philens.score`, the corpus or the shards raise.
     """
     _check_output(form, output)
+    if output is not None and any(same_file(name, output) for name in corpus.inputs):
+        raise ConfigError(f"{output} is an input, which would be replaced; choose another --output.")
     if rank.of > 1 or schedule is not None:
         _check_shared(corpus, form, output)
     if shard_characters < 1:
@@ -203,6 +209,8 @@ def _check_output(form: str, output: Path | None) -> None:
         raise ConfigError(
             f"--format {form} writes a folder, and {output} is named like a file; name a folder."
         )
+    if form == "html" and output is not None and output.is_dir():
+        raise ConfigError(f"--format html writes a file, and {output} is a folder; name a file in it.")
     if form == "html" and output is not None and not output.parent.is_dir():
         raise ConfigError(
             f"There is no folder {output.parent} for the page; make it or choose another --output."

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.errors import InputError
+from philens.hub import reason
 from philens.scoring.scores import Span
 from philens.tasks.chat import TEMPLATE_OPTIONS
 
@@ -138,9 +139,7 @@ def render_chat(tokenizer: Any, messages: Any, where: str) -> tuple[str, list[Sp
         plain = [dict(message) for message in messages]
         text = tokenizer.apply_chat_template(plain, tokenize=False, **TEMPLATE_OPTIONS)
     except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"The chat template refuses {where} ({' '.join(str(error).split())}); change the chat."
-        ) from error
+        raise InputError(f"The chat template refuses {where} ({reason(error)}); change the chat.") from error
     try:
         marked = tokenizer.apply_chat_template(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],

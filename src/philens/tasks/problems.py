@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, Literal
 
 from philens.errors import ConfigError, InputError
+from philens.typed import listed
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _folder_rows(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
     chosen = [path for path in tables if named(path) == split]
     if not chosen and {named(path) for path in tables} & {"train", "test", "validation"}:
-        names = ", ".join(sorted({named(path) for path in tables}))
+        names = listed(sorted({named(path) for path in tables}))
         raise InputError(f"{folder} has no split {split}; it has {names}.")
     rows = {}
     for path in chosen or tables:
@@ -306,7 +307,7 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
     name = _text(row, *_IDS) or name
     text = _text(row, "problem", "question")
     if not text:
-        fields = ", ".join(map(str, row))
+        fields = listed(row)
         raise InputError(f"Row {name} of {source} has no problem or question; its fields are {fields}.")
     answer, solution = _text(row, "answer"), _text(row, "solution")
     if answer and "####" in answer:  # GSM8K keeps the solution there

@@ -20,6 +20,7 @@ import numpy as np
 from philens.errors import ConfigError, InputError
 from philens.tasks.arithmetic import LEVELS, problem_at
 from philens.tasks.automata import TaskConfig, generate
+from philens.typed import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -446,7 +447,7 @@ class Table:
         if missing or not found:
             what = f"no field {missing[0]!r}" if missing else "none of the fields that are known"
             raise InputError(
-                f"{part.source} has {what}; it has {', '.join(names)}: name one as text or messages, or two "
+                f"{part.source} has {what}; it has {listed(names)}: name one as text or messages, or two "
                 "as user and assistant."
             )
         self.source, self.fields = part.source, [str(name) for name in found]

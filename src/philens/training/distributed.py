@@ -45,7 +45,7 @@ def is_sharded() -> bool:
     """Whether accelerate was told to shard the model.
 
     Raises:
-        TrainingError: by FSDP1, or with a torch that cannot.
+        TrainingError: by FSDP1.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
@@ -53,11 +53,6 @@ def is_sharded() -> bool:
         raise TrainingError(
             "A model is sharded by FSDP2 only; give accelerate launch --fsdp_version 2, or set "
             "fsdp_version: 2 in its configuration."
-        )
-    if torch.__version__ < "2.12.dev0":  # its backward pass reads weights that are gone
-        raise TrainingError(
-            f"A model is sharded with torch 2.12 or later, and this is {torch.__version__}; update it, "
-            "or train without FSDP."
         )
     return True
 

@@ -106,7 +106,9 @@ class OptimizerRecipe:
             `decay` of the steps (`wsd`).
         warmup_steps: linear warm-up from 0.
         decay: share of the steps that `wsd` decays over.
-        weight_decay, beta1, beta2: of AdamW.
+        weight_decay: of AdamW.
+        beta1: of AdamW.
+        beta2: of AdamW.
         clip: largest gradient norm; 0 does not clip.
     """
 
@@ -148,7 +150,9 @@ class TrainRecipe:
         precision: `auto` is bfloat16 autocast where the device has it.
         compile: `torch.compile` the training forward pass.
         checkpoint_activations: recompute activations in the backward pass to save memory.
-        log_every, eval_every, save_every: in steps; 0 switches evaluation or saving off, except at the end.
+        log_every: in steps.
+        eval_every: in steps; 0 evaluates at the end only.
+        save_every: in steps; 0 saves at the end only.
         keep: number of checkpoints kept.
         evaluation_documents: of each task, at every evaluation.
         report_to: names of experiment trackers beside `metrics.jsonl`.
@@ -177,7 +181,12 @@ class Recipe:
     Attributes:
         name: of the run.
         seed: of weights, noise and training documents.
-        model, phi, phi_schedule, data, optimizer, train: its parts. `phi: null` trains the base model alone.
+        model: the base model.
+        phi: the PHi layer; null trains the base model alone.
+        phi_schedule: when the layer enters.
+        data: what is read.
+        optimizer: its options and schedule.
+        train: how long, how fast, and what is kept.
     """
 
     name: str = "run"

@@ -20,6 +20,7 @@ from philens.errors import AdapterError, OutputError, RecipeError, TrainingError
 from philens.files import (
     check_sums,
     load_weights,
+    not_finite,
     read_json,
     read_safetensors,
     read_text,
@@ -277,9 +278,8 @@ def load_model_weights(lens: PHiModel, folder: Path, recipe: Recipe) -> None:
 
 def check_finite(lens: PHiModel, source: Path | str, way: str) -> None:
     """Raise a TrainingError, with a way out, if a weight that came from `source` is not finite."""
-    for name, parameter in lens.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise TrainingError(f"{source} holds a weight that is not finite ({name}); {way}.")
+    if (name := not_finite(lens)) is not None:
+        raise TrainingError(f"{source} holds a weight that is not finite ({name}); {way}.")
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -179,8 +179,8 @@ class PHiTrainer(Trainer):
         return StepSampler(train.steps, train.accumulate, train.batch_size, self.args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = _prepare_worker
+        loader: Any = super().get_train_dataloader()
+        loader.base_dataloader.worker_init_fn = _prepare_worker  # accelerate's holds the one that has workers
         return loader
 
     def create_optimizer(self, model: Any = None) -> Any:
