@@ -589,7 +589,7 @@ def test_autocast_keeps_the_divergence_in_float32():
         ({"phi_weight": -1.0}, "phi_weight must be a finite number of at least 0, not -1.0"),
         ({"contrastive_weight": math.inf}, "contrastive_weight must be a finite number"),
         ({"logvar_min": 3.0, "logvar_max": 3.0}, "logvar_min must be below logvar_max"),
-        ({"logvar_max": 1e308}, r"both between -80 and 80, not -5 and 1e\+308"),
+        ({"logvar_max": 1e308}, "both between -100 and 100, not -5 and 1e+308"),
         ({"samples": 4}, 'samples above 1 need inference="sample"'),
         ({"layer": 1, "module": "model.layers.1"}, "one of layer, module and layers"),
     ],

@@ -95,9 +95,9 @@ class PHiConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
-        if not -80 <= self.logvar_min < self.logvar_max <= 80:  # beyond, variances leave float32
+        if not -100 <= self.logvar_min < self.logvar_max <= 100:  # a variance in float32 has 88 at most
             raise ConfigError(
-                "logvar_min must be below logvar_max, and both between -80 and 80, not "
+                "logvar_min must be below logvar_max, and both between -100 and 100, not "
                 f"{self.logvar_min:g} and {self.logvar_max:g}."
             )
         if self.samples > 1 and self.inference != "sample":
