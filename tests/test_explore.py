@@ -195,6 +195,9 @@ def test_writing(model: Explored) -> None:
         InputError, match=r"has 500 tokens and the model reads 512 at once, .* no room for 13 more"
     ):
         model.write("a" * 500, point, 13, Job())
+    for count in (0, 1_001):
+        with pytest.raises(InputError, match=f"1 to 1,000 tokens at a time, not {count:,}; give another"):
+            model.write("a", point, count, Job())
     with pytest.raises(InputError, match="temperature must be above 0"):
         model.write("a", point, 1, Job(), sample=True, temperature=0.0)
 
@@ -260,12 +263,13 @@ def test_whatever_a_model_raises_is_a_sentence(model: Explored, monkeypatch: Any
     assert "out of <b>memory</b>" in caplog.text
 
 
-def test_cancelled_superseded_and_left(model: Explored) -> None:
+def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> None:
     session, point, long = Session(10**6), next(iter(model.points)), {A: "a" * 60_000}
     going = session.read(model, point, long, Look())
-    first = next(going)
-    assert first.busy
-    assert "<progress" in first.status
+    assert next(going) == Update(busy=True)  # at once
+    following = next(going)
+    assert following.busy
+    assert "<progress" in (following.status or "")
     assert session.stop()
     assert "Cancelled." in last(going).status
     assert not session.stop()
@@ -274,6 +278,21 @@ def test_cancelled_superseded_and_left(model: Explored) -> None:
     next(going)
     assert last(session.read(model, point, {A: "abc"}, Look())).result
     assert [*going] == []
+    # Shown in another way meanwhile, it is this text that is read, not the one before.
+    going, other = session.read(model, point, {A: "abd"}, Look()), Look(("entropy", "phi"))
+    next(going)
+    assert "3 tokens read" in (last(session.read(model, point, None, other)).status or "")
+    assert session.scores[0].text == "abd"
+    assert [*going] == []
+    # Cancelled when the model had it all and the page nothing: what can be kept is what is shown.
+    going = session.read(model, point, {A: "abcabc"}, Look())
+    next(going)
+    with monkeypatch.context() as patch:
+        patch.setattr(view, "result", lambda *_: str(session.stop()))
+        update = last(going)
+    assert "Cancelled." in (update.status or "")
+    assert update.result is None
+    assert session.scores[0].text == "abd"
     # The tab was closed.
     going = session.read(model, point, long, Look())
     next(going)
@@ -412,6 +431,7 @@ def test_errors_of_the_command(error_of: Any, tmp_path: Path, monkeypatch: Any) 
     assert "--port must lie between 0 (any that is free) and 65535, not 70000." in error_of("--port", 70_000)
     assert "--max-characters must be at least 1, not 0." in error_of("--max-characters", 0)
     assert "Cannot listen on 203.0.113.1 port 0" in error_of("--host", "203.0.113.1", "--port", 0)
+    assert re.search(r"port 0 \([^()]+\); choose", error_of("--host", "no.such.invalid", "--port", 0))
     assert "An adapter belongs to a base model" in error_of("--adapter", "x", "--port", 0)
     assert "No PHi layer was named" in error_of("--model", tmp_path, "--port", 0)
     assert "no option --prot" in error_of("--prot", 1)
@@ -419,7 +439,9 @@ def test_errors_of_the_command(error_of: Any, tmp_path: Path, monkeypatch: Any) 
     assert "philens explore needs gradio: install it with `pip install 'philens[explore]'`." in error_of()
 
 
-@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+@pytest.mark.parametrize(
+    ("host", "warns"), [("127.0.0.1", False), ("127.1", False), ("localhost", False), ("0.0.0.0", True)]
+)
 def test_others_are_let_in_only_if_asked_for(
     host: str, warns: bool, run: Path, monkeypatch: Any, caplog: Any
 ) -> None:
@@ -427,7 +449,9 @@ def test_others_are_let_in_only_if_asked_for(
 
     pytest.importorskip("gradio", reason="Gradio is not installed.")
     served = []
-    monkeypatch.setattr(server, "serve", lambda app, listening: served.append(listening.getsockname()[0]))
+    monkeypatch.setattr(
+        server, "serve", lambda app, listening, leave: served.append(listening.getsockname()[0])
+    )
     said: list[str] = []
     with caplog.at_level(logging.WARNING):
         server.explore(str(run), [], None, "auto", False, host, 0, 100, said.append)

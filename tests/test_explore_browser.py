@@ -6,10 +6,12 @@ With PHILENS_SCREENSHOTS=docs/images the pictures of docs/explore.md are taken o
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pytest
 from browser import chromium, open_browser
 from philens.explore.examples import examples
 
-MOST = 40_000
+MOST = 10_000  # by default
 HOSTILE = (
     '<img src=x onerror="window.hit=1"><script>window.hit=1</script></div></span>'
     """&lt;b&gt; ${1+1} {{value}} "'"""
@@ -32,9 +34,25 @@ WAIT = 30_000
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a real server with the shipped models."""
+    with serving() as (address, process):
+        yield address
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def patient_server() -> Iterator[str]:
+    """One that takes longer texts."""
+    with serving("--max-characters", "40000") as (address, process):
+        yield address
+        process.terminate()
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server in a process of its own, which is to be stopped, and its address."""
     chromium()
     pytest.importorskip("gradio", reason="Gradio is not installed.")
-    command = [sys.executable, "-m", "philens", "explore", "--port", "0", "--max-characters", str(MOST)]
+    command = [sys.executable, "-m", "philens", "explore", "--port", "0", *options]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -48,8 +66,7 @@ def server() -> Iterator[str]:
         if found is None:
             process.kill()
             pytest.fail(f"{line} {process.communicate()[1]}")
-        yield found[0]
-        process.terminate()
+        yield found[0], process
         _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors, errors
 
@@ -65,7 +82,7 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
     """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
     contexts, wrong = [], []
 
-    def open_tab(**options: Any) -> Any:
+    def open_tab(address: str = server, **options: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -73,8 +90,8 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: _from(server, request.url) or wrong.append(request.url))
-        page.goto(server)
+        page.on("request", lambda request: _from(address, request.url) or wrong.append(request.url))
+        page.goto(address)
         page.wait_for_selector("#result .reading")
         return page
 
@@ -360,7 +377,9 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     shared, own = [page.locator(".ticks").nth(n).inner_text() for n in (0, 2)], classes(page, 0)
     assert shared[0] == shared[1]
     page.evaluate("window.scrollTo(0, 0)")
-    photograph(page, "explore_compare", 2000)
+    page.mouse.move(5, 5)  # off the text, whose values would cover it
+    page.wait_for_selector(".ph-tip", state="hidden")
+    photograph(page, "explore_compare", 1840)
     choose(page, "Colour scale", "each text's own")
     page.wait_for_function(
         "new Set([0, 2].map((n) => document.querySelectorAll('.ticks')[n].textContent)).size === 2"
@@ -413,10 +432,10 @@ def test_writing_on(visit: Any) -> None:
     wait_status(page, "Text A is empty")
 
 
-def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any) -> None:
-    page = visit()
+def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_server: str) -> None:
+    page = visit(patient_server)
     text = formal(page)
-    read(page, "abcde " * (MOST // 6))
+    read(page, "abcde " * 6_666)
     page.wait_for_selector("#status progress")
     page.wait_for_function("+document.querySelector('#status progress')?.value > 0")
     cancel = page.get_by_role("button", name="Cancel", exact=True)
@@ -429,6 +448,55 @@ def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any) -> None:
     read(page, "abc abc")  # and the model is free
     wait_shown(page, "abc abc")
     assert time.monotonic() - began < 20
+    # Another metric meanwhile: the text is read with it, and nothing said before comes back.
+    long = "cdefab " * 1_000
+    read(page, long)
+    page.wait_for_selector("#status progress")
+    choose(page, "Right pane", "entropy")
+    wait_shown(page, long)
+    page.wait_for_selector(".pane[data-metric=entropy]")
+    page.wait_for_timeout(1_000)
+    assert wait_status(page, "read by").startswith("Text A: 7,000 tokens read by")
+    assert not cancel.is_enabled()
+
+
+def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
+    page = visit()
+    for name in ("trivial", "random", "prose", "copy", "code", "random", "prose"):
+        page.get_by_role("button", name=name, exact=True).click()
+    wait_status(page, r"has not seen\. Text A: .* read by the text model")
+    page.wait_for_timeout(1_000)
+    assert page.locator("#status").inner_text().startswith("A paragraph")
+    assert page.locator("#text-a textarea").input_value() == examples()["prose"].text
+    assert page.get_by_label("text model").is_checked()
+    assert page.get_by_label("Insertion point", exact=True).input_value() == "adapter (after model.layers.3)"
+    assert page.get_by_label("Right pane", exact=True).input_value() == "surprisal"
+    read(page, "and it goes on")
+    wait_status(page, "Text A: [0-9]+ tokens read by the text model")
+
+
+def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
+    page = visit()
+    page.get_by_role("button", name="How the model writes on").click()
+    for number in ("0", "-3", "5000"):
+        page.get_by_label("Tokens at most").fill(number)
+        page.get_by_role("button", name="Write on", exact=True).click()
+        wait_status(page, f"writes 1 to 1,000 tokens at a time, not {int(number):,}")
+    page.locator("#mark-from input").fill("-1")
+    page.wait_for_selector("#marked [role=alert]")
+    assert "no span from -1 to 0" in page.locator("#marked").inner_text()
+
+
+def test_ctrl_c_ends_it_while_a_tab_is_open_and_reads(browser: Any) -> None:
+    with serving() as (address, process):  # which finds no traceback
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#result .reading")
+        read(page, "abcde " * 1_600)
+        page.wait_for_selector("#status progress")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        page.close()
 
 
 def test_two_tabs_do_not_mix(visit: Any) -> None:
@@ -481,6 +549,22 @@ def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     page.get_by_role("button", name="Read", exact=True).tap()
     wait_shown(page, "abcdefgh" * 60)
     wait_shown(page, "abcdefgh" * 40, 1)
+    assert page.evaluate("document.querySelector('#result').getBoundingClientRect().top") < 844  # in view
+    for part in (".means", ".highest"):  # nothing cut off
+        assert page.evaluate(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('{part}'))")
+    lists = """[...document.querySelectorAll('input[role=combobox]')].filter((e) => e.offsetParent)
+      .every((e) => e.getBoundingClientRect().right
+        <= e.parentElement.querySelector('svg').getBoundingClientRect().left)"""
+    assert page.evaluate(lists)
+    read(page, "")
+    wait_status(page, "is empty")
+    page.mouse.wheel(0, 600)
+    page.wait_for_timeout(500)
+    place = "(({top, bottom}) => [top, bottom])(document.querySelector('#status p').getBoundingClientRect())"
+    top, bottom = page.evaluate(place)
+    assert 0 <= top < bottom <= 844  # wherever the page is scrolled to
+    read(page, "abcdefgh" * 60)
+    wait_status(page, "Text A: 480 tokens")
     page.locator(".text").first.locator("span").nth(30).tap()
     assert page.locator(".ph-tip").inner_text().startswith("token 30")
     page.locator("#mark-from input").fill("3")
@@ -490,5 +574,5 @@ def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     assert page.evaluate("document.querySelector('.ph-tip').getBoundingClientRect().right") <= 390
     page.get_by_role("button", name="prose", exact=True).tap()
     wait_shown(page, examples()["prose"].text.rjust(len(examples()["prose"].text) + 1, "∅"))
-    page.evaluate("document.querySelector('#status').scrollIntoView()")
+    page.evaluate("document.querySelector('#result').scrollIntoView()")
     photograph(page, "explore_phone")

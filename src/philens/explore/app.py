@@ -24,6 +24,9 @@ _COUNT = """(text) => {{
   line.textContent = `${{count.toLocaleString('en')}} of {most:,} characters`;
   line.classList.toggle('over', count > {most});
 }}"""
+# Lists whose options depend on the model. A click may come before the options of the one before it did, which
+# Gradio would take for an error; whether a model has what was chosen is asked where the answer is a sentence.
+_ANY: dict[str, Any] = {"allow_custom_value": True}
 _HIGHLIGHT = """(text, first, last) => window.philens?.highlight(
   text === 'Text B' ? 1 : 0, Math.min(first, last), Math.max(first, last))"""
 
@@ -45,6 +48,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
     buttons: dict[str, gr.Button] = {}
     with gr.Blocks(title="philens explore", analytics_enabled=False) as page:
         gr.HTML(_HEAD, apply_default_css=False)
+        status = gr.HTML(view.status(""), apply_default_css=False, elem_id="status")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 text = gr.Textbox(
@@ -74,16 +78,15 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                                 buttons[one.name] = gr.Button(one.name, size="sm")
                 model = gr.Radio(list(models), value=first.name, label="Model", visible=len(models) > 1)
                 point = gr.Dropdown(
-                    list(first.points), value=next(iter(first.points)), label="Insertion point"
+                    list(first.points), value=next(iter(first.points)), label="Insertion point", **_ANY
                 )
                 with gr.Accordion("Compare with a second text", open=False):
                     other = gr.Textbox(label=NAMES[1], lines=4, max_lines=14, elem_id="text-b")
                 with gr.Accordion("How the model writes on", open=False):
-                    count = gr.Number(60, label="Tokens at most", precision=0, minimum=1, maximum=1_000)
+                    count = gr.Number(60, label="Tokens at most", precision=0)
                     sample = gr.Checkbox(False, label="Draw tokens, instead of the likeliest")
-                    temperature = gr.Number(1.0, label="Temperature of drawing", minimum=0, step=0.1)
-            with gr.Column(scale=5, min_width=320):
-                status = gr.HTML(view.status(""), apply_default_css=False, elem_id="status")
+                    temperature = gr.Number(1.0, label="Temperature of drawing", step=0.1)
+            with gr.Column(scale=5, min_width=480):
                 with gr.Row():
                     left = _metric(first, 0, "Left")
                     right = _metric(first, 1, "Right")
@@ -99,12 +102,8 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                 marked = gr.HTML("", apply_default_css=False, elem_id="marked")
                 with gr.Row():
                     which = gr.Radio(list(NAMES), value=NAMES[0], label="Mark a span in", min_width=160)
-                    begin = gr.Number(
-                        0, label="from token", precision=0, minimum=0, min_width=100, elem_id="mark-from"
-                    )
-                    end = gr.Number(
-                        0, label="to token", precision=0, minimum=0, min_width=100, elem_id="mark-to"
-                    )
+                    begin = gr.Number(0, label="from token", precision=0, min_width=100, elem_id="mark-from")
+                    end = gr.Number(0, label="to token", precision=0, min_width=100, elem_id="mark-to")
 
         look = [left, right, spread, low, high, palette]
         shown = [status, result, text, cancel, left, right]
@@ -112,14 +111,18 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         def session(request: gr.Request) -> Any:
             return sessions.of(request.session_hash or "")
 
-        def changes(updates: Iterable[Update], look: Look) -> Iterator[dict[Any, Any]]:
-            """What the session says, as changes of components.
+        def changes(
+            updates: Iterable[Update], look: Look, fields: Mapping[Any, Any] | None = None
+        ) -> Iterator[dict[Any, Any]]:
+            """What the session says, as changes of components, and with the first of them other fields.
 
             The choice of metrics is left alone but where it could not be had: the reader may have gone on.
             """
-            yield {status: gr.skip()}  # of a generator that gives nothing, Gradio empties the outputs
             for one in updates:
-                change: dict[Any, Any] = {status: one.status, cancel: gr.update(interactive=one.busy)}
+                change: dict[Any, Any] = {**(fields or {}), cancel: gr.update(interactive=one.busy)}
+                fields = None
+                if one.status is not None:
+                    change[status] = one.status
                 if one.text is not None:
                     change[text] = one.text
                 if one.result is not None:
@@ -127,6 +130,9 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                 if one.metrics not in ((), look.metrics):
                     change |= dict(zip((left, right), one.metrics, strict=True))
                 yield change
+            # When a generator ends, Gradio sends its last changes again, over what others did meanwhile; of
+            # one that gave nothing, it empties the outputs.
+            yield {status: gr.skip()}
 
         def looked(left: str, right: str, spread: str, low: Any, high: Any, palette: str) -> Look:
             return Look((left, right), RANGES[spread], float(low or 0), float(high or 0), palette)
@@ -143,32 +149,37 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         def write_on(
             request: gr.Request, name: str, at: str, one: str, count: Any, sample: bool, heat: Any, *look: Any
         ) -> Any:
-            options = {"count": int(count or 1), "sample": sample, "temperature": float(heat or 0)}
+            options = {"count": int(count or 0), "sample": sample, "temperature": float(heat or 0)}
             chosen = looked(*look)
             updates = session(request).write(models[name], at, one or "", chosen, **options)
             yield from changes(updates, chosen)
 
-        def choose_model(name: str) -> dict[Any, Any]:
-            """The insertion points and metrics of a model, the first of each chosen."""
-            chosen = models[name]
-            points = list(chosen.points)
-            sides = zip((left, right), chosen.first_metrics, strict=False)
+        def turned(to: str, name: str, at: str, look: Look) -> tuple[str, Look, dict[Any, Any]]:
+            """Insertion point and look for a model, which are its first ones unless it was chosen before; and
+            all controls that depend on it, so that they fit each other whatever came before.
+            """
+            chosen = models[to]
+            if to != name or at not in chosen.points:
+                at, (first, second) = next(iter(chosen.points)), chosen.first_metrics[:2]
+                look = replace(look, metrics=(first, second))
+            sides = zip((left, right), look.metrics, strict=True)
             fields = {side: gr.update(choices=_labelled(chosen), value=value) for side, value in sides}
-            return fields | {point: gr.update(choices=points, value=points[0])}
+            fields[point] = gr.update(choices=list(chosen.points), value=at)
+            return at, look, fields | {model: to}
+
+        def turn(request: gr.Request, name: str, *look: Any) -> Any:
+            """Read what was read with another model."""
+            at, chosen, fields = turned(name, "", "", looked(*look))
+            updates = session(request).read(models[name], at, None, chosen)
+            yield from changes(updates, chosen, fields)
 
         def choose(example: Example, request: Any, name: str, at: str, *look: Any) -> Any:
             """Take an example, and the shipped model for it, and read it."""
-            fitting = FORMAL if example.formal else TEXT if TEXT in models else name
-            chosen, style = models[fitting], looked(*look)
-            fields: dict[Any, Any] = {text: example.text, other: ""}
-            if fitting != name:
-                at = next(iter(chosen.points))
-                fields |= {model: fitting} | choose_model(fitting)
-                first, second = chosen.first_metrics[:2]
-                style = replace(style, metrics=(first, second))
-            yield fields
-            updates = session(request).read(chosen, at, {NAMES[0]: example.text}, style, example.about)
-            yield from changes(updates, style)
+            to = FORMAL if example.formal else TEXT if TEXT in models else name
+            at, chosen, fields = turned(to, name, at, looked(*look))
+            fields |= {text: example.text, other: ""}
+            updates = session(request).read(models[to], at, {NAMES[0]: example.text}, chosen, example.about)
+            yield from changes(updates, chosen, fields)
 
         def chooser(example: Example) -> Any:
             # Gradio finds its request by the annotation, and not in a partial.
@@ -196,11 +207,8 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         write.click(write_on, [*where, text, count, sample, temperature, *look], shown, **options)
         cancel.click(stop, None, None, queue=False, **options)
         for name, button in buttons.items():
-            outputs = [*shown, *where, other]
-            button.click(chooser(offered[name]), [*where, *look], outputs, **options)
-        model.input(choose_model, model, [point, left, right], **options).then(
-            read_again, [*where, *look], shown, **options
-        )
+            button.click(chooser(offered[name]), [*where, *look], [*shown, *where, other], **options)
+        model.input(turn, [model, *look], [*shown, *where], **options)
         spread.select(
             lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
         )
@@ -223,7 +231,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
 
 def _metric(model: Explored, place: int, side: str) -> gr.Dropdown:
     chosen = model.first_metrics[place]
-    return gr.Dropdown(_labelled(model), value=chosen, label=f"{side} pane", min_width=150)
+    return gr.Dropdown(_labelled(model), value=chosen, label=f"{side} pane", min_width=150, **_ANY)
 
 
 def _labelled(model: Explored) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from philens.training.run import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
+MOST_WRITTEN = 1_000
 _ERROR = "phi_standard_error"  # comes with phi
 _ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
 
@@ -213,7 +214,7 @@ class Explored:
             The prompt and what was written.
 
         Raises:
-            InputError: an empty prompt, or one that leaves no room.
+            InputError: an empty prompt, one that leaves no room, or a count or temperature out of range.
             Stopped: the job was stopped.
         """
         at = self._at(point)
@@ -221,6 +222,10 @@ class Explored:
         length = encoded["input_ids"].numel()
         if not length:
             raise InputError("There is nothing to go on from; write at least one character.")
+        if not 1 <= count <= MOST_WRITTEN:
+            raise InputError(
+                f"The model writes 1 to {MOST_WRITTEN:,} tokens at a time, not {count:,}; give another."
+            )
         if self.context is not None and length + count > self.context:
             raise InputError(
                 f"The text has {length:,} tokens and the model reads {self.context:,} at once, which leaves "

@@ -8,6 +8,7 @@ let sections = [];
 let anchor = null;
 let pressed = false;
 let marking = 0;
+let loaded = false;
 
 // A pane is a list of options, its tokens: it has the keyboard's focus, and one of its tokens is the active one.
 function setUp() {
@@ -205,5 +206,10 @@ document.addEventListener('selectionchange', () => {
 });
 
 window.philens = {highlight};
-watch('value', setUp);
+watch('value', () => {
+  setUp();
+  // Where it stands below the controls, as on a phone, what was asked for would not be seen.
+  if (loaded && element.getBoundingClientRect().top > innerHeight * .8) element.scrollIntoView();
+  loaded = true; // with the first example
+});
 setUp();

@@ -56,19 +56,11 @@ def explore(
         models = open_all(model, adapters, revision, dtype, trust_remote_code)
         sessions = Sessions(most)
         app = application(build(models, sessions), sessions)
-        if not _is_loopback(host):
+        if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             logger.warning("Whoever reaches %s can use this model; nothing asks who they are.", host)
         shown = f"[{host}]" if ":" in host else host
         say(f"Open http://{shown}:{listening.getsockname()[1]} in a browser; Ctrl+C stops it.")
-        serve(app, listening)
-        sessions.end_all()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        serve(app, listening, sessions.end_all)
 
 
 class _Headers:
@@ -142,16 +134,29 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+        # Of a name that nobody knows, the number is not the system's, and Python adds the address.
+        number, said = error.errno or 0, str(error.strerror or error)
+        reason = os.strerror(number) if number > 0 else said.partition(" (while")[0]
         raise ConfigError(
             f"Cannot listen on {host} port {port} ({reason}); choose another --port, or stop what uses it."
         ) from error
 
 
-def serve(app: Any, listening: socket.socket) -> None:
-    """Serve until the user stops it."""
+def serve(app: Any, listening: socket.socket, leave: Callable[[], None]) -> None:
+    """Serve until the user stops it, then `leave`."""
     import uvicorn
+    from gradio.routes import App
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Open tabs hold on to streams, which end by themselves once their jobs and Gradio say so; each
+            # that is cut off leaves a traceback.
+            leave()
+            for route in app.routes:
+                if isinstance(mounted := getattr(route, "app", None), App):
+                    mounted.stop_event.set()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])

@@ -42,7 +42,7 @@ class Update:
         metrics: with a result, the columns shown.
     """
 
-    status: str
+    status: str | None = None
     result: str | None = None
     text: str | None = None
     busy: bool = False
@@ -66,10 +66,11 @@ class Session:
     scores: list[TokenScores] = field(default_factory=list)
     _read: "tuple[Explored, str, dict[str, str]] | None" = None  # where and what was read last
     _job: Job | None = None
+    _reading: dict[str, str] | None = None  # what the job reads
 
     def stop(self) -> bool:
         """Stop the job, if there is one."""
-        running, self._job = self._job, None
+        running, self._job, self._reading = self._job, None, None
         if running is not None:
             running.stop()
         return running is not None
@@ -81,14 +82,15 @@ class Session:
 
         Args:
             point: one of the model's.
-            texts: by name; None means those read last.
+            texts: by name; None means those being read, else those read last.
             look: how they are shown.
             about: a sentence about them.
         """
-        texts = self._read[2] if texts is None and self._read else texts
         if texts is None:
-            return
-        yield from self._answer(lambda job: self._scored(job, model, point, dict(texts), look, about))
+            texts = self._reading or (self._read[2] if self._read else None)
+        if texts is not None:
+            chosen = dict(texts)
+            yield from self._answer(lambda job: self._scored(job, model, point, chosen, look, about), chosen)
 
     def write(self, model: Explored, point: str, prompt: str, look: Look, **options: Any) -> Iterator[Update]:
         """Go on writing after a prompt, then read it all; options are those of `Explored.write`."""
@@ -100,19 +102,23 @@ class Session:
                 job, what, lambda: model.write(prompt, point, job=job, **options)
             )
             yield Update(view.status(f"{what} …", 1.0, "working"), text=text, busy=True)
+            self._reading = {NAMES[0]: text}
             yield from self._scored(job, model, point, {NAMES[0]: text}, look)
 
         yield from self._answer(work)
 
-    def _answer(self, work: Callable[[Job], Iterator[Update]]) -> Iterator[Update]:
+    def _answer(
+        self, work: Callable[[Job], Iterator[Update]], reading: dict[str, str] | None = None
+    ) -> Iterator[Update]:
         """Do one thing, in the place of what is still being done; whatever happens ends in a sentence."""
         self.stop()
         job, kind = Job(), "error"
-        self._job = job
+        self._job, self._reading = job, reading
         try:
+            yield Update(busy=True)  # at once: whoever comes first here is also first on the page
             for update in work(job):
-                if self._job is job:
-                    yield update
+                job.check()
+                yield update
             return
         except Stopped:
             problem, kind = "Cancelled.", "note"
@@ -123,6 +129,8 @@ class Session:
             problem = f"This did not work ({type(error).__name__}); the terminal says more."
         finally:
             job.stop()  # also where the reader has left
+            if self._job is job:
+                self._reading = None
         if self._job is job or self._job is None:
             yield Update(view.status(problem, kind=kind))
 
@@ -149,6 +157,7 @@ class Session:
         )
         look = replace(look, metrics=(left, right))
         markup = view.result(scores, look, f"export/{self.key}")
+        job.check()  # what is kept and marked is what the page shows
         self._read, self.scores, self.look = (model, point, texts), scores, look
         said = view.status(" ".join([about, *self._summary(model, scores)]))
         yield Update(said, markup, metrics=look.metrics)
@@ -172,7 +181,9 @@ class Session:
         return future.result()
 
     def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
-        said = [f"{one.provenance['name']}: {len(one):,} tokens read by the {model.name}." for one in scores]
+        said = [
+            f"{one.provenance['name']}: {view.tokens(len(one))} read by the {model.name}." for one in scores
+        ]
         for one in scores:
             if unknown := model.unknown(one):
                 shown = " ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")

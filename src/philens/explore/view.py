@@ -97,6 +97,11 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str) -> str:
     )
 
 
+def tokens(count: int) -> str:
+    """So many tokens, in words."""
+    return f"{count:,} token{'' if count == 1 else 's'}"
+
+
 def _name(scores: TokenScores) -> str:
     return scores.provenance.get("name") or "Text"
 
@@ -116,7 +121,7 @@ def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], loo
     }
     return (
         f'<section class="reading" id="d{number + 1}" aria-label="{name}" data-text="{number}" '
-        f'data-values="{escape(json.dumps(values))}"><h3>{name} <small>{len(scores):,} tokens, '
+        f'data-values="{escape(json.dumps(values))}"><h3>{name} <small>{tokens(len(scores))}, '
         f"{clean(scores.provenance.get('insertion_point') or '')}</small></h3>"
         f'<div class="panes">{panes}</div>'
         f'<div class="below"><div class="panel plots"><h4>Along the text</h4>{plots}</div>'
