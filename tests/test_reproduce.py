@@ -157,7 +157,7 @@ def test_interrupted_and_called_again(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(PHiTrainer, "compute_loss", interrupt)
         assert cli.main([*words, str(tmp_path / "stopped")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "reproduce by the same command" in capsys.readouterr().err
     assert (tmp_path / "stopped" / "seed-0" / "checkpoint-5").is_dir()
     assert not (tmp_path / "stopped" / "tasks").exists()
     assert cli.main([*words, str(tmp_path / "stopped")]) == 0

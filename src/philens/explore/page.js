@@ -9,11 +9,13 @@ let anchor = null;
 let pressed = false;
 let marking = 0;
 let loaded = false;
+let highlighted = '';
 
 // A pane is a list of options, its tokens: it has the keyboard's focus, and one of its tokens is the active one.
 function setUp() {
   hide();
   anchor = null;
+  highlighted = '';
   sections = [...element.querySelectorAll('.reading')].map((root, text) => {
     const section = {root, text, panes: [], values: JSON.parse(root.dataset.values)};
     for (const pane of root.querySelectorAll('.text')) {
@@ -91,6 +93,7 @@ function activate(token) {
 }
 
 function highlight(text, first, last) {
+  highlighted = `${text}: ${first} to ${last}`;
   for (const section of sections) {
     const inside = (number) => section.text === text && first <= number && number <= last;
     for (const {tokens} of section.panes) {
@@ -201,7 +204,9 @@ document.addEventListener('selectionchange', () => {
     if (!first || first.section !== last.section) return;
     const skipped = range.startOffset === range.startContainer.length ? 1 : 0;
     const short = end && range.endOffset === 0 ? 1 : 0;
-    if (first.number + skipped <= last.number - short) mark(first.section, first.number + skipped, last.number - short);
+    const [from, to] = [first.number + skipped, last.number - short];
+    // A browser may tell twice of one selection; the fields may have been changed since.
+    if (from <= to && highlighted !== `${first.section.text}: ${from} to ${to}`) mark(first.section, from, to);
   }, 250);
 });
 

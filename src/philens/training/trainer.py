@@ -298,6 +298,8 @@ class PHiTrainer(Trainer):
                 (staging / CHECKPOINT_LOGS).write_text(json.dumps(logs))
                 write_sums(staging)
         except (OutputError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            if "DataLoader worker" in str(error):  # torch says that one has ended wherever training is
+                raise
             known = isinstance(error, OutputError)
             reason = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
             raise TrainingError(
