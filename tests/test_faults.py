@@ -155,6 +155,17 @@ def test_errors_of_data_workers_are_one_sentence():
         raise RuntimeError(f"{text}RuntimeError: shapes\n")
 
 
+def test_a_data_workers_end_that_is_noticed_late():
+    """torch tells of it by a signal, also while another error is being looked at."""
+
+    class Looked(OSError):
+        def __str__(self):
+            raise RuntimeError("DataLoader worker (pid 3) exited unexpectedly with exit code 1.")
+
+    with pytest.raises(TrainingError, match=r"^A data worker ended without a word .*--resume"), one_voice():
+        raise Looked
+
+
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])
 def test_nan_in_a_checkpoint(run, tmp_path, name):
     folder = unfinished(run, tmp_path / "run")

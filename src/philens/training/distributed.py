@@ -143,7 +143,10 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        error = _of_data_worker(error)
+        try:
+            error = _of_data_worker(error)
+        except RuntimeError as late:  # torch tells of a worker's end by a signal, which may come only now
+            error = _of_data_worker(late)
         if processes() == 1:
             raise error
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
@@ -165,7 +168,7 @@ def one_voice() -> Iterator[None]:
 def _of_data_worker(error: BaseException) -> BaseException:
     """What befell a data worker, in a sentence; any other error, and mistakes of ours, as they are."""
     text = " ".join(str(error).split())
-    places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     # Rows are fetched from a worker by a connection, which may break before its end is noticed.
     cut_off = isinstance(error, EOFError | OSError) and "_try_get_data" in places
     if "DataLoader worker" not in text and not cut_off:
