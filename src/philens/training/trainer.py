@@ -135,6 +135,7 @@ class PHiTrainer(Trainer):
     ) -> None:
         self.recipe, self.lens, self.tokenizer, self.folder = recipe, lens, tokenizer, folder
         self.fresh, self.bf16 = fresh, wants_bf16(recipe)
+        self._rows: Any = None
         # Of each part of the loss since the last record: its sum over this process's passes, and how many.
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
@@ -180,8 +181,17 @@ class PHiTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader: Any = super().get_train_dataloader()
-        loader.base_dataloader.worker_init_fn = _prepare_worker  # accelerate's holds the one that has workers
+        self._rows = loader.base_dataloader  # accelerate's holds the one that has workers
+        self._rows.worker_init_fn = _prepare_worker
         return loader
+
+    def end_data_workers(self) -> None:
+        """End the processes that make rows. They heed no SIGTERM, by which Python would end them when it
+        exits, and wait for them."""
+        if (rows := self._rows and self._rows._iterator) is not None:
+            rows._shutdown_workers()
+            for worker in rows._workers:
+                worker.kill()  # if it is held up
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -455,6 +465,7 @@ def _train(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(f"torch.compile failed ({reason}); set train.compile to false.") from error
     finally:
+        trainer.end_data_workers()
         interrupt.restore()
         if bar:
             bar.stop()
