@@ -6,6 +6,7 @@ python -m faults [GROUP ...] [--seed N]
 import argparse
 import importlib
 import secrets
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,8 @@ def main() -> int:
     for group in arguments.groups:
         if group not in MODULES:
             parser.error(f"no group {group!r}; groups are {', '.join(MODULES)}")
+    # What a shell starts in the background ignores Ctrl-C, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     console = Console(width=110)
     console.print(f"seed {seed} (repeat with --seed {seed})", highlight=False)
