@@ -1,5 +1,7 @@
 """Faults that were not survived once; `python -m faults` injects many more, at random."""
 
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from philens.errors import InputError, OutputError, RecipeError, TrainingError
+from philens.errors import InputError, OutputError, PhilensError, RecipeError, TrainingError
 from philens.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
 from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
@@ -139,6 +141,12 @@ def test_a_data_worker_ends(tmp_path, what):
     assert find_checkpoints(tmp_path / "run")
 
 
+def test_data_workers_end_with_the_training(tmp_path):
+    """They heed no SIGTERM, by which Python would end them, and wait for them, when it exits."""
+    train(tiny_recipe(**SHORT | {"data__workers": 2}), tmp_path / "run")
+    assert multiprocessing.active_children() == []
+
+
 def test_errors_of_data_workers_are_one_sentence():
     """torch hands them on with the worker's traceback as their message."""
     text = "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
@@ -164,6 +172,15 @@ def test_a_data_workers_end_that_is_noticed_late():
 
     with pytest.raises(TrainingError, match=r"^A data worker ended without a word .*--resume"), one_voice():
         raise Looked
+
+
+@pytest.mark.parametrize("name", ["versions.json", "metrics.jsonl", "training.png"])
+def test_a_pipe_in_a_files_place_is_not_waited_for(run, tmp_path, name):
+    folder = unfinished(run, tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(PhilensError, match=f"{name}.* not a file"):
+        train(tiny_recipe(**SHORT), folder, resume=True)
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])

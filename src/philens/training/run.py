@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -332,9 +333,12 @@ def start_folder(folder: Path, recipe: Recipe, step: int) -> None:
         step: of the checkpoint that the run goes on from; -1 if it begins, where step 0 is computed as well.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or something else is in a file's place.
     """
     tidy(folder)
+    for path in (folder / name for name in _FILES):
+        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+            raise OutputError(f"Cannot write {path}: it is not a file; remove it.")
     kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
     about = json.dumps({"seed": recipe.seed, "versions": versions()}, indent=2) + "\n"
     contents = {RECIPE_FILE: recipe_yaml(recipe), VERSIONS_FILE: about, METRICS_FILE: "".join(kept)}
