@@ -183,6 +183,15 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(run, tmp_path, name):
         train(tiny_recipe(**SHORT), folder, resume=True)
 
 
+def test_a_pipe_in_a_finished_run_is_not_waited_for(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "training.png").unlink()
+    os.mkfifo(folder / "training.png")
+    with pytest.raises(OutputError, match=r"training\.png: it is not a file"):
+        train(tiny_recipe(**SHORT), folder, resume=True)
+
+
 @pytest.mark.parametrize("name", ["model/model.safetensors", "adapter/phi_layer.safetensors", "optimizer.pt"])
 def test_nan_in_a_checkpoint(run, tmp_path, name):
     folder = unfinished(run, tmp_path / "run")

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -138,7 +139,8 @@ def test_an_adapter_of_an_older_philens_still_loads(copy):
     description = json.loads((copy / CONFIG).read_text())
     del description["config_sha256"]
     (copy / CONFIG).write_text(json.dumps(description))
-    philens.load(make_llama(), copy)
+    lens = philens.load(make_llama(), copy)
+    assert asdict(lens.config) == description["phi"]
 
 
 @pytest.mark.parametrize(

@@ -336,9 +336,6 @@ def start_folder(folder: Path, recipe: Recipe, step: int) -> None:
         OutputError: the folder cannot be written, or something else is in a file's place.
     """
     tidy(folder)
-    for path in (folder / name for name in _FILES):
-        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
-            raise OutputError(f"Cannot write {path}: it is not a file; remove it.")
     kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
     about = json.dumps({"seed": recipe.seed, "versions": versions()}, indent=2) + "\n"
     contents = {RECIPE_FILE: recipe_yaml(recipe), VERSIONS_FILE: about, METRICS_FILE: "".join(kept)}
@@ -353,7 +350,14 @@ _LEFT = re.compile(
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed process left half written in a run folder."""
+    """Remove what a killed process left half written in a run folder that is about to be written into.
+
+    Raises:
+        OutputError: something else is in a file's place.
+    """
+    for path in (folder / name for name in _FILES):
+        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+            raise OutputError(f"Cannot write {path}: it is not a file; remove it.")
     for path in folder.iterdir():
         if _LEFT.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
