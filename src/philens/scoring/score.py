@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import philens
 from philens.adapter import fingerprint
@@ -252,7 +252,7 @@ def _read_texts(
     device = next(lens.base.parameters()).device
     done: list[tuple[int, Window]] = []
     names, read = [], []
-    with _evaluating(lens):
+    with evaluating(lens):
         for batch in _batches(windows, batch_tokens):
             input_ids, places = (
                 torch.from_numpy(values).to(device, non_blocking=True) for values in _assemble(texts, batch)
@@ -301,10 +301,10 @@ def _assemble(
 
 
 @contextmanager
-def _evaluating(lens: PHiModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module gets back the mode it had."""
-    modes = [(module, module.training) for module in lens.modules()]
-    lens.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with torch.no_grad():
             yield

@@ -20,7 +20,7 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[i
     """A text as tokens in three parts: what the tokenizer puts first (BOS, or nothing), the text's own, and
     the token that ends a text (EOS, or nothing)."""
     return (
-        _begin(tokenizer),
+        begin_of_text(tokenizer),
         tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
         _end(tokenizer),
     )
@@ -54,6 +54,11 @@ def encode_chat(tokenizer: Any, messages: Messages) -> Encoded:
         if message["role"] == "assistant"
     ]
     return _tokenize(tokenizer, text, spans)
+
+
+def chat_prompt(tokenizer: Any, messages: Messages) -> str:
+    """A chat as text, with what the template puts before a reply."""
+    return _render(tokenizer, messages, add_generation_prompt=True)
 
 
 def _render(tokenizer: Any, messages: Messages, tokenize: bool = False, **options: Any) -> Any:
@@ -107,7 +112,7 @@ def _encode_plain(tokenizer: Any, messages: Messages) -> Encoded:
         if message["role"] == "assistant":
             spans.append((len(text), len(text) + len(message["content"])))
         text += message["content"]
-    begin, end = _begin(tokenizer), _end(tokenizer)
+    begin, end = begin_of_text(tokenizer), _end(tokenizer)
     tokens, counted = _tokenize(tokenizer, text, spans)
     replied = messages[-1]["role"] == "assistant"
     return (
@@ -116,7 +121,8 @@ def _encode_plain(tokenizer: Any, messages: Messages) -> Encoded:
     )
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def begin_of_text(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: BOS, or nothing."""
     first = tokenizer("").input_ids[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
 
