@@ -386,11 +386,6 @@ class PHiModel(nn.Module):
                 some = _Rows(pressing, len(input_ids))
                 again, untouched = self._press(input_ids, arguments, result, forms, some, untouched)
                 labels, predicted = some.of(labels), some.of(predicted)
-            if resumes and not self._observing:
-                # Who asked for logits, asked for those with the layer in the path.
-                path = again[0]
-                assert path is not None
-                result.logits, result.head, result.head_states = path.logits, path.head, path.head_states
             add_losses(
                 result,
                 labels,
@@ -402,6 +397,11 @@ class PHiModel(nn.Module):
                 self.weight_scale,
                 self.module_paths,
             )
+            if resumes and not self._observing and (path := again[0]) is not None:
+                # Who asks for logits asks for those with the layer in the path.
+                result.logits, result.head, result.head_states = path.logits, path.head, path.head_states
+                if returns == "logits" and path.logits is None and path.head is not None:
+                    result.logits = path.head(path.head_states)  # pyright: ignore[reportArgumentType]
         return result
 
     def _press(
