@@ -38,6 +38,7 @@ _OF_PREDICTIONS = frozenset({"surprisal", "entropy", "margin"})
 _OF_BLOCKS = frozenset({"logit_lens_divergence", "settling_depth"})
 _OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length"})
 _NORM = "norm"  # beside step_length, not a column
+_SINK = "sink"  # beside phi, likewise
 # Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
 _LOOK_AHEAD, _TOKENIZED_AT_ONCE = 32, 64
 
@@ -121,9 +122,9 @@ def iter_scores(
         prepared = _tokenized(lens, tokenizer, texts, names)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
             columns = _read_texts(lens, [text for _, text in ahead], wanted, batch_tokens, context)
-            for (name, text), found in zip(ahead, columns, strict=True):
+            for (name, text), (found, sinks) in zip(ahead, columns, strict=True):
                 own = origin if name is None else {"name": name, **origin}
-                yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own)  # pyright: ignore[reportArgumentType]
+                yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own, sinks)  # pyright: ignore[reportArgumentType]
 
     return scores()
 
@@ -242,8 +243,8 @@ def _read_texts(
     wanted: Sequence[str],
     batch_tokens: int,
     context: int | None,
-) -> list[Columns]:
-    """The columns of each text."""
+) -> list[tuple[Columns, NDArray[np.bool_]]]:
+    """The columns of each text, and which of its tokens are attention sinks."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)
@@ -346,6 +347,7 @@ def _read_batch(
         of_tokens: dict[str, Tensor | None] = {}
         if "phi" in wanted:
             of_tokens |= {"phi": layer.phi, "phi_standard_error": layer.phi_standard_error}
+            of_tokens[_SINK] = layer.sinks
         if "step_length" in wanted:
             of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
         found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
@@ -357,10 +359,10 @@ def _read_batch(
     return found
 
 
-def _finished(found: Columns, wanted: Sequence[str]) -> Columns:
-    """The columns in order, steps divided by the mean length of the text's hidden states.
+def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[np.bool_]]:
+    """The columns in order, steps divided by the mean length of the text's hidden states; and the sinks.
 
-    The first token's is left out of that mean: in many models it is hundreds of times longer.
+    The first token's length is left out of that mean: in many models it is hundreds of times longer.
     """
     columns = {}
     for metric in wanted:
@@ -371,4 +373,5 @@ def _finished(found: Columns, wanted: Sequence[str]) -> Columns:
         if name == _NORM and len(norms) > 1:
             step = f"step_length{at}{path}"
             columns[step] = columns[step] / np.float32(norms[1:].mean(dtype=np.float64))
-    return columns
+    sinks = [values != 0 for name, values in found.items() if name.partition("@")[0] == _SINK]
+    return columns, np.logical_or.reduce(sinks) if sinks else np.zeros(0, bool)

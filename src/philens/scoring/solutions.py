@@ -305,7 +305,8 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
     for name, column in scores.columns.items():
         if not row["tokens"] or name.partition("@")[0] not in metrics:  # a standard error has no sum
             continue
-        values = column[own].astype(np.float64)
+        kept = own & scores.counts(name)
+        values = column[kept if kept.any() else own].astype(np.float64)
         if np.isnan(values).any():
             raise InputError(
                 f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it, or "

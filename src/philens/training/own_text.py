@@ -20,7 +20,7 @@ from philens.training.distributed import wait_for_all
 from philens.training.recipe import Recipe
 
 # Documents that a part has unless it says how many, and those written at once.
-DOCUMENTS, AT_ONCE = 1024, 64
+DOCUMENTS, AT_ONCE = 1024, 128
 # A user's message that a model writes for itself has at most this share of a row.
 _MESSAGE = 4
 _OWN_TEXT = 21  # one of the independent streams below a seed
@@ -95,8 +95,9 @@ def _go_on(base: Any, tokenizer: Any, prompts: list[list[int]], length: int) -> 
     device = next(base.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
-    # What the model is like, not what its authors would have it show: no top-k, no penalty.
-    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    # Whatever its authors would have it show. A small model's unlikely tokens soon make no sense, and text of
+    # which they are left out is closer to people's (Holtzman et al. 2020, arXiv 1904.09751).
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
     with evaluating(base):
         drawn = base.generate(
             ids,
