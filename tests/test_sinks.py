@@ -148,3 +148,15 @@ def test_evaluation_tells_their_share():
     rows = torch.from_numpy(ids).view(3, 20)
     phi = lens(rows, returns="phi").phi[:, 1:].detach().mean()
     assert found["eval/part/phi"] == pytest.approx(float(phi), rel=1e-5)
+
+
+def test_check_names_them():
+    lens = make_lens(with_sink(make_llama()))
+    report = lens.check()
+    assert report.ok
+    assert list(report.points[0].sinks) == [0]
+    assert report.points[0].sinks[0] > 100
+    assert "token 0 is an attention sink" in str(report)
+    assert "calibrate" not in str(report)
+    assert "calibrate the layer" in str(make_lens(with_sink(make_llama()), calibrated=False).check())
+    assert "sink" not in str(make_lens(make_llama()).check())

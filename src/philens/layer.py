@@ -19,6 +19,10 @@ from philens.errors import ConfigError, InputError
 from philens.prior import Attend, Memory, Prior
 from philens.typed import convert
 
+# A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
+# models sinks' are 100 times as long, and the longest others 1.5 times.
+SINK = 4.0
+
 
 @dataclass
 class PHiConfig:

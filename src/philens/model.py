@@ -26,16 +26,12 @@ from philens.insertion import (
     text_config,
     transform_output,
 )
-from philens.layer import PHiConfig, PHiLayer, PHiOutput
+from philens.layer import SINK, PHiConfig, PHiLayer, PHiOutput
 from philens.losses import PHiModelOutput, add_losses, counted_tokens
 from philens.prior import Memory
 
 if TYPE_CHECKING:
     from philens.check import CheckReport
-
-# A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
-# models sinks' are 100 times as long, and the longest others 1.5 times.
-SINK = 4.0
 
 
 class PHiModel(nn.Module):
