@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,18 +79,18 @@ def reproduce_texts(
     texts = load_levels(levels, documents, seed)
     if plain:
         texts = without_users(texts)
-    lens, tokenizer = load_lens(str(model), found[0] if found else None)
+    first, tokenizer = load_lens(str(model), found[0] if found else None)
     recipe = None
     if not adapters and (Path(model) / RECIPE_FILE).is_file():
         recipe = load_recipe(Path(model) / RECIPE_FILE)
     if window is None and recipe is not None:
-        limit = getattr(text_config(lens.base), "max_position_embeddings", None)
+        limit = getattr(text_config(first.base), "max_position_embeddings", None)
         window = min(recipe.data.length, limit or recipe.data.length)
     if tokens:
         texts = cut_texts(tokenizer, texts, tokens)
     points: list[dict[str, Any]] = []
     scores: list[TokenScores] = []
-    for adapter, lens in _lenses(lens, found):
+    for adapter, lens in _lenses(first, found):
         if points and _is_last(points[-1], adapter, lens):
             continue
         prepare(lens, kl)
@@ -103,7 +104,7 @@ def reproduce_texts(
     results = {key: value for key, value in points[-1].items() if key not in ("label", "step")}
     if len(points) > 1:
         short = [{key: point[key] for key in point if key not in ("tokens", "texts")} for point in points]
-        results |= {"points": short, "course": compare_points(points)}
+        results |= {"points": short, "course": compare_points(points, _along(points))}
     run = {
         "finding": "texts",
         "model": str(model),
@@ -112,7 +113,7 @@ def reproduce_texts(
         "levels_from": None if levels is None else str(levels),
         "tokens_read": tokens or None,
         "seed": seed,
-        "kl": lens.config.kl,
+        "kl": kl or first.config.kl,
         "versions": versions(),
         "provenance": {key: value for key, value in scores[0].provenance.items() if key != "name"},
         "recipe": None if recipe is None else asdict(recipe),
@@ -181,6 +182,12 @@ def _folder(adapter: str) -> Path:
     return path.parent if path.name == "adapter" else path
 
 
+def _run(adapter: str) -> Path:
+    """The run folder that an adapter lies in, or its own."""
+    folder = _folder(adapter)
+    return folder.parent if _CHECKPOINT.fullmatch(folder.name) else folder
+
+
 def _step(lens: PHiModel, adapter: str | None) -> int | None:
     """The training step that a layer is of, as far as its folder or its record says."""
     if adapter is not None and (found := _CHECKPOINT.fullmatch(_folder(adapter).name)):
@@ -193,15 +200,24 @@ def _is_last(point: dict[str, Any], adapter: str | None, lens: PHiModel) -> bool
     """Whether a finished run's adapter is that of the checkpoint measured before."""
     if adapter is None or point["adapter"] is None or _step(lens, adapter) != point["step"]:
         return False
-    return _folder(point["adapter"]).parent == _folder(adapter)
+    return _run(point["adapter"]) == _run(adapter)
+
+
+def _along(points: Sequence[dict[str, Any]]) -> bool:
+    """Whether these are steps of one training, in order."""
+    steps = [point["step"] for point in points]
+    return (
+        len({(_run(point["adapter"] or ""), point["insertion_point"]) for point in points}) == 1
+        and None not in steps
+        and all(before < after for before, after in pairwise(steps))
+    )
 
 
 def _labels(points: Sequence[dict[str, Any]]) -> list[str]:
     """A short name for each point that no other has."""
-    steps, places = ([point[key] for point in points] for key in ("step", "insertion_point"))
-    adapters = [point["adapter"] for point in points]
-    if len(set(places)) == 1 and None not in steps and len(set(steps)) == len(points):
-        return [f"step {step}" for step in steps]
+    adapters, places = ([point[key] for point in points] for key in ("adapter", "insertion_point"))
+    if len(points) > 1 and _along(points):
+        return [f"step {point['step']}" for point in points]
     if len(set(adapters)) == 1:
         return places
     names = [_folder(adapter).name for adapter in adapters]

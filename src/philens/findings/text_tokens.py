@@ -1,12 +1,13 @@
 """What single tokens say in texts of several levels: the extremes of phi, and text that is recited verbatim.
 
 A model recites where it is sure of one token after the other: a run of `RUN` tokens or more, each with a
-surprisal below `SURE` nats. Sure tokens outside such runs (the rest of a long word, a bracket that has to close)
-are the control: they cost as little, and nothing is recited.
+surprisal below `SURE` nats. Sure tokens outside such runs (the rest of a long word, a bracket that has to
+close) are the control: they cost as little, and nothing is recited.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,8 +63,8 @@ def measure_recitation(
 ) -> dict[str, Any]:
     """Phi where texts are recited, against the rest of the same texts and against sure tokens in that rest.
 
-    `recited`, `rest` and `sure_rest` are means over tokens; the two differences are means over texts that have
-    both, of a text's mean in one less that in the other. Intervals are over texts.
+    `recited`, `rest` and `sure_rest` are means over tokens; the two differences are means over texts that
+    have both, of a text's mean in one less that in the other. Intervals are over texts.
     """
     rows: dict[str, list[tuple[int, Floats]]] = {"recited": [], "rest": [], "sure_rest": []}
     differences: dict[str, list[float]] = {"rest": [], "sure_rest": []}
@@ -100,13 +101,13 @@ def _mean_of(rows: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"texts": estimate.documents, "tokens": estimate.rows, **estimate.as_dict("mean")}
 
 
-def by_surprisal(
+def phi_by_surprisal(
     texts: Sequence[CountedTokens], *, resamples: int = statistics.RESAMPLES, seed: statistics.Seed = 0
 ) -> list[dict[str, Any]]:
     """Mean phi of a level's tokens in each bin of surprisal, with intervals over texts."""
     options = {"resamples": resamples, "seed": seed}
     bins = []
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         rows = []
         for number, text in enumerate(texts):
             phi, surprisal = text.columns["phi"], text.columns["surprisal"]

@@ -5,8 +5,8 @@ knows by heart (licences) and shuffled words do not, although shuffled words are
 
 Tokens that count are those of the text itself: of a chat the assistant's, else all that stand for
 characters, so not a BOS token. A text's first token has a phi; unless something stands before it, no
-surprisal. Attention sinks have no part in phi, and their number is told. Intervals resample texts, never tokens
-or pieces of a text, which are not independent.
+surprisal. Attention sinks have no part in phi, and their number is told. Intervals resample texts, never
+tokens or pieces of a text, which are not independent.
 
 A *point* is a layer whose phi is measured: an adapter and an insertion point. Of several, such as the
 checkpoints of a run, results are those of the last with all of them beside it.
@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 
 from philens.errors import InputError
 from philens.findings import statistics
-from philens.findings.text_tokens import CountedTokens, by_surprisal, extremes, measure_recitation
+from philens.findings.text_tokens import (
+    CountedTokens,
+    extremes,
+    measure_recitation,
+    phi_by_surprisal,
+)
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
 
 if TYPE_CHECKING:
@@ -102,13 +107,13 @@ def measure_texts(
 
     `levels`, in the paper's order, have phi, surprisal of the untouched base, surprisal with the layer, their
     gap (None for a lens that observes), `phi_later` (without each text's first 16 tokens), how many `sinks`
-    were left out of phi, and phi `by_surprisal`. `texts` has the same means of every text. `verbatim` is about
-    memorised text where it is recited, None if there is none, and `tokens` names the extremes of each level
-    (`philens.findings.text_tokens`). `pairs`, any two levels: difference and ratio of the first one's phi to the
-    second one's, whether their intervals are `separated`, and whether the paper's `claim` is about them.
-    `phi_order` and `surprisal_order` name levels from high to low. `holds` says that code and prose (and
-    one's `own` texts) lie above trivial, memorised and shuffled ones, as far as they are here, separated, and
-    that surprisal puts these in another order.
+    were left out of phi, and phi `by_surprisal`. `texts` has the same means of every text. `pairs`, any two
+    levels: difference and ratio of the first one's phi to the second one's, whether their intervals are
+    `separated`, and whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels
+    from high to low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised
+    and shuffled ones, as far as they are here, separated, and that surprisal puts these in another order.
+    `verbatim` is about memorised text where it is recited, None if there is none, and `tokens` names the
+    extremes of each level (`philens.findings.text_tokens`).
 
     Args:
         texts: of two levels or more.
@@ -155,7 +160,7 @@ def measure_texts(
                 "sinks": sum(int(one.sinks.sum()) for one in of_level[level]),
                 "tokens_without_surprisal": found["surprisal"].dropped,
                 **{name: _as_dict(found[name]) for name in QUANTITIES},
-                "by_surprisal": by_surprisal(of_level[level], resamples=resamples, seed=seed),
+                "by_surprisal": phi_by_surprisal(of_level[level], resamples=resamples, seed=seed),
             }
             for level, found in estimates.items()
         },
@@ -249,20 +254,18 @@ def at_point(scores: "TokenScores", path: str | None) -> "TokenScores":
     return replace(scores, columns=columns)
 
 
-def compare_points(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Levels at several points, or along a training: for each claimed pair, since when it is as the paper says.
+def compare_points(points: Sequence[Mapping[str, Any]], along: bool) -> dict[str, Any]:
+    """For each pair that the claim is about, since which of several points it is as the paper says.
 
     Args:
-        points: each with `label`, `step` (None where not known) and results of `measure_texts`, in order.
+        points: each with its `label` and results of `measure_texts`, in order.
+        along: whether they are steps of one training.
 
     Returns:
-        `along` says whether points are steps of one training. `pairs` have `first`, `second`, `above_since` and
-        `separated_since`: the label of the first point from which on, to the last, the first level's phi is
-        higher, or higher with separate intervals; None where it is not so at the last point.
+        `along`, and `pairs` with `first`, `second`, `above_since` and `separated_since`: the label of the
+        first point from which on, to the last, the first level's phi is higher, or higher with separate
+        intervals; None where it is not so at the last point.
     """
-    steps = [point["step"] for point in points]
-    along = None not in steps and len({point["insertion_point"] for point in points}) == 1
-    along = along and all(a < b for a, b in zip(steps, steps[1:], strict=False))
     pairs = []
     for number, pair in enumerate(points[-1]["pairs"]):
         if not pair["claim"]:
