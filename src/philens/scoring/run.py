@@ -1,11 +1,12 @@
 """A corpus scored: shown in the terminal, written into a folder of shards, or onto a page."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from philens.errors import AdapterError, ConfigError, InputError
 from philens.files import same_file
@@ -23,17 +24,25 @@ Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
 SHARD_CHARACTERS = 1_000_000
 
 
+class Opened(NamedTuple):
+    """A model that texts can be scored with: a base model with a PHi layer in it, and its tokenizer."""
+
+    lens: "PHiModel"
+    tokenizer: Any
+
+
 def load_lens(
-    model: str,
+    model: str = "smollm2",
     adapter: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple["PHiModel", Any]:
+) -> Opened:
     """A base model with a PHi layer in it, on the accelerator where there is one, and its tokenizer.
 
     Args:
-        model: folder or Hub id; or a run folder, whose own adapter is taken where none is given.
+        model: folder, GGUF file or Hub id; or a run folder, whose own adapter is taken where none is given,
+            or `smollm2`, for which philens brings one.
         adapter: folder or Hub id.
         revision: of the base on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
@@ -45,12 +54,14 @@ def load_lens(
     """
     from philens.adapter import load
     from philens.files import not_finite
-    from philens.hub import load_pretrained
+    from philens.hub import is_folder, load_pretrained
     from philens.training.recipe import load_recipe
     from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
+    from philens.wheels import WHEELS
 
     folder, base = Path(model), model
-    if adapter is None and not (folder / ADAPTER_FOLDER).is_dir():
+    named = model in WHEELS and not is_folder(model)
+    if adapter is None and not (named or (folder / ADAPTER_FOLDER).is_dir()):
         if (folder / RECIPE_FILE).is_file():
             load_run(folder)  # says why this run has no adapter
         raise ConfigError(f"No PHi layer was named for {model}; give --adapter, or the folder of a run.")
@@ -69,7 +80,27 @@ def load_lens(
     lens = load(loaded, adapter or model)
     if (accelerator := device()) is not None:
         lens.to(accelerator)
-    return lens, tokenizer
+    return Opened(lens, tokenizer)
+
+
+_ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
+
+
+def adapters_in(folder: str | Path, checkpoints: bool = False) -> list[str]:
+    """The adapters of a run folder or a sweep, in order: those of checkpoints if asked for, by their steps,
+    `adapter`, then `layer-N` by number. None where it is an adapter itself, or no folder."""
+    from philens.adapter import CONFIG_FILE
+    from philens.training.run import ADAPTER_FOLDER, find_checkpoints
+
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).exists() or not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _ADAPTER.fullmatch(path.name))]
+    found.sort(key=lambda item: (item[0][1] is not None, int(item[0][1] or 0)))
+    own = [path for _, path in found]
+    if checkpoints:
+        own = [path / ADAPTER_FOLDER for path in find_checkpoints(folder)] + own
+    return [str(path) for path in own if path.is_dir()]
 
 
 @dataclass
