@@ -9,27 +9,36 @@ from typing import Any, Literal
 
 import philens
 from philens.commands.show import console, say, tell
-from philens.errors import ConfigError
+from philens.errors import AdapterError, ConfigError
 from philens.output import utf8_output
 from philens.typed import shown
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
-    """Show what the model that comes with philens sees: a table, a figure and a page.
+    """Show what the models that philens brings see in texts and in formal languages: tables, figures, pages.
+
+    The language model is fetched once. Where it is not to be had, formal languages are shown alone.
 
     Args:
-        output: folder for results.json, the figure and the page.
-        documents: documents measured of each task.
+        output: folder for results, figures and pages.
+        documents: documents measured of each formal task.
     """
-    from philens.demo import demo
-    from philens.report.terminal import tasks_table
+    from philens.demo import demo_tasks, demo_texts
+    from philens.report.terminal import tasks_table, text_pairs_table, texts_table
 
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
-    results = demo(output, documents)
-    console().print(tasks_table(results))
-    say(f"Wrote {output / 'results.json'} and {output / 'tasks.png'}.")
-    say(f"Open {output / 'page.html'} in a browser.")
+    try:
+        results = demo_texts(output)
+    except AdapterError as error:
+        say(f"Only formal languages are shown: {error}")
+    else:
+        console().print(texts_table(results))
+        console().print(text_pairs_table(results))
+    console().print(tasks_table(demo_tasks(output, documents)))
+    for folder in ("texts", "tasks"):
+        if (output / folder / "page.html").is_file():
+            say(f"Wrote {output / folder}; open {output / folder / 'page.html'} in a browser.")
 
 
 def train(
