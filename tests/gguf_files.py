@@ -35,7 +35,7 @@ def make_model(**options: Any) -> tuple[Any, Any]:
     tokenizer = train_bpe(TEXTS, 300, split_digits=True)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 1}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return make_llama(vocab_size=len(tokenizer), **sizes, **ids, **options), tokenizer
+    return make_llama(vocab_size=len(tokenizer), **(sizes | ids | options)), tokenizer
 
 
 def write(

@@ -352,7 +352,7 @@ def test_a_lens_by_name(index, tmp_path, monkeypatch):
     assert "licence of the base: apache-2.0" in card
     assert main(["score", "--model", "tiny", "--generate", "Once", "--max-new-tokens", "3"]) == 0
     with pytest.raises(AdapterError, match="was trained in another base"):
-        philens.load(make_model(vocab_size=400)[0], "tiny")
+        philens.load(make_model(intermediate_size=64)[0], "tiny")
 
 
 def test_an_installed_wheel_is_taken(index, monkeypatch, made):
