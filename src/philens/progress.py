@@ -1,6 +1,7 @@
 """A bar on standard error while something long goes on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -18,3 +19,20 @@ def shown(items: Iterable[Item], what: str, count: int) -> Iterator[Item]:
 
     console = Console(stderr=True)
     yield from track(items, what, count, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def working(what: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    """A bar while something is done, if standard error is a terminal; gives what is told how far it is.
+
+    Args:
+        what: what is being done.
+        total: what it will be at the end; None if nobody knows.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

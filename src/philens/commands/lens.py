@@ -104,8 +104,8 @@ def score(
     Args:
         files: text files, .jsonl or .parquet, also as s3://bucket/path (gs://, ...), there also folders;
             - for standard input, hub:owner/name for a data set of the Hub.
-        model: base model, a folder or Hub id, or a run folder with its adapter; by default the small model of
-            text that comes with philens.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; by default the small
+            model of text that comes with philens.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
@@ -207,7 +207,8 @@ def explore(
     """Open a page on this machine that reads texts as they are pasted, written or chosen, until Ctrl+C.
 
     Args:
-        model: base model, a folder or Hub id, or a run folder with its adapters; by default the shipped ones.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapters; by default the
+            shipped ones.
         adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep.
         host: address to listen on; any but that of this machine lets others use the model.
         port: to listen on; 0 takes any that is free.
@@ -232,7 +233,7 @@ def sweep(
     """Train a PHi layer after each of several blocks of a model, side by side. Recipe keys as --key value.
 
     Args:
-        model: base model, a folder or Hub id; it stays frozen.
+        model: base model, a folder, GGUF file or Hub id; it stays frozen.
         layers: blocks, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what the layers are trained by, a YAML file or name.
         output: folder of the run, the adapters and results; by default runs/sweep.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from philens.errors import AdapterError, ConfigError, InputError
 from philens.files import same_file
@@ -23,17 +23,25 @@ Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
 SHARD_CHARACTERS = 1_000_000
 
 
+class Opened(NamedTuple):
+    """A model that texts can be scored with: a base model with a PHi layer in it, and its tokenizer."""
+
+    lens: "PHiModel"
+    tokenizer: Any
+
+
 def load_lens(
-    model: str,
+    model: str = "smollm2",
     adapter: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple["PHiModel", Any]:
+) -> Opened:
     """A base model with a PHi layer in it, on the accelerator where there is one, and its tokenizer.
 
     Args:
-        model: folder or Hub id; or a run folder, whose own adapter is taken where none is given.
+        model: folder, GGUF file or Hub id; or a run folder, whose own adapter is taken where none is given,
+            or `smollm2`, for which philens brings one.
         adapter: folder or Hub id.
         revision: of the base on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
@@ -45,12 +53,14 @@ def load_lens(
     """
     from philens.adapter import load
     from philens.files import not_finite
-    from philens.hub import load_pretrained
+    from philens.hub import is_folder, load_pretrained
     from philens.training.recipe import load_recipe
     from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
+    from philens.wheels import WHEELS
 
     folder, base = Path(model), model
-    if adapter is None and not (folder / ADAPTER_FOLDER).is_dir():
+    named = model in WHEELS and not is_folder(model)
+    if adapter is None and not (named or (folder / ADAPTER_FOLDER).is_dir()):
         if (folder / RECIPE_FILE).is_file():
             load_run(folder)  # says why this run has no adapter
         raise ConfigError(f"No PHi layer was named for {model}; give --adapter, or the folder of a run.")
@@ -69,7 +79,7 @@ def load_lens(
     lens = load(loaded, adapter or model)
     if (accelerator := device()) is not None:
         lens.to(accelerator)
-    return lens, tokenizer
+    return Opened(lens, tokenizer)
 
 
 @dataclass
