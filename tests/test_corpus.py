@@ -166,7 +166,11 @@ def test_records(name: str) -> None:
     write_records(name, [{"turns": CHAT, "text": "no"}])
     assert pairs(name, field="turns") == [(f"{name}:1", CHAT)]
     write_records(name, [{"messages": [{"role": "user", "content": 3}]}])
-    assert "must be text, or a list of messages" in error_of(name)
+    where = "a.parquet row 1" if name.endswith("parquet") else f"{name} line 1"
+    assert error_of(name).startswith(f"{where} has a content that is no text in message 1 (3); give text, ")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    write_records(name, [{"messages": parts}])
+    assert pairs(name) == [(f"{name}:1", parts)]
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from philens.errors import InputError
 from philens.hub import reason
+from philens.tasks.chat import check_chat, is_message
 from philens.typed import listed
 
 # A longer text becomes several documents, cut at line ends where there are any.
@@ -220,7 +221,9 @@ class Corpus:
     def _documents(self, record: dict[str, Any], place: str, identity: str, end: int) -> Iterator[Document]:
         field = self._field(list(record), place)
         value = record[field]
-        if isinstance(value, list) and all(map(_is_message, value)):
+        if isinstance(value, list) and all(map(is_message, value)):
+            if value:
+                check_chat(value, place)
             yield Document(identity, value, end)
         elif isinstance(value, str) or value is None:
             text = value or ""
@@ -312,10 +315,6 @@ def _unreachable(name: str, error: Exception) -> InputError:
 
 def _is_empty(content: str | list[Message]) -> bool:
     return not (content.strip() if isinstance(content, str) else content)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _is_unicode(text: str) -> bool:

@@ -26,6 +26,7 @@ from philens.errors import InputError, OutputError
 from philens.files import locked, write_atomically
 from philens.scoring.corpus import Document
 from philens.scoring.ranks import ALONE, Rank
+from philens.tasks.chat import content_text
 
 if TYPE_CHECKING:
     from philens.scoring.scores import TokenScores
@@ -99,7 +100,7 @@ def chunks(documents: Iterable[Document], characters: int) -> Iterator[list[Docu
     for document in documents:
         group.append(document)
         content = document.content
-        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        texts = [content] if isinstance(content, str) else [content_text(one) or "" for one in content]
         length += sum(map(len, texts))
         if length >= characters:
             yield group

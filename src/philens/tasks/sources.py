@@ -20,6 +20,7 @@ import numpy as np
 from philens.errors import ConfigError, InputError
 from philens.tasks.arithmetic import LEVELS, problem_at
 from philens.tasks.automata import TaskConfig, generate
+from philens.tasks.chat import check_chat, is_message
 from philens.typed import listed
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Document: TypeAlias = str | list[dict[str, str]]
+Document: TypeAlias = str | list[dict[str, Any]]
 
 
 @dataclass
@@ -464,10 +465,11 @@ class Table:
         value = values[0]
         if value is None:
             return ""
-        is_chat = isinstance(value, list) and all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
-        )
-        if len(values) == 1 and (is_chat or isinstance(value, str)):
+        if len(values) == 1 and isinstance(value, str):
+            return value
+        if len(values) == 1 and isinstance(value, list) and all(map(is_message, value)):
+            if value:
+                check_chat(value, f"Document {index} of {self.source}")
             return value
         raise InputError(
             f"The field {self.fields[0]} of document {index} of {self.source} is neither text nor a list of "
