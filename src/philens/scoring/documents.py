@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from philens.errors import InputError
 from philens.model import PHiModel
 from philens.scoring.baselines import predictions
+from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
 
@@ -33,17 +34,21 @@ class TokenTable:
 
 
 @torch.no_grad()
-def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> TokenTable:
+def score_documents(
+    lens: PHiModel, docs: Documents, batch_size: int = 32, overflow: Overflow = "error"
+) -> TokenTable:
     """Read documents, each by itself, and return phi and surprisal of their tokens.
 
     Args:
         lens: a model with a PHi layer; its mode (training or evaluation) is restored.
         docs: documents whose tokens are ids of the model.
         batch_size: documents read at once; documents of like length go together.
+        overflow: as in `philens.score`.
 
     Raises:
-        InputError: there is no document, or an empty one, or batch_size is below 1.
+        InputError: there is no document, or an empty one, or batch_size is below 1; or the model overflows.
     """
+    check_overflow(overflow)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}.")
     if not len(docs):
@@ -69,6 +74,16 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
+        later = np.ones(len(surprisal), bool)
+        later[docs.offsets[:-1]] = False
+        for values in (surprisal, phi) if lens.enabled else (surprisal,):
+            lost = ~np.isfinite(values.T) & later
+            if lost.any() and overflow == "error":
+                place = int(np.argwhere(lost)[0, -1])
+                number = int(np.searchsorted(docs.offsets, place, side="right")) - 1
+                ids = docs.tokens[docs.offsets[number] : docs.offsets[number + 1]].astype(np.int64)
+                raise overflow_error(lens, torch.from_numpy(ids), f"docs[{number}]")
+            values.T[lost] = np.nan
     finally:
         lens.train(was_training)
     return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
