@@ -27,6 +27,7 @@ def overflowing(**options):
     """In float16 what leaves block 2 of 4 overflows; its weights do not."""
     base = make_llama(num_hidden_layers=4)
     with torch.no_grad():
+        base.model.layers[2].mlp.up_proj.weight *= 100
         base.model.layers[2].mlp.down_proj.weight *= 2e4
     return lens_of(base.half(), **options)
 
