@@ -175,7 +175,8 @@ def test_the_command(tmp_path, monkeypatch, capsys, broken):
     CHARACTERS.save_pretrained("base")
     broken.save_pretrained("adapter")
     (tmp_path / "lines.txt").write_text("\n".join(LINES))
-    words = "score lines.txt --by line --model base --adapter adapter --dtype float16".split()
+    model = ["--model", "base", "--adapter", "adapter", "--dtype", "float16"]
+    words = ["score", "lines.txt", "--by", "line", *model]
     assert cli.main([*words, "--format", "jsonl", "--output", "out"]) == 2
     assert "lines.txt:1 makes the model's numbers overflow in float16, from model.layers.2 on" in (
         capsys.readouterr().err
@@ -183,7 +184,8 @@ def test_the_command(tmp_path, monkeypatch, capsys, broken):
     for form in ("jsonl", "parquet"):
         options = ["--format", form, "--output", f"{form}.out", "--overflow", "nan"]
         assert cli.main([*words, *options]) == 0
-        assert "2 documents with 14 tokens, 12 of them NaN as the model overflowed." in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "2 documents with 14 tokens, 12 of them NaN as the model overflowed." in said
         manifest = json.loads((tmp_path / f"{form}.out" / "_manifest.json").read_text())
         assert manifest["progress"]["overflowed"] == 12
         assert manifest["options"]["overflow"] == "nan"
@@ -192,7 +194,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, broken):
     assert [json.loads(line)["provenance"]["overflowed"] for line in lines] == [10, 2]
     assert cli.main([*words, "--format", "table", "--overflow", "nan"]) == 0
     assert "12 of them NaN" in capsys.readouterr().err
-    assert cli.main(["score", "--generate", "abc", *words[4:]]) == 2
+    assert cli.main(["score", "--generate", "abc", *model]) == 2
     assert "from model.layers.2 on" in capsys.readouterr().err
 
 

@@ -179,7 +179,7 @@ def generate(
 
 
 class _Finite(LogitsProcessor):
-    """Changes nothing, and ends generation where predictions are no numbers: none could be drawn from them."""
+    """Changes nothing, and ends generation where predictions are no numbers, from which none could be drawn."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -328,9 +328,7 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _followed(
-    lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overflow"
-) -> Iterator[list[int]]:
+def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overflow") -> Iterator[list[int]]:
     """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
 
     Yields a list whose only item is the number of tokens read.

@@ -117,7 +117,7 @@ def score(
         output: the page; for jsonl and parquet a folder, where the same command goes on after a stop.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
-        overflow: what becomes of tokens whose numbers the model's precision cannot hold, nan keeps and counts them.
+        overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         shard_characters: characters of text in a file of the output folder, about.
         engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.

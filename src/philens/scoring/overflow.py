@@ -1,7 +1,7 @@
 """Numbers that a model's precision could not hold: told, with the place where they began.
 
-A value that is not there (the surprisal of a first token) is NaN by definition. One that the model should have
-given and that is NaN or infinite is another matter: it overflowed, and with it whatever is averaged over it.
+A value that is not there (the surprisal of a first token) is NaN by definition. One that the model should
+have given and that is NaN or infinite is another matter: what is averaged over it would be wrong, or move.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,11 +4,12 @@ Everything that goes through a chat template does so here, in `render`: the same
 day, and its contents may be texts, lists of text parts, or null beside tool calls.
 """
 
+import contextlib
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,7 @@ def content_text(message: Mapping[str, Any], separator: str = "") -> str | None:
 def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
     """A chat with every content as one text, its parts joined as the tokenizer's template joins them.
 
-    Keys without a value, which tables fill in, are left out, and arguments of tool calls that are JSON are
-    read, as templates write them as JSON themselves.
+    Keys without a value, which tables fill in, are left out.
 
     Raises:
         InputError: as `check_chat`.
@@ -93,12 +93,6 @@ def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
     separator = _form(tokenizer)[1] if listed and tokenizer.chat_template else ""
     for message in chat:
         message["content"] = content_text(message, separator)
-        for call in _calls(message):
-            if isinstance(call.get("arguments"), str):
-                try:
-                    call["arguments"] = json.loads(call["arguments"])
-                except ValueError:
-                    pass  # as it is
     return chat
 
 
@@ -117,6 +111,16 @@ def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [call for call in calls if isinstance(call, dict)]
 
 
+def _with_read_arguments(messages: Messages) -> Messages:
+    """A chat with arguments of tool calls that are JSON as what they say."""
+    chat = copy.deepcopy(messages)
+    for call in (call for message in chat for call in _calls(message)):
+        if isinstance(call.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                call["arguments"] = json.loads(call["arguments"])
+    return chat
+
+
 # Templates
 
 
@@ -129,17 +133,21 @@ def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = Fals
     Raises:
         InputError: the template refuses the chat, or leaves out its tool calls.
     """
-    chat = messages
+    calls = any(message.get("tool_calls") for message in messages)
     if not _form(tokenizer)[0]:
-        chat = [message | {"content": _parts(message["content"])} for message in messages]
+        messages = [message | {"content": _parts(message["content"])} for message in messages]
     options |= {"tokenize": tokenize}
     try:
-        made = _apply(tokenizer, chat, **options)
+        try:  # most templates write the arguments of calls as JSON
+            made = _apply(tokenizer, _with_read_arguments(messages) if calls else messages, **options)
+        except Exception:
+            if not calls:
+                raise
+            made = _apply(tokenizer, messages, **options)
     except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"The chat template refuses {where} ({' '.join(str(error).split()).rstrip('.')}); change the chat."
-        ) from error
-    if any(message.get("tool_calls") for message in messages):
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"The chat template refuses {where} ({reason}); change the chat.") from error
+    if calls:
         text = made if isinstance(made, str) else tokenizer.decode(made["input_ids"])
         if any(str(call.get("name")) not in text for message in messages for call in _calls(message)):
             raise InputError(
@@ -204,9 +212,14 @@ def message_region(tokenizer: Any, messages: Messages, number: int, text: str, w
     marked = {key: value for key, value in messages[number].items() if key != "tool_calls"}
     marked["content"] = _FIRST
     other = render(tokenizer, [*messages[:number], marked, *messages[number + 1 :]], where)
-    start = len(commonprefix((text, other)))
-    end = len(text) - len(commonprefix((text[start:][::-1], other[start:][::-1])))
-    return start, end
+    start = _alike(text, other)
+    return start, len(text) - _alike(text[start:][::-1], other[start:][::-1])
+
+
+def _alike(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
 
 
 # Tokens
@@ -237,7 +250,7 @@ def mark_places(
     texts = mark_texts(tokenizer)
     for place in np.flatnonzero(found):
         start, end = offsets[place]
-        found[place] = start == end or text[start:end].strip() in texts
+        found[place] = start == end or bool({text[start:end], text[start:end].strip()} & texts)
     return found
 
 

@@ -2,8 +2,9 @@
 
 Numbers are compared as exact fractions. Mathematics is compared as text, after what LaTeX can say in several
 ways has been said in one, and where that differs by math-verify, which parses to sympy; numbers in there that
-are rational are compared exactly, too, however small. math-verify runs in a process of its own, which is ended when a comparison takes too long: sympy would work out 9^{9^9} digit by
-digit, and neither a signal nor another thread can stop it there. So grading is safe in threads, too.
+are rational are compared exactly, too, however small. math-verify runs in a process of its own, which is
+ended when a comparison takes too long: sympy would work out 9^{9^9} digit by digit, and neither a signal nor
+another thread can stop it there. So grading is safe in threads, too.
 """
 
 import atexit
@@ -335,8 +336,8 @@ def _serve() -> None:
 
     from math_verify import grader, verify
 
-    # In all that an answer may be, a list or a matrix, numbers are compared by this function. It takes for equal
-    # what differs by less than it can round: 1/2^98 and 1/2^99, for one.
+    # In all that an answer may be, a list or a matrix, numbers are compared by this function. It takes for
+    # equal what differs by less than it can round: 1/2^98 and 1/2^99, for one.
     rounded = grader.sympy_numeric_eq
     grader.sympy_numeric_eq = lambda a, b, *options: _same_number(a, b, lambda: rounded(a, b, *options))
 

@@ -335,7 +335,9 @@ def _open_path(path: Path, part: TextPart) -> Source:
     for file in found:
         suffix = file.suffix.lower()
         if suffix in PACKED and (kinds == {"text"} or suffix != ".gz"):
-            raise InputError(f"{file} is compressed, and training reads of that only tables in .gz; unpack it.")
+            raise InputError(
+                f"{file} is compressed, and training reads of that only tables in .gz; unpack it."
+            )
     if kinds == {"text"}:
         return TextFiles(found)
     return Table(_load_table(kinds.pop(), found), part)

@@ -76,8 +76,9 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self.inner.read(len(buffer))
         except (OSError, EOFError, ValueError, zlib.error) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(
-                f"{self.name} cannot be unpacked ({' '.join(str(error).split())}); it is damaged or broken off."
+                f"{self.name} cannot be unpacked ({reason}); it is damaged or broken off."
             ) from error
         buffer[: len(data)] = data
         return len(data)
@@ -109,7 +110,9 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
                 if text:
                     continue
                 if inside:
-                    raise InputError(f"{name} breaks off within its list, after record {number}; complete it.")
+                    raise InputError(
+                        f"{name} breaks off within its list, after record {number}; complete it."
+                    )
                 return
             if inside and text[place] == "]":
                 return

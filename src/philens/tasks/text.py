@@ -98,8 +98,8 @@ class TextMixture:
         return TokenDocuments.join(list(self._recent.values()))
 
     def drawn(self, index: int) -> Iterator[tuple[str, Document, int]]:
-        """Part, document and its place there that number `index` of the stream is made from, if something in it counts; then
-        those that take its place.
+        """Part, document and its place there that number `index` of the stream is made from, if something in
+        it counts; then those that take its place.
 
         Raises:
             InputError: too many were not enough.
