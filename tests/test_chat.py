@@ -228,7 +228,8 @@ BOTH = (
 # As LLaVA's: parts alone, each with a blank after it; a text as content is left out.
 PARTS_ALONE = (
     "{% for m in messages %}<{{ m['role'] }}>"
-    "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] + ' ' }}{% endfor %}</>{% endfor %}"
+    "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] + ' ' }}"
+    "{% endfor %}</>{% endfor %}"
 )
 LINES = BOTH.replace("{{ p['text'] }}", "{{ '' if loop.first else '\\n' }}{{ p['text'] }}")
 SIMPLE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -271,7 +272,8 @@ def test_parts_without_a_template() -> None:
 CALLING = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content %}{{ m.content }}{% endif %}"
     "{% for call in m.tool_calls %}"
-    "<call>{{ call.function.name }}({{ call.function.arguments | tojson }})</call>{% endfor %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "<call>{{ call.function.name }}({{ call.function.arguments | tojson }})</call>"
+    "{% endfor %}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 # As DeepSeek V3's: arguments are text.
 JOINING = CALLING.replace("call.function.arguments | tojson", "'json ' + call.function.arguments")

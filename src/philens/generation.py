@@ -179,7 +179,7 @@ def generate(
 
 
 class _Finite(LogitsProcessor):
-    """Changes nothing, and ends generation where predictions are no numbers, from which none could be drawn."""
+    """Changes nothing, and ends generation where predictions are no numbers: none can be drawn."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask

@@ -103,8 +103,9 @@ def score(
     Started by accelerate launch -m philens score, or torchrun, several processes fill a folder together.
 
     Args:
-        files: text files, .jsonl or .parquet, also as s3://bucket/path (gs://, ...), there also folders;
-            - for standard input, hub:owner/name for a data set of the Hub.
+        files: text files, .jsonl, .json, .csv, .tsv or .parquet, also .gz and .zst, also as
+            s3://bucket/path (gs://, ...), there also folders; - for standard input, hub:owner/name for a
+            data set of the Hub.
         model: base model, a folder or Hub id, or a run folder with its adapter; by default the small model of
             text that comes with philens.
         adapter: the PHi layer, a folder or Hub id.

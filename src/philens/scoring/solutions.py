@@ -297,8 +297,7 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
         values = column[own].astype(np.float64)
         if np.isnan(values).any():
             raise InputError(
-                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it, or "
-                "load the model in a wider dtype if it overflows."
+                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it."
             )
         last_fifth = values[-ceil(len(values) / 5) :]
         found = (values.mean(), values.sum(), values.max(), last_fifth.mean())
