@@ -189,7 +189,7 @@ def test_the_clock_stands_still_wherever_a_chat_is_rendered(
         return [
             score(lens, tokenizer, [CHAT])[0].text,
             encode_chat(tokenizer, CHAT)[0].tolist(),
-            TextMixture(part, tokenizer, 99, 0, TaskConfig()).documents(np.arange(1)).tokens.tolist(),
+            TextMixture(part, tokenizer, 999, 0, TaskConfig()).documents(np.arange(1)).tokens.tolist(),
             prompt_ids(tokenizer, CHAT[:1]),
             render_prompt(tokenizer, CHAT[:1]),
             philens.rank(lens, tokenizer, [CHAT[:1]], [["a", "b"]])["phi_sum"].tolist(),
@@ -312,7 +312,7 @@ def test_a_call_that_is_rendered_otherwise_once_others_follow() -> None:
     last = "<{{ m.role }}>{% if loop.last %}!{% endif %}"
     tokenizer = with_template(CALLING.replace("<{{ m.role }}>", last, 1))
     tokens, counted = encode_chat(tokenizer, calling({"a": 2}))
-    assert tokenizer.decode(tokens[counted]) == '<call>add({"a": 2})</call>!It is 5.</>'
+    assert tokenizer.decode(tokens[counted]) == '<call>add({"a": 2})</call>It is 5.'
 
 
 @pytest.mark.parametrize(

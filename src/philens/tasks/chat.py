@@ -225,14 +225,7 @@ def _alike(text: str, other: str) -> int:
 # Tokens
 
 
-def mark_texts(tokenizer: Any) -> set[str]:
-    """The special tokens as they are written, but for one that only stands for what is not known."""
-    parts = {name: value for name, value in tokenizer.special_tokens_map.items() if name != "unk_token"}
-    only_unknown = tokenizer.unk_token is not None and tokenizer.unk_token not in parts.values()
-    return set(_special(tokenizer).values()) - ({tokenizer.unk_token} if only_unknown else set())
-
-
-def _special(tokenizer: Any) -> dict[int, str]:
+def special_tokens(tokenizer: Any) -> dict[int, str]:
     """By id, all special tokens: those with a part to play, and others that were added as such."""
     added = {key: str(token) for key, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -246,8 +239,8 @@ def mark_places(
     By what stands there and not by the ids alone: the id of a character that the tokenizer does not know may
     be that of the token that ends a text.
     """
-    found = np.isin(token_ids, list(_special(tokenizer)))
-    texts = mark_texts(tokenizer)
+    special = special_tokens(tokenizer)
+    found, texts = np.isin(token_ids, list(special)), set(special.values())
     for place in np.flatnonzero(found):
         start, end = offsets[place]
         found[place] = start == end or bool({text[start:end], text[start:end].strip()} & texts)
@@ -256,8 +249,8 @@ def mark_places(
 
 def without_end_marks(tokenizer: Any, reply: str) -> str:
     """A reply without the special tokens that are written at its end, and blanks after them."""
-    any_mark = "|".join(re.escape(mark) for mark in sorted(mark_texts(tokenizer), key=len, reverse=True))
-    return re.sub(rf"(?:(?:{any_mark})\s*)+\Z", "", reply) if any_mark else reply
+    marks = sorted(set(special_tokens(tokenizer).values()), key=len, reverse=True)
+    return re.sub(rf"(?:(?:{'|'.join(map(re.escape, marks))})\s*)+\Z", "", reply) if marks else reply
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:

@@ -3,6 +3,7 @@
 Whatever the size, no more is held than one record.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -131,7 +132,7 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise _not_utf8(name, error) from error
     finally:
-        reader.detach()  # the stream is its owner's to close
+        _let_go(reader)
 
 
 def csv_records(name: str, stream: BinaryIO, separator: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -165,6 +166,12 @@ def csv_records(name: str, stream: BinaryIO, separator: str) -> Iterator[tuple[s
     except UnicodeDecodeError as error:
         raise _not_utf8(name, error) from error
     finally:
+        _let_go(reader)
+
+
+def _let_go(reader: io.TextIOWrapper) -> None:
+    """Leave the stream below to its owner, who may have closed it."""
+    with contextlib.suppress(ValueError):
         reader.detach()
 
 
