@@ -20,7 +20,7 @@ from philens.scoring.solutions import measure_replies, render_prompt
 from philens.scoring.solve import prompt_ids
 from philens.scoring.texts import render_chat, tokenize
 from philens.tasks.automata import TaskConfig
-from philens.tasks.chat import MOMENT, encode_chat, plain_chat, render, without_end_marks
+from philens.tasks.chat import MOMENT, encode_chat, end_marks, plain_chat, render
 from philens.tasks.sources import TextPart
 from philens.tasks.text import TextMixture
 from philens.tokenizer import byte_tokenizer, character_tokenizer
@@ -126,7 +126,7 @@ def test_marks_at_the_end_alone() -> None:
         ("5 \n", "5 \n"),
         ("<|im_end", "<|im_end"),
     ]:
-        assert without_end_marks(tokenizer, reply) == own
+        assert end_marks(tokenizer).sub("", reply) == own
     silent = measure_replies(lens_of(make_llama(vocab_size=300)), tokenizer, ["a"] * 2, ["<|im_end|>", "b"])
     assert silent["tokens"].tolist() == [0, 1]
 

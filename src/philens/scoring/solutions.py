@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from philens.errors import InputError
 from philens.scoring.rules import AGGREGATES
 from philens.scoring.texts import Text, check_tokenizer
-from philens.tasks.chat import plain_chat, refuse_tool_calls, render, without_end_marks
+from philens.tasks.chat import end_marks, plain_chat, refuse_tool_calls, render
 from philens.tasks.problems import messages, plain_text
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def iter_replies(
     joining.chat_template = _AS_THEY_ARE
     # Where each reply starts and ends in the text that is read; None for an empty one, which is not.
     places: deque[tuple[int, int] | None] = deque()
+    ending = end_marks(tokenizer)
 
     def texts() -> Iterator[tuple[Text, str]]:
         for (prompt, reply), name in zip(pairs, names, strict=False):
@@ -238,7 +239,7 @@ def iter_replies(
                 places.append(None)
                 continue
             before = render_prompt(tokenizer, prompt, f"the prompt of {name}")
-            places.append((len(before), len(before + without_end_marks(tokenizer, reply))))
+            places.append((len(before), len(before) + len(ending.sub("", reply))))
             if isinstance(prompt, str) or not tokenizer.chat_template:
                 yield before + reply, name
             else:  # what a template writes brings its own special tokens

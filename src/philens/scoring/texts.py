@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from philens.errors import InputError
 from philens.scoring.scores import Span
-from philens.tasks.chat import mark_places, message_region, plain_chat, render
+from philens.tasks.chat import mark_places, message_region, plain_chat, render, special_tokens
 
 Text = str | Sequence[Mapping[str, Any]]
 
@@ -75,6 +75,7 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
                 "read it with the right encoding."
             ) from error
     found: dict[int, TokenizedText] = {}
+    special = special_tokens(tokenizer)
     for is_plain in (True, False):  # a template has put special tokens in already
         chosen = [number for number, text in enumerate(texts) if isinstance(text, str) == is_plain]
         if not chosen:
@@ -92,7 +93,7 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
         for number, *columns_of_text in zip(chosen, *columns, strict=True):
             ids, pairs, mask = (np.array(column, np.int64) for column in columns_of_text)
             offsets = pairs.reshape(-1, 2)
-            marks = mark_places(tokenizer, rendered[number][0], ids, offsets)
+            marks = mark_places(special, rendered[number][0], ids, offsets)
             if marks.all():
                 what = "only special tokens" if len(ids) else "no token"
                 raise InputError(

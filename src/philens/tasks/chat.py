@@ -232,14 +232,13 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def mark_places(
-    tokenizer: Any, text: str, token_ids: NDArray[np.int64], offsets: NDArray[np.int64]
+    special: Mapping[int, str], text: str, token_ids: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """(T,) which tokens are special tokens, put there by the tokenizer or written as such in the text.
+    """(T,) which tokens are `special_tokens`, put there by the tokenizer or written as such in the text.
 
     By what stands there and not by the ids alone: the id of a character that the tokenizer does not know may
     be that of the token that ends a text.
     """
-    special = special_tokens(tokenizer)
     found, texts = np.isin(token_ids, list(special)), set(special.values())
     for place in np.flatnonzero(found):
         start, end = offsets[place]
@@ -247,10 +246,10 @@ def mark_places(
     return found
 
 
-def without_end_marks(tokenizer: Any, reply: str) -> str:
-    """A reply without the special tokens that are written at its end, and blanks after them."""
+def end_marks(tokenizer: Any) -> re.Pattern[str]:
+    """Matches special tokens that are written at the end of a reply, and blanks after them."""
     marks = sorted(set(special_tokens(tokenizer).values()), key=len, reverse=True)
-    return re.sub(rf"(?:(?:{'|'.join(map(re.escape, marks))})\s*)+\Z", "", reply) if marks else reply
+    return re.compile(rf"(?:(?:{'|'.join(map(re.escape, marks)) or '(?!)'})\s*)+\Z")
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
