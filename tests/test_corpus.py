@@ -671,7 +671,12 @@ def test_texts_in_a_list_and_a_chat_in_a_file() -> None:
     write("a.json", '["one", "two"]')
     assert pairs("a.json") == [("a.json:1", "one"), ("a.json:2", "two")]
     write("a.json", json.dumps(CHAT))
-    assert pairs("a.json") == [("a.json", CHAT)]
+    assert pairs("a.json") == [("a.json:1", CHAT)]
+    lines = f"{json.dumps(CHAT)}\n{json.dumps(CHAT[:1])}\n"
+    for name, content in [("a.json", lines), ("a.jsonl", lines), ("b.json", json.dumps([CHAT, CHAT[:1]]))]:
+        assert pairs(write(name, content)) == [(f"{name}:1", CHAT), (f"{name}:2", CHAT[:1])]
+    write("a.json", '["one"] ["two", "three"]\n')
+    assert [text for _, text in pairs("a.json")] == ["one", "two", "three"]
     write("a.json", json.dumps([{"messages": CHAT}]))
     assert pairs("a.json") == [("a.json:1", CHAT)]
 
@@ -702,7 +707,11 @@ def test_json_longer_than_what_is_read_at_once() -> None:
         ("a.json", b"[1, 2]", 'a.json record 1 is no record: it must look like {"text": ...}.'),
         ("a.json", b"text", "a.json record 1 is not JSON (Expecting value); correct or remove it."),
         ("a.json", b'{"text": "\xff"}', "a.json is not UTF-8 (invalid start byte); convert it"),
-        ("a.json", b'[{"role": "user", "content": "x"}, 3]', "a.json holds 3; a chat is a list of messages"),
+        (
+            "a.json",
+            b'[{"role": "user", "content": "x"}, 3]',
+            "a.json record 1 holds 3; a chat is a list of messages",
+        ),
         ("a.csv", b"", "a.csv is empty; its first row must name the columns."),
         ("a.csv", b"text,n\none,1,2\n", "a.csv row 1 has 3 fields and the first row names 2; put quotes"),
         ("a.csv", b'text\n"open\n', "a.csv cannot be read as a table (unexpected end of data, after row 0)"),

@@ -165,6 +165,23 @@ def test_first_tokens_bos_and_padding_stay_what_they_are():
     assert all(np.isnan(one.surprisal[0]) for one in found)
 
 
+def test_what_fills_a_batch_may_overflow():
+    """A batch is filled with token 0; alone, no text has it."""
+    lens = lens_of(make_llama())
+    texts = ["ab", "hello wide world, hello", "xyz"]
+    docs = generate(TaskConfig(), 0, "random", np.arange(4))
+    assert len(set(docs.lengths)) > 1
+    before, table = score(lens, CHARACTERS, texts), score_documents(lens, docs)
+    with torch.no_grad():
+        lens.base.get_input_embeddings().weight[0] = torch.inf
+    lens.base.lm_head.weight = torch.nn.Parameter(lens.base.lm_head.weight.nan_to_num(0, 0, 0))
+    after = score(lens, CHARACTERS, texts)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one.phi, other.phi, rtol=1e-4, atol=1e-4)
+        assert np.isfinite(other.surprisal[1:]).all()
+    np.testing.assert_allclose(score_documents(lens, docs).phi, table.phi, rtol=1e-4, atol=1e-4)
+
+
 def spoil_first_phi(module, args, output):
     output.phi[:, 0] = torch.inf
 

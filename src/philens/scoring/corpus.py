@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -180,20 +181,28 @@ class Corpus:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON ({reason(error)}); correct or remove it.") from error
-            yield from self._documents(_record(record, place), place, f"{name}:{number}", end)
+            yield from self._documents(self._record(record, place), place, f"{name}:{number}", end)
 
     def _read_json(self, name: str, stream: io.BufferedReader) -> Iterator[Document]:
         """Records, or texts, in a list or one after the other; a list of messages is a chat."""
-        values = json_values(name, stream)
-        for number, (place, value) in enumerate(values, 1):
-            if number == 1 and self.field is None and is_message(value) and "text" not in value:
-                chat = [value, *(message for _, message in values)]
-                check_chat(chat, name)
-                yield Document(name, chat, _position(stream))
-                return
-            record = {"text": value} if isinstance(value, str) and self.field is None else value
-            identity, end = f"{name}:{number}", _position(stream)
-            yield from self._documents(_record(record, place), place, identity, end)
+        number = 0
+        for listed_in, values in groupby(json_values(name, stream), key=lambda value: value[1]):
+            for place, _, value in values:
+                if listed_in and is_message(value) and "text" not in value:
+                    value = [value, *(message for *_, message in values)]
+                record = {"text": value} if isinstance(value, str) and self.field is None else value
+                number += 1
+                identity, end = f"{name}:{number}", _position(stream)
+                yield from self._documents(self._record(record, place), place, identity, end)
+
+    def _record(self, value: Any, place: str) -> dict[str, Any]:
+        """A value of JSON as a record; a chat alone is one."""
+        if isinstance(value, list) and is_message(value[0] if value else None) and self.field is None:
+            check_chat(value, place)
+            value = {"messages": value}
+        if not isinstance(value, dict):
+            raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
+        return value
 
     def _read_csv(self, name: str, stream: io.BufferedReader, separator: str) -> Iterator[Document]:
         for number, (place, record) in enumerate(csv_records(name, stream, separator), 1):
@@ -283,12 +292,6 @@ def _is_stream(name: str) -> bool:
     """Whether an input can be read only once: standard input, or something here that is no file."""
     elsewhere = name.startswith(_HUB) or _REMOTE in name
     return name == "-" or (not elsewhere and Path(name).exists() and not Path(name).is_file())
-
-
-def _record(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
-    return value
 
 
 def _position(stream: io.BufferedReader) -> int:

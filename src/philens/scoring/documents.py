@@ -74,16 +74,28 @@ def score_documents(
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
-        later = np.ones(len(surprisal), bool)
-        later[docs.offsets[:-1]] = False
-        for values in (surprisal, phi) if lens.enabled else (surprisal,):
-            lost = ~np.isfinite(values.T) & later
-            if lost.any() and overflow == "error":
-                place = int(np.argwhere(lost)[0, -1])
-                number = int(np.searchsorted(docs.offsets, place, side="right")) - 1
-                ids = docs.tokens[docs.offsets[number] : docs.offsets[number + 1]].astype(np.int64)
-                raise overflow_error(lens, torch.from_numpy(ids), f"docs[{number}]")
-            values.T[lost] = np.nan
     finally:
         lens.train(was_training)
-    return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
+    table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
+    _treat_overflow(lens, table, overflow, batch_size)
+    return table
+
+
+def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch_size: int) -> None:
+    """Raise an error where tokens with one before them have values that are not finite, or make those NaN."""
+    columns = [table.surprisal, table.phi] if lens.enabled else [table.surprisal]
+    later = np.ones(len(table.surprisal), bool)
+    later[table.docs.offsets[:-1]] = False
+    lost = [~np.isfinite(values.T) & later for values in columns]
+    for number in np.unique(table.document[np.vstack(lost).any(0)]).tolist():
+        place = slice(*table.docs.offsets[number : number + 2])
+        if batch_size > 1:  # what fills a batch may overflow, too, and spoil what comes before it
+            alone = score_documents(lens, table.docs.select([number]), 1, "nan")
+            table.surprisal[place], table.phi[place] = alone.surprisal, alone.phi
+        elif overflow == "nan":
+            for values, broken in zip(columns, lost, strict=True):
+                values.T[broken] = np.nan
+        broken = [~np.isfinite(values.T[..., place]) & later[place] for values in columns]
+        if overflow == "error" and np.vstack(broken).any():
+            ids = torch.from_numpy(table.docs.tokens[place].astype(np.int64))
+            raise overflow_error(lens, ids, f"docs[{number}]")

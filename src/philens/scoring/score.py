@@ -138,6 +138,8 @@ def iter_scores(
             columns = _read_texts(lens, [text for *_, text in ahead], wanted, batch_tokens, context)
             for (name, where, text), (found, lost) in zip(ahead, columns, strict=True):
                 own = origin if name is None else {"name": name, **origin}
+                if lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
+                    ((found, lost),) = _read_texts(lens, [text], wanted, 1, context)
                 if lost.any():
                     if overflow == "error":
                         raise overflow_error(lens, _read_with(text, int(lost.argmax()), context), where)

@@ -90,21 +90,19 @@ def begins_as_json(stream: io.BufferedReader) -> bool:
     return _JSON.match(stream.peek(_CHUNK)) is not None
 
 
-def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON list, or those that stand one after the other, each with its place for errors.
+def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, int, Any]]:
+    """The values of JSON lists, or those that stand one after the other: the place of each for errors, the
+    number of its list from 1 on (0 in none), and the value.
 
     Raises:
         InputError: something is not JSON, or not UTF-8.
     """
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    decode, number = json.JSONDecoder().raw_decode, 0
+    decode, number, lists, inside, text, place = json.JSONDecoder().raw_decode, 0, 0, False, "", 0
     try:
-        text = reader.read(_CHUNK).lstrip()
-        inside = text.startswith("[")
-        between = re.compile(r"[\s,]*" if inside else r"\s*")
-        place = 1 if inside else 0
         while True:
-            place = between.match(text, place).end()  # pyright: ignore[reportOptionalMemberAccess]
+            while place < len(text) and (text[place].isspace() or (inside and text[place] == ",")):
+                place += 1
             where = f"{name} record {number + 1}"
             if place == len(text):
                 text, place = reader.read(_CHUNK), 0
@@ -115,8 +113,9 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
                         f"{name} breaks off within its list, after record {number}; complete it."
                     )
                 return
-            if inside and text[place] == "]":
-                return
+            if text[place] == ("]" if inside else "["):
+                inside, lists, place = not inside, lists + (not inside), place + 1
+                continue
             try:
                 value, end = decode(text, place)
             except (ValueError, RecursionError) as error:
@@ -127,7 +126,7 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
                 text, place = text[place:] + more, 0
                 continue
             number += 1
-            yield where, value
+            yield where, lists if inside else 0, value
             place = end
     except UnicodeDecodeError as error:
         raise _not_utf8(name, error) from error
