@@ -427,7 +427,8 @@ def test_the_shipped_adapter():
     ("values", "message"),
     [
         ({"phi": None}, "does not hold the options of a PHi layer"),
-        ({"phi": {"layer": 1}}, "does not hold the options of a PHi layer"),
+        ({"phi": {"layer": 1}}, "does not fit this model"),
+        ({"phi": {"layer": 1, "depth": 2}}, "has an option 'depth' that this philens"),
         ({"base": "llama"}, "does not hold the options of a PHi layer"),
         ({"base": {"fingerprints": {"weights": "all"}}}, "does not hold the options of a PHi layer"),
         ({"base": {"fingerprints": {"weights": [], "unquantized_weights": []}}}, "in another base model"),

@@ -253,7 +253,7 @@ def test_a_layer_that_stays_when_disabled(lens):
 
 def test_a_layer_without_gradient(lens):
     encode = lens.phi.encode
-    lens.phi.encode = lambda states: tuple(value.detach() for value in encode(states))
+    lens.phi.encode = lambda *args: tuple(value.detach() for value in encode(*args))
     proofs = {proof.name: proof for proof in lens.check().proofs}
     assert proofs["gradient"].result == "no"
     assert "does not reach 1 of the layer's" in proofs["gradient"].note

@@ -69,7 +69,10 @@ def golden_layer(golden, kl):
     layer = PHiLayer(24, PHiConfig(prior="mlp", prior_mlp_size=40, kl=kl)).eval()
     weights = {KEYS[name]: value for name, value in golden.items() if name in KEYS}
     # The released layer reads hidden states as they are.
-    layer.load_state_dict(weights | {"shift": torch.zeros(24), "scale": torch.ones(24)}, strict=True)
+    layer.load_state_dict(
+        weights | {"shift": torch.zeros(24), "scale": torch.ones(24), "sink_norm": torch.zeros(())},
+        strict=True,
+    )
     return layer
 
 
@@ -232,7 +235,7 @@ def test_contrastive_memory_has_no_factor_of_the_latent_size():
 
 # The file format
 
-ALWAYS = {"encoder.weight", "decoder.weight", "shift", "scale"}
+ALWAYS = {"encoder.weight", "decoder.weight", "shift", "scale", "sink_norm"}
 WITH_PRIOR = (
     ALWAYS
     | {"prior.start", "prior.norm.weight"}

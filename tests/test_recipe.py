@@ -14,7 +14,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 ARITHMETIC = ("arithmetic_phi", "arithmetic_phi_smoke")
 # What must be given to a recipe.
 GIVEN = {name: {"model.base": "owner/name"} for name in ("any_model", "text_phi", *ARITHMETIC)}
-PRETRAINED = [*GIVEN, "llama_3_2_3b"]
+PRETRAINED = [*GIVEN, "llama_3_2_3b", "smollm2"]
 
 
 def error_of(path: Path | str | None = None, **overrides) -> str:

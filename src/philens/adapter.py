@@ -260,7 +260,7 @@ def load(
         pressure = "next_token" if mode == "bottleneck" else config.pressure
         config = replace(config, mode=mode, pressure=pressure)
     _check_base(description["base"], base, source)
-    weights = read_safetensors(folder / WEIGHTS_FILE)
+    weights = read_layers(folder / WEIGHTS_FILE)
     _check_weights(config, description["hidden_size"], weights, folder)
     try:
         lens = attach(base, config)
@@ -287,6 +287,18 @@ def load(
         raise
     lens.source, lens.record = source, description["training"]
     return lens.eval()
+
+
+def read_layers(path: Path) -> dict[str, Tensor]:
+    """The weights of saved layers by name, with defaults for what layers had not yet when they were saved.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    weights = read_safetensors(path)
+    encoders = [name for name in weights if name.endswith("encoder.weight")]
+    later = {name.replace("encoder.weight", "sink_norm"): torch.zeros(()) for name in encoders}
+    return later | weights
 
 
 def _find(folder: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
@@ -319,16 +331,22 @@ def _read_description(folder: Path) -> dict[str, Any]:
     whole = (
         set(description) - {_OWN_HASH} == _KEYS
         and isinstance(options, dict)
-        and set(options) == known
         and isinstance(description["hidden_size"], int)
         and isinstance(saved, dict)
         and all(_is_texts(saved.get(key)) for key in ("weights", "unquantized_weights"))
         and _is_texts(description.get("module_paths"))
         and isinstance(description.get("training"), dict | None)
         and isinstance(description.get("weights_sha256"), str)
+        and isinstance(description.get("versions"), dict)
     )
     if not whole:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
+    # Options that came later have their defaults in an older file.
+    if unknown := sorted(options.keys() - known):
+        raise AdapterError(
+            f"{path} has an option {unknown[0]!r} that this philens {philens.__version__} does not know; "
+            f"install philens {description['versions'].get('philens')}, which wrote it, or a newer one."
+        )
     return description
 
 

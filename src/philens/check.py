@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 
 from philens.errors import InsertionError
 from philens.insertion import find_blocks
+from philens.layer import SINK
 from philens.proofs import LENGTH, PROMISES, Result, Trial, make_deterministic, outcome, token_ids
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Point:
         latent_size: L.
         below: blocks up to and including it; None where blocks cannot be told.
         above: blocks after it; None where blocks cannot be told.
+        sinks: attention sinks among the tokens tried: by place in the text, how many times as long as the
+            median its hidden state is.
+        knows_sinks: whether the layer has been calibrated, and so tells sinks from other tokens.
     """
 
     path: str
@@ -59,6 +63,8 @@ class Point:
     latent_size: int
     below: int | None
     above: int | None
+    sinks: dict[int, float] = field(default_factory=dict)
+    knows_sinks: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,11 @@ class CheckReport:
         for point in self.points:
             blocks = "" if point.below is None else f"; {point.below} blocks below, {point.above} above"
             lines.append(f"after {point.path}: width {point.width}, latent size {point.latent_size}{blocks}")
+            for place, times in point.sinks.items():
+                advice = "" if point.knows_sinks else "; calibrate the layer, which does not know of them"
+                lines.append(
+                    f"  token {place} is an attention sink, {times:,.0f} times the median norm{advice}"
+                )
         for name, dtype, count, trainable in (
             ("base", self.base_dtype, self.base_parameters, self.base_trainable),
             ("layer", self.layer_dtype, self.layer_parameters, self.layer_trainable),
@@ -206,11 +217,22 @@ def check(lens: "PHiModel", compile: bool | str = False) -> CheckReport:
     trial = Trial(lens, token_ids(lens.base, 3, LENGTH), "inductor" if compile is True else compile or "")
     report = _plan(lens)
     with _untouched(lens):
+        outputs = lens(trial.ids, returns="phi").layer_outputs
+        for number, (layer, output) in enumerate(zip(lens.layers, outputs, strict=True)):
+            found, knows = sinks(output.observed), bool(layer.sink_norm > 0)
+            report.points[number] = replace(report.points[number], sinks=found, knows_sinks=knows)
         for promise in PROMISES:
             if promise.name != "compiled" or compile:
                 found = outcome(trial, promise, report.tolerance)
                 report.proofs.append(Proof(promise.name, promise.meaning, *found))
     return report
+
+
+def sinks(states: torch.Tensor) -> dict[int, float]:
+    """Attention sinks among hidden states (B, T, D): by place, how many times as long as the median."""
+    norms = torch.linalg.vector_norm(states.float(), dim=-1)
+    longest = (norms / norms.median().clamp(min=1e-30)).amax(0)
+    return {place: times for place, times in enumerate(longest.tolist()) if times > SINK}
 
 
 def _plan(lens: "PHiModel") -> CheckReport:

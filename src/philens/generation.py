@@ -228,7 +228,8 @@ class _Record:
         if self.lens._observing:
             return states
         layer = self.lens.layers[number]
-        return layer.decode(layer.encode(states)[0]).to(states.dtype)
+        sinks = layer.find_sinks(states)
+        return layer.pass_through(states, layer.encode(states, sinks)[0], sinks)
 
     def _at_head(self, module: nn.Module, args: Any) -> Any:
         self.at_head.append(args[0])

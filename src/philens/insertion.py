@@ -152,7 +152,8 @@ def recorded_forms(blocks: Sequence[nn.Module], forms: dict[int, tuple[Any, ...]
 
         return hook
 
-    handles = [block.register_forward_hook(note(number)) for number, block in enumerate(blocks)]
+    # First of all hooks: one of them may end the pass.
+    handles = [block.register_forward_hook(note(k), prepend=True) for k, block in enumerate(blocks)]
     try:
         yield
     finally:

@@ -18,6 +18,10 @@ from philens.errors import ConfigError, InputError
 from philens.prior import Attend, Memory, Prior
 from philens.typed import convert
 
+# A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
+# models sinks' are 100 times as long, and the longest others 1.5 times.
+SINK = 4.0
+
 
 @dataclass
 class PHiConfig:
@@ -31,8 +35,11 @@ class PHiConfig:
         mode: `bottleneck` (the paper's) replaces hidden states by the decoded latents; `observe` leaves them
             as they are, so that the model's outputs stay exactly the base's. Phi is the same in both.
         pressure: what keeps information in the latent in training: the `next_token` loss with the layer in
-            the path, or, when observing, `reconstruction` of the hidden states, for which the blocks above
-            need not run.
+            the path; `distill`, the divergence of the next-token distribution with the layer in the path from
+            the base's own, which teaches the base nothing new; or, when observing, `reconstruction` of the
+            hidden states, for which the blocks above need not run.
+        pressure_share: of the rows of a training pass, the share whose next-token distributions press: the
+            blocks above run for these alone, drawn anew for each pass, at least one.
         reconstruction_weight: weight of the reconstruction loss, the share of the hidden states' variance
             that is lost, averaged over dimensions.
         latent_size: L, the number of latent dimensions; None means the hidden size D.
@@ -62,7 +69,8 @@ class PHiConfig:
     module: str | None = None
     layers: list[int] | None = None
     mode: Literal["bottleneck", "observe"] = "bottleneck"
-    pressure: Literal["next_token", "reconstruction"] = "next_token"
+    pressure: Literal["next_token", "distill", "reconstruction"] = "next_token"
+    pressure_share: float = 1.0
     reconstruction_weight: float = 1.0
     latent_size: int | None = None
     prior: Literal["attention", "mlp", "unit"] = "attention"
@@ -95,6 +103,8 @@ class PHiConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
+        if not 0 < self.pressure_share <= 1:
+            raise ConfigError(f"pressure_share must be above 0 and at most 1, not {self.pressure_share!r}.")
         if not -100 <= self.logvar_min < self.logvar_max <= 100:  # a variance in float32 has 88 at most
             raise ConfigError(
                 "logvar_min must be below logvar_max, and both between -100 and 100, not "
@@ -109,7 +119,7 @@ class PHiConfig:
         if self.mode == "bottleneck":
             if self.layers is not None:
                 raise ConfigError('Several layers would disturb each other in the path; set mode="observe".')
-            if self.pressure != "next_token":
+            if self.pressure == "reconstruction":
                 raise ConfigError('pressure="reconstruction" needs mode="observe".')
 
     def latent_width(self, hidden_size: int) -> int:
@@ -132,6 +142,7 @@ class PHiOutput:
         posterior_logvar: (B, T, L), likewise.
         prior_mean: (B, T, L) of p(z_t | z_<t).
         prior_logvar: (B, T, L), likewise.
+        sinks: (B, T) bool, attention sinks: tokens whose hidden state is longer than `PHiLayer.sink_norm`.
         phi_standard_error: (B, T) of phi over samples; None unless there are several.
     """
 
@@ -144,6 +155,7 @@ class PHiOutput:
     posterior_logvar: Tensor
     prior_mean: Tensor
     prior_logvar: Tensor
+    sinks: Tensor
     phi_standard_error: Tensor | None = None
 
 
@@ -158,6 +170,9 @@ class PHiLayer(nn.Module):
         shift: (D,), fixed: the encoder reads (h - shift) / scale, and the decoder's output is taken back by
             both. 0 unless `calibrate` set it.
         scale: (D,), likewise. 1 unless `calibrate` set it.
+        sink_norm: (), fixed: a hidden state longer than this is an attention sink's. Its direction is encoded
+            and its length is not, and it passes the layer as it is: the blocks above need it whole. 0 (unless
+            `calibrate` set it) knows of no sinks.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -165,6 +180,7 @@ class PHiLayer(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    sink_norm: Tensor
 
     def __init__(self, hidden_size: int, config: PHiConfig | None = None) -> None:
         super().__init__()
@@ -177,6 +193,7 @@ class PHiLayer(nn.Module):
         self.prior = None if config.prior == "unit" else Prior(size, statistics * size, config)
         self.register_buffer("shift", torch.zeros(hidden_size))
         self.register_buffer("scale", torch.ones(hidden_size))
+        self.register_buffer("sink_norm", torch.zeros(()))
         if config.init == "near_identity":
             self._init_near_identity()
 
@@ -200,19 +217,38 @@ class PHiLayer(nn.Module):
         """How many `Memory` objects going on from earlier tokens takes: latents, and one per attention."""
         return 0 if self.prior is None else 1 + self.prior.depth
 
-    def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32."""
+    def find_sinks(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T) bool, whether a token is an attention sink; see `sink_norm`."""
+        states = hidden_states.detach()
+        precise = torch.promote_types(states.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(states, dim=-1, dtype=precise)
+        return (norms > self.sink_norm) & (self.sink_norm > 0)
+
+    def standardise(self, hidden_states: Tensor, sinks: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D) what the encoder reads: by shift and scale, a sink's of the length that the
+        others have."""
         inverse = 1 / self.scale
         states = torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
-        return self._statistics(self.encoder(states))
+        length = torch.linalg.vector_norm(states.detach(), dim=-1, keepdim=True)
+        return states * torch.where(sinks[..., None], self.hidden_size**0.5 / length, 1.0)
+
+    def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32; sinks as `find_sinks`."""
+        sinks = self.find_sinks(hidden_states) if sinks is None else sinks
+        return self._statistics(self.encoder(self.standardise(hidden_states, sinks)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""
         decoded = self.decoder(latent.to(self.decoder.weight.dtype))
         return torch.addcmul(self.shift, decoded.to(self.shift.dtype), self.scale)
 
+    def pass_through(self, hidden_states: Tensor, latent: Tensor, sinks: Tensor) -> Tensor:
+        """(B, T, D) what the blocks above get: decoded latents (B, T, L), and sinks (B, T) as they are."""
+        decoded = self.decode(latent).to(hidden_states.dtype)
+        return torch.where(sinks[..., None], hidden_states, decoded)
+
     @torch.no_grad()
-    def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
+    def calibrate(self, mean: Tensor, deviation: Tensor, sink_norm: float = 0.0) -> None:
         """Let the encoder see every dimension with mean 0 and standard deviation 1, and the decoder undo it.
 
         Models differ by orders of magnitude in the size of their hidden states, and in how much larger a few
@@ -221,10 +257,12 @@ class PHiLayer(nn.Module):
         Args:
             mean: (D,) of the base's hidden states.
             deviation: (D,) standard deviation of them.
+            sink_norm: norm above which a hidden state is a sink's; mean and deviation are those of the rest.
         """
         self.shift.copy_(mean)
         # A dimension that never changes tells nothing, and must not be blown up.
         self.scale.copy_(deviation.clamp(min=1e-3 * float(deviation.median())).clamp(min=1e-6))
+        self.sink_norm.fill_(sink_norm)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.config.bottleneck:
@@ -278,7 +316,9 @@ class PHiLayer(nn.Module):
         self._check(hidden_states, attention_mask, document_ids, memories, earlier)
         structure = document_structure(hidden_states, attention_mask, document_ids, earlier)
         starts, positions, attend, padding = structure
-        mean_q, logvar_q = self.encode(hidden_states.detach() if self.config.detach_input else hidden_states)
+        sinks = self.find_sinks(hidden_states)
+        observed = hidden_states.detach() if self.config.detach_input else hidden_states
+        mean_q, logvar_q = self.encode(observed, sinks)
         sampled = self.config.bottleneck and (self.training or self.config.inference == "sample")
         draws = self.config.samples if sampled and not self.training else 1
 
@@ -308,7 +348,7 @@ class PHiLayer(nn.Module):
             error = None if error is None else error.masked_fill(padding, 0.0)
             lost = None if lost is None else lost.masked_fill(padding, 0.0)
         return PHiOutput(
-            hidden_states=self.decode(z).to(hidden_states.dtype),
+            hidden_states=self.pass_through(observed, z, sinks),
             observed=hidden_states,
             phi=phi,
             contrastive=lost,
@@ -317,6 +357,7 @@ class PHiLayer(nn.Module):
             posterior_logvar=logvar_q,
             prior_mean=mean_p,
             prior_logvar=logvar_p,
+            sinks=sinks if padding is None else sinks & ~padding,
             phi_standard_error=error,
         )
 

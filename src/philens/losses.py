@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from philens.layer import PHiConfig, PHiOutput
 
 # Logits in float32 that training holds at once where they are made in parts: 128 MiB.
 LOGITS_AT_ONCE = 2**25
+# Of two distributions compared, at once: few enough to stay in a processor's cache.
+COMPARED_AT_ONCE = 2**23
 # Where they are only read, those of as many positions are made at once: few enough for memory and a
 # processor's cache, enough for a product at full speed; of more, where the vocabulary is small.
 POSITIONS_AT_ONCE, LOGITS_READ_AT_ONCE = 256, 2**21
@@ -25,14 +27,17 @@ class PHiModelOutput:
 
     Attributes:
         loss: scalar, what is trained: for each layer the loss that keeps information in its latent
-            (next-token cross-entropy with the layer in the path, or reconstruction) + phi_weight * phi / L +
+            (next-token cross-entropy with the layer in the path, the divergence from the base's distribution,
+            or reconstruction) + phi_weight * phi / L +
             contrastive_weight * contrastive loss (phi itself with `reduction="sum"`), each averaged over the
             tokens that carry a label. None without labels.
         logits: (B, T, V): with the layer in the path (`mode="bottleneck"`), or the base's own. None unless
             asked for by `returns="logits"`.
         phi: (B, T) PHi loss in nats, float32, 0 on padding; (B, T, N) with N `layers`. None while disabled.
         losses: means over labelled tokens, detached: `surprisal` (with the layer in the path),
-            `surprisal_base` (observing only), `phi`, all in nats per token; `contrastive`, `reconstruction`.
+            `surprisal_base` (observing, or with the pressure distill), `divergence` of the distribution with
+            the layer in the path from the base's, `phi`, all in nats per token; `contrastive`,
+            `reconstruction`.
             With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
         layer_outputs: everything each layer computed; empty while disabled.
         cache: where one was asked for; `past_key_values` is another name of it.
@@ -168,6 +173,118 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
+class Divergence(NamedTuple):
+    """How next-token distributions differ from the untouched base's, means in nats.
+
+    Attributes:
+        divergence: (n,) KL(base || with the layer) of each of n layers.
+        surprisal: (n,) with each layer in the path.
+        surprisal_base: () of the base.
+    """
+
+    divergence: Tensor
+    surprisal: Tensor
+    surprisal_base: Tensor
+
+
+def divergence_from(
+    untouched: PHiModelOutput, passes: Sequence[PHiModelOutput], labels: Tensor, predicted: Tensor
+) -> Divergence:
+    """Means over the predicted tokens (B, T - 1); logits that were not made yet are made in parts.
+
+    Nothing reaches the base's own distribution: it is what the layers are to keep.
+    """
+    mask, targets = F.pad(predicted, (0, 1)).flatten(), F.pad(labels[:, 1:], (0, 1)).flatten()
+    whole = untouched.logits is not None or any(one.logits is not None for one in passes)
+    states = [_before_comparison(one, whole).flatten(0, 1) for one in (untouched, *passes)]
+    if mask.device.type == "cpu":  # elsewhere one would have to wait to see which
+        places = mask.nonzero()[:, 0]
+        mask, targets, states = mask[places], targets[places], [one[places] for one in states]
+    head: Any = nn.Identity() if whole else untouched.head
+    frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
+    if frozen:
+        sums = _LinearComparison.apply(
+            head.weight, head.bias, targets, mask, torch.is_grad_enabled(), *states
+        )
+    else:
+        sums = states[0].new_zeros(2 * len(passes) + 1, dtype=torch.float32)
+        size = max(
+            1, COMPARED_AT_ONCE // (untouched.logits if whole else head.weight).shape[-1 if whole else 0]
+        )  # pyright: ignore[reportOptionalMemberAccess]
+        for some in _stretches_of(len(mask), size):
+            inputs = [head, targets[some], mask[some], *(one[some] for one in states)]
+            sums = sums + checkpoint(_compare, *inputs, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
+    found = sums / predicted.sum().clamp(min=1)  # pyright: ignore[reportOperatorIssue]
+    return Divergence(found[: len(passes)], found[len(passes) : -1], found[-1])
+
+
+def _stretches_of(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _before_comparison(one: PHiModelOutput, whole: bool) -> Tensor:
+    """What the output head reads, or its logits where one of the passes has those alone."""
+    if one.logits is not None:
+        return one.logits
+    if one.head is None or one.head_states is None:
+        raise InputError('There are no logits after returns="phi"; leave out labels.')
+    return one.head(one.head_states) if whole else one.head_states
+
+
+def _compare(head: Any, targets: Tensor, mask: Tensor, base: Tensor, *states: Tensor) -> Tensor:
+    """Sums over (N,) positions: of n passes' divergences, of their surprisals, of the base's: (2 n + 1,)."""
+    with torch.no_grad():
+        own = F.log_softmax(head(base).float(), -1)
+    others = [F.log_softmax(head(one).float(), -1) for one in states]
+    losses = [(own.exp() * (own - one)).sum(-1) for one in others]
+    losses += [F.nll_loss(one, targets, reduction="none") for one in (*others, own)]
+    return (torch.stack(losses) * mask).sum(-1)
+
+
+class _LinearComparison(torch.autograd.Function):
+    """`_compare` in parts, for a head that is linear and frozen; as in `_LinearCrossEntropy`, gradients are
+    known as soon as a part's logits are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        mask: Tensor,
+        gradients: bool,
+        base: Tensor,
+        *states: Tensor,
+    ) -> Tensor:
+        needed = [gradients and needs for needs in ctx.needs_input_grad[6:]]
+        grads = [torch.empty_like(one) if needs else None for one, needs in zip(states, needed, strict=True)]
+        sums = base.new_zeros(2 * len(states) + 1, dtype=torch.float32)
+        for some in _stretches_of(len(targets), max(1, COMPARED_AT_ONCE // len(weight))):
+            place, counted = targets[some, None].clamp(min=0), mask[some]
+            own = F.log_softmax(F.linear(base[some], weight, bias).float(), -1)
+            sums[-1] -= (own.gather(1, place)[:, 0] * counted).sum()
+            likely = own.exp()
+            for number, one in enumerate(states):
+                other = F.log_softmax(F.linear(one[some], weight, bias).float(), -1)
+                sums[len(states) + number] -= (other.gather(1, place)[:, 0] * counted).sum()
+                sums[number] += ((own - other).mul_(likely).sum(-1) * counted).sum()
+                if (grad := grads[number]) is not None:
+                    # The divergence's gradient of the logits: this distribution minus the base's.
+                    change = other.exp_().sub_(likely).mul_(counted[:, None]).to(weight.dtype)
+                    grad[some] = (change @ weight).to(grad.dtype)
+        ctx.save_for_backward(*grads)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Of the sums only the divergences are trained by.
+        of_states = (
+            None if grad is None else (grad * grads[0][number]).to(grad.dtype)
+            for number, grad in enumerate(ctx.saved_tensors)
+        )
+        return None, None, None, None, None, None, *of_states
+
+
 def token_surprisal(result: PHiModelOutput, input_ids: Tensor) -> Tensor:
     """(B, T) surprisal of each token in nats, float32, NaN on the first; logits are made in parts."""
     rows, length = input_ids.shape
@@ -202,8 +319,10 @@ def logits_in_parts(output: PHiModelOutput, places: Tensor) -> Iterator[tuple[sl
 def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:
     """Share of the hidden states' variance that the decoded latents miss, averaged over dimensions.
 
-    Every dimension counts alike, however large a model lets a few of them grow.
+    Every dimension counts alike, however large a model lets a few of them grow; attention sinks, in which
+    almost all of the variance of some dimensions lies, don't count.
     """
+    counted = counted & ~output.sinks
     weights = counted[..., None] / counted.sum().clamp(min=1)
     target = output.observed.float()
     missed = ((output.hidden_states.float() - target).square() * weights).sum((0, 1))
@@ -217,7 +336,8 @@ def add_losses(
     labels: Tensor,
     counted: Tensor,
     predicted: Tensor,
-    again: Sequence[PHiModelOutput | None] | None,
+    passes: Sequence[PHiModelOutput | None],
+    untouched: PHiModelOutput | None,
     config: PHiConfig,
     weight_scale: Tensor,
     paths: Sequence[str],
@@ -225,29 +345,38 @@ def add_losses(
     """Set `loss` and `losses`.
 
     Args:
-        labels, counted, predicted: as of `counted_tokens`.
-        again: observing, for each layer the pass with it in the path, if there is one; else None.
+        labels, predicted: (b, T) and (b, T - 1), as of `counted_tokens`; of the rows of `passes`.
+        counted: (B, T), likewise, of all rows.
+        passes: for each layer the pass with it in the path, None where there is none; without any layer, the
+            base's.
+        untouched: the base's own pass, if there was one beside these.
         config: of the layers.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
         paths: the layers' insertion points.
     """
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
-    if again is None:
-        total = parts["surprisal"] = mean_surprisal(result, labels, predicted)
-        for output in result.layer_outputs:
-            total = total + _layer_loss(output, counted, "", parts, config, weight_scale)
+    outputs = result.layer_outputs
+    suffixes = [f"@{path}" for path in paths] if config.layers is not None and outputs else [""]
+    for output, at in zip(outputs, suffixes, strict=False):
+        total = total + _layer_loss(output, counted, at, parts, config, weight_scale)
+    through = {at: one for at, one in zip(suffixes, passes, strict=True) if one is not None}
+    if config.pressure == "distill" and outputs:
+        assert untouched is not None
+        found = divergence_from(untouched, list(through.values()), labels, predicted)
+        parts["surprisal_base"] = found.surprisal_base
+        for number, at in enumerate(through):
+            parts[f"surprisal{at}"] = found.surprisal[number].detach()
+            parts[f"divergence{at}"] = found.divergence[number]
+            total = total + found.divergence[number]
     else:
-        if result.logits is not None or result.head_states is not None:
+        if untouched is not None:
             with torch.no_grad():
-                parts["surprisal_base"] = mean_surprisal(result, labels, predicted)
-        for path, output, passed in zip(paths, result.layer_outputs, again, strict=True):
-            at = "" if config.layers is None else f"@{path}"
-            total = total + _layer_loss(output, counted, at, parts, config, weight_scale)
-            if passed is not None:
-                surprisal = parts[f"surprisal{at}"] = mean_surprisal(passed, labels, predicted)
-                if config.pressure == "next_token":
-                    total = total + surprisal
+                parts["surprisal_base"] = mean_surprisal(untouched, labels, predicted)
+        for at, one in through.items():
+            surprisal = parts[f"surprisal{at}"] = mean_surprisal(one, labels, predicted)
+            if config.pressure == "next_token":
+                total = total + surprisal
     result.loss = total
     result.losses = {name: value.detach() for name, value in parts.items()}
 

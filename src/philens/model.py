@@ -26,7 +26,7 @@ from philens.insertion import (
     text_config,
     transform_output,
 )
-from philens.layer import PHiConfig, PHiLayer, PHiOutput
+from philens.layer import SINK, PHiConfig, PHiLayer, PHiOutput
 from philens.losses import PHiModelOutput, add_losses, counted_tokens
 from philens.prior import Memory
 
@@ -225,25 +225,31 @@ class PHiModel(nn.Module):
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Fit fresh layers to the size of the base's hidden states; see `PHiLayer.calibrate`.
 
+        Attention sinks, tokens whose hidden state is more than `SINK` times as long as the median, don't
+        count: a handful of them would make some dimensions seem tens of times larger than they are elsewhere.
+
         Args:
             batches: arguments of `forward` other than labels, such as input_ids (B, T) and attention_mask.
         """
-        size = [layer.hidden_size for layer in self.layers]
         device = next(self.parameters()).device
-        count = torch.zeros((), dtype=torch.float64, device=device)
-        sums = [torch.zeros(2, width, dtype=torch.float64, device=device) for width in size]
+        found: list[list[Tensor]] = [[] for _ in self.layers]
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            outputs = self(**inputs, returns="phi").layer_outputs
             mask = inputs.get("attention_mask")
             real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-            count += real.sum()
-            for total, output in zip(sums, outputs, strict=True):
-                states = output.observed[real != 0].double()
-                total += torch.stack((states.sum(0), states.square().sum(0)))
-        for layer, total in zip(self.layers, sums, strict=True):
-            mean, square = total / count.clamp(min=1)
-            layer.calibrate(mean, (square - mean.square()).clamp(min=0).sqrt())
+            outputs = self(**inputs, returns="phi").layer_outputs
+            for states, output in zip(found, outputs, strict=True):
+                states.append(output.observed[real != 0])
+        for layer, states in zip(self.layers, found, strict=True):
+            norms = torch.cat([some.float().norm(dim=-1) for some in states])
+            sink_norm = SINK * float(norms.median())
+            count, sums = 0, torch.zeros(2, layer.hidden_size, dtype=torch.float64, device=device)
+            for some in states:
+                rest = some[some.float().norm(dim=-1) <= sink_norm].double()
+                sums += torch.stack((rest.sum(0), rest.square().sum(0)))
+                count += len(rest)
+            mean, square = sums / max(count, 1)
+            layer.calibrate(mean, (square - mean.square()).clamp(min=0).sqrt(), sink_norm)
 
     def train(self, mode: bool = True) -> "PHiModel":
         """Switch between training and evaluation; a frozen base stays in evaluation mode."""
@@ -336,14 +342,24 @@ class PHiModel(nn.Module):
             packed = is_pack(documents, attention_mask)
         if not packed:
             arguments["attention_mask"] = attention_mask
-        observe = self.enabled and self._observing
-        # Training to reconstruct needs nothing from above the layers.
-        cheap = self.training and self.config.pressure == "reconstruction" and returns == "states"
-        resumes = observe and labels is not None and not cheap
-        stop = self.enabled and (returns == "phi" or (observe and labels is not None and cheap))
-        self._start(attention_mask, documents, cache, stop, contrastive=labels is not None)
+        config, trains = self.config, labels is not None and self.enabled
+        apart = trains and (self._observing or config.pressure == "distill")
+        # In training, what presses may be less than is read: the blocks above then run for that alone.
+        fewer = trains and self.training and returns == "states"
+        if fewer and config.pressure == "reconstruction":
+            pressing: Tensor | None = input_ids.new_empty(0)
+        elif fewer and config.pressure_share < 1:
+            count = max(1, round(config.pressure_share * len(input_ids)))
+            pressing = torch.randperm(len(input_ids))[:count].to(input_ids.device)
+        else:
+            pressing = None
+        resumes = (apart or pressing is not None) and (pressing is None or len(pressing) > 0)
+        stop = self.enabled and (returns == "phi" or pressing is not None)
         forms: dict[int, tuple[Any, ...] | None] = {}
         with contextlib.ExitStack() as stack:
+            if apart:
+                stack.enter_context(self.observing())
+            self._start(attention_mask, documents, cache, stop, contrastive=labels is not None)
             if resumes:
                 stack.enter_context(recorded_forms(self.blocks_below, forms))
             result = self._read(input_ids, arguments, returns)
@@ -361,25 +377,65 @@ class PHiModel(nn.Module):
         if labels is not None:
             counted, predicted = counted_tokens(labels, attention_mask, documents)
             again: list[PHiModelOutput | None] = [None] * len(self.layers)
+            untouched: PHiModelOutput | None = result if apart and pressing is None else None
             if resumes:
-                decoded = [output.hidden_states for output in result.layer_outputs]
-                pressed = torch.is_grad_enabled() and self.config.pressure == "next_token"
-                # A compiler cannot follow how blocks are passed over.
-                read_again = torch.compiler.disable(self.read_again)
-                with torch.set_grad_enabled(pressed):
-                    for number, states in enumerate(decoded):
-                        again[number] = read_again(input_ids, arguments, number, states, forms)  # pyright: ignore[reportCallIssue]
+                some = _Rows(pressing, len(input_ids))
+                again, untouched = self._press(input_ids, arguments, result, forms, some, untouched)
+                labels, predicted = some.of(labels), some.of(predicted)
             add_losses(
                 result,
                 labels,
                 counted,
                 predicted,
-                again if observe else None,
+                again if apart or resumes else [result],
+                untouched,
                 self.config,
                 self.weight_scale,
                 self.module_paths,
             )
+            if resumes and not self._observing and (path := again[0]) is not None:
+                # Who asks for logits asks for those with the layer in the path.
+                result.logits, result.head, result.head_states = path.logits, path.head, path.head_states
+                if returns == "logits" and path.logits is None and path.head is not None:
+                    result.logits = path.head(path.head_states)  # pyright: ignore[reportArgumentType]
         return result
+
+    def _press(
+        self,
+        input_ids: Tensor,
+        arguments: dict[str, Any],
+        result: PHiModelOutput,
+        forms: dict[int, tuple[Any, ...] | None],
+        rows: "_Rows",
+        untouched: PHiModelOutput | None,
+    ) -> tuple[list[PHiModelOutput | None], PHiModelOutput | None]:
+        """What presses on the latents: for each layer the pass with it in the path, and the untouched one.
+
+        Args:
+            result: of the pass that all rows went through, at least up to the deepest layer.
+            untouched: the same, if it went on without a layer; None makes one if it is needed.
+        """
+        # A compiler cannot follow how blocks are passed over.
+        read_again = torch.compiler.disable(self.read_again)
+        inputs, given = rows.of(input_ids), {name: rows.of(value) for name, value in arguments.items()}
+        forms = {number: rows.of(form) for number, form in forms.items()}
+
+        def read(number: int, states: Tensor) -> PHiModelOutput:
+            return read_again(inputs, given, number, rows.of(states), forms)  # pyright: ignore[reportCallIssue]
+
+        if untouched is None and self.config.pressure == "distill":
+            deepest = self._deepest()
+            with torch.no_grad():
+                untouched = read(deepest, result.layer_outputs[deepest].observed)
+        pressed = torch.is_grad_enabled() and self.config.pressure != "reconstruction"
+        with torch.set_grad_enabled(pressed):
+            passes = [read(number, one.hidden_states) for number, one in enumerate(result.layer_outputs)]
+        return list(passes), untouched
+
+    def _deepest(self) -> int:
+        """The layer of most blocks below it; any where an insertion point is no block."""
+        places = [next((k for k, b in enumerate(self.blocks_below) if b is m), 0) for m in self._modules_at]
+        return places.index(max(places))
 
     def _accepts(self, name: str) -> bool:
         return self._takes_others or name in self._arguments
@@ -445,7 +501,7 @@ class PHiModel(nn.Module):
                     # Some models scale or cap logits after the head; theirs are taken whole.
                     with torch.no_grad():
                         self._head_is_last = len(states) == 1 and bool(
-                            torch.equal(logits.float(), head(states[0][:, :1]).float())
+                            torch.equal(logits.float(), head(_first_tokens(states[0])).float())
                         )
                 if self._head_is_last:
                     return PHiModelOutput(head=head, head_states=states[0])
@@ -478,7 +534,7 @@ class PHiModel(nn.Module):
             if self._head_states is None:
                 return None
             self._head_states.append(args[0])
-            return (args[0][:, :1], *args[1:])
+            return (_first_tokens(args[0]), *args[1:])
 
         if self._head:
             self._head[1].remove()
@@ -529,6 +585,32 @@ class PHiModel(nn.Module):
             result = self._read(input_ids, arguments, "states")
         self._start()
         return result
+
+
+def _first_tokens(states: Tensor) -> Tensor:
+    """(B, T, D) -> (B, 1, D), with the strides of a tensor of its own: else torch copies the weights of a
+    linear map in order to multiply them."""
+    return states[:, :1].clone(memory_format=torch.contiguous_format)
+
+
+class _Rows:
+    """Some rows of a batch, or all of them.
+
+    Args:
+        chosen: their numbers; None means all.
+        count: B, rows of the batch.
+    """
+
+    def __init__(self, chosen: Tensor | None, count: int) -> None:
+        self.chosen, self.count = chosen, count
+
+    def of(self, value: Any) -> Any:
+        """These rows of every tensor in `value` that has one for each row of the batch."""
+        if self.chosen is None:
+            return value
+        if isinstance(value, Tensor):
+            return value[self.chosen] if value.ndim and len(value) == self.count else value
+        return type(value)(map(self.of, value)) if type(value) in (list, tuple) else value
 
 
 def is_pack(documents: Tensor, attention_mask: Tensor) -> bool:

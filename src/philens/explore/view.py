@@ -212,7 +212,7 @@ def marked(scores: TokenScores, number: int, first: int, last: int) -> str:
     means = "".join(
         f"<div><dt>{label(column)}</dt><dd><b>{_mean(values[span])}</b> "
         f"<small>(whole text {_number(whole[column])})</small></dd></div>"
-        for column, values in scores.columns.items()
+        for column, values in scores.without_sinks().items()
     )
     count = last - first + 1
     piece = "".join(scores.pieces()[span])

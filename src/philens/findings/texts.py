@@ -172,6 +172,7 @@ def _counted(text: LevelText, scores: "TokenScores") -> dict[str, Floats]:
     if scores.spans:
         reply = next(span for span in scores.spans if span.name == "assistant")
         counts &= (ends > reply.start) & (starts < reply.end)
+    counts &= scores.counts("phi")
     if not counts.any():
         raise InputError(f"The chat template leaves out {text.name}; score texts alone (--plain).")
     phi, surprisal = (column[counts].astype(np.float64) for column in (scores.phi, scores.surprisal))

@@ -33,6 +33,7 @@ class PageDocument:
     pieces: Sequence[str]  # (T,)
     columns: Mapping[str, ArrayLike]  # (T,) each, in nats unless said otherwise, NaN where there is no value
     spans: Sequence[str] = ()  # (T,) name of the span each piece is in, "" for none; or nothing
+    means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
 
 
 def write_scores_page(
@@ -60,6 +61,7 @@ def write_scores_page(
             item.pieces(),
             item.columns,
             _span_of_each(item),
+            item.means(),
         )
         for number, item in enumerate(scores, start=1)
     ]
@@ -158,7 +160,12 @@ def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
         if len(document.pieces) > left:
             columns = {name: np.asarray(array)[:left] for name, array in document.columns.items()}
             document = PageDocument(
-                document.name, document.description, document.pieces[:left], columns, document.spans[:left]
+                document.name,
+                document.description,
+                document.pieces[:left],
+                columns,
+                document.spans[:left],
+                document.means,
             )
         shown.append(document)
         left -= len(document.pieces)
@@ -190,7 +197,11 @@ def means_table(documents: Sequence[PageDocument]) -> str:
     heads = "".join(f"<th>{label(name)}</th>" for name in columns)
     rows = []
     for number, document in enumerate(documents, start=1):
-        means = (_mean(document.columns.get(name, ())) for name in columns)
+        own = document.means
+        means = [
+            _mean(document.columns.get(name, ()) if own is None else [own.get(name, np.nan)])
+            for name in columns
+        ]
         cells = "".join(f"<td>{mean}</td>" for mean in (f"{len(document.pieces):,}", *means))
         rows.append(f'<tr><th><a href="#d{number}">{clean(document.name)}</a></th>{cells}</tr>\n')
     if not rows:

@@ -72,7 +72,9 @@ def legend(column: str, scale: Scale) -> Text:
 def summary(scores: TokenScores) -> str:
     """Number of tokens and mean of each column in a line."""
     means = (f"{plain_label(name)} {_number(mean)}" for name, mean in scores.means().items())
-    return ", ".join([f"{len(scores):,} tokens", *means])
+    sinks = int(scores.sinks.sum())
+    left_out = [f"{sinks} attention sink{'s' * (sinks > 1)} left out of phi"] if sinks else []
+    return ", ".join([f"{len(scores):,} tokens", *means, *left_out])
 
 
 def _number(value: float) -> str:

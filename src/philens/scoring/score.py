@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import philens
 from philens.adapter import fingerprint
@@ -39,6 +39,7 @@ _OF_PREDICTIONS = frozenset({"surprisal", "entropy", "margin"})
 _OF_BLOCKS = frozenset({"logit_lens_divergence", "settling_depth"})
 _OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length"})
 _NORM = "norm"  # beside step_length, not a column
+_SINK = "sink"  # beside phi, likewise
 # Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
 _LOOK_AHEAD, _TOKENIZED_AT_ONCE = 32, 64
 
@@ -136,15 +137,15 @@ def iter_scores(
         prepared = _tokenized(lens, tokenizer, texts, names)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
             columns = _read_texts(lens, [text for *_, text in ahead], wanted, batch_tokens, context)
-            for (name, where, text), (found, lost) in zip(ahead, columns, strict=True):
+            for (name, where, text), (found, sinks, lost) in zip(ahead, columns, strict=True):
                 own = origin if name is None else {"name": name, **origin}
                 if lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
-                    ((found, lost),) = _read_texts(lens, [text], wanted, 1, context)
+                    ((found, sinks, lost),) = _read_texts(lens, [text], wanted, 1, context)
                 if lost.any():
                     if overflow == "error":
                         raise overflow_error(lens, _read_with(text, int(lost.argmax()), context), where)
                     own = own | {"overflowed": int(lost.sum())}
-                yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own)  # pyright: ignore[reportArgumentType]
+                yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own, sinks)  # pyright: ignore[reportArgumentType]
 
     return scores()
 
@@ -263,8 +264,9 @@ def _read_texts(
     wanted: Sequence[str],
     batch_tokens: int,
     context: int | None,
-) -> list[tuple[Columns, NDArray[np.bool_]]]:
-    """The columns of each text, and which of its tokens (T,) lack a value because the model overflowed."""
+) -> list[tuple[Columns, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """The columns of each text, which of its tokens (T,) are attention sinks, and which lack a value because
+    the model overflowed."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)
@@ -273,7 +275,7 @@ def _read_texts(
     device = next(lens.base.parameters()).device
     done: list[tuple[int, Window]] = []
     names, read = [], []
-    with _evaluating(lens):
+    with evaluating(lens):
         for batch in _batches(windows, batch_tokens):
             input_ids, places = (
                 torch.from_numpy(values).to(device, non_blocking=True) for values in _assemble(texts, batch)
@@ -291,7 +293,7 @@ def _read_texts(
         tables[number][:, window.scored : window.stop] = values[:, start:stop]
     lost = [_lost(table, text) for table, text in zip(tables, texts, strict=True)]
     columns = [_finished(dict(zip(names, table, strict=True)), wanted) for table in tables]
-    return list(zip(columns, lost, strict=True))
+    return [(*found, without) for found, without in zip(columns, lost, strict=True)]
 
 
 def _lost(table: NDArray[np.float32], text: TokenizedText) -> NDArray[np.bool_]:
@@ -339,10 +341,10 @@ def _assemble(
 
 
 @contextmanager
-def _evaluating(lens: PHiModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module gets back the mode it had."""
-    modes = [(module, module.training) for module in lens.modules()]
-    lens.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         with torch.no_grad():
             yield
@@ -384,6 +386,7 @@ def _read_batch(
         of_tokens: dict[str, Tensor | None] = {}
         if "phi" in wanted:
             of_tokens |= {"phi": layer.phi, "phi_standard_error": layer.phi_standard_error}
+            of_tokens[_SINK] = layer.sinks
         if "step_length" in wanted:
             of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
         found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
@@ -395,11 +398,11 @@ def _read_batch(
     return found
 
 
-def _finished(found: Columns, wanted: Sequence[str]) -> Columns:
-    """The columns in order, steps divided by the mean length of the text's hidden states.
+def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[np.bool_]]:
+    """The columns in order, steps divided by the mean length of the text's hidden states; and the sinks.
 
-    The first token's is left out of that mean: in many models it is hundreds of times longer. So are lengths
-    that are not finite.
+    The first token's length is left out of that mean: in many models it is hundreds of times longer. So are
+    lengths that are not finite.
     """
     columns = {}
     for metric in wanted:
@@ -411,4 +414,5 @@ def _finished(found: Columns, wanted: Sequence[str]) -> Columns:
         if name == _NORM and len(lengths):
             step = f"step_length{at}{path}"
             columns[step] = columns[step] / np.float32(lengths.mean(dtype=np.float64))
-    return columns
+    sinks = [values != 0 for name, values in found.items() if name.partition("@")[0] == _SINK]
+    return columns, np.logical_or.reduce(sinks) if sinks else np.zeros(0, bool)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Of the columns that are not in nats.
 UNITS = {"settling_depth": "blocks", "step_length": ""}
+# Columns whose means and sums leave out attention sinks, whose hidden states are like no other token's.
+_WITHOUT_SINKS = {"phi", "phi_standard_error"}
 # A longer text's figure has token numbers, not tokens, below it.
 _TOKENS_NAMED = 80
 
@@ -69,6 +71,9 @@ class TokenScores:
         spans: parts of the text; of a chat one for each message, with its role as the name. `spans(...)`
             gives a table of these or of other spans.
         provenance: what the numbers were made with.
+        sinks: (T,) bool, attention sinks: tokens with a hidden state many times as long as others', as many
+            models' first token. They have a phi as others do, and means and sums of phi leave them out. Of
+            several layers, what is one for any of them.
 
     Raises:
         InputError: shapes that do not fit together.
@@ -80,17 +85,20 @@ class TokenScores:
     columns: dict[str, NDArray[np.float32]]
     spans: Spans = field(default=())  # pyright: ignore[reportAssignmentType]
     provenance: dict[str, Any] = field(default_factory=dict)
+    sinks: NDArray[np.bool_] = field(default=())  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
+        if not len(self.sinks):
+            object.__setattr__(self, "sinks", np.zeros(count, bool))
         if self.offsets.shape != (count, 2):
             raise InputError(
                 f"offsets must have shape ({count}, 2) like the tokens, not {self.offsets.shape}."
             )
-        for name, values in self.columns.items():
+        for name, values in (self.columns | {"sinks": self.sinks}).items():
             if values.shape != (count,):
                 raise InputError(f"{name} must have shape ({count},) like the tokens, not {values.shape}.")
-        table = partial(_span_table, self.text, self.offsets, self.columns)
+        table = partial(_span_table, self.text, self.offsets, self.without_sinks())
         object.__setattr__(self, "spans", Spans(map(_as_span, self.spans), table))
 
     def __len__(self) -> int:
@@ -144,7 +152,8 @@ class TokenScores:
         A word is a longest run of characters that are not space, cut where a span begins or ends; scripts
         that put no space between words need spans from a segmenter. A token counts in the word of its first
         character that is not space, and nowhere if it has none. Sum and mean are over tokens that have a
-        value, and NaN where none has. Texts with spans have a column `span`: the one the word is in.
+        value, those of phi without attention sinks, and NaN where none has. Texts with spans have a column
+        `span`: the one the word is in.
         """
         edges = sorted({edge for span in self.spans for edge in span[1:]})
         words = []
@@ -161,11 +170,23 @@ class TokenScores:
             table.insert(1, "span", names)
         return table
 
+    def counts(self, column: str) -> NDArray[np.bool_]:
+        """(T,) whether a token counts in means and sums of a column: in those of phi, sinks don't."""
+        return ~self.sinks if column.partition("@")[0] in _WITHOUT_SINKS else np.ones(len(self), bool)
+
+    def without_sinks(self) -> dict[str, NDArray[np.float32]]:
+        """The columns as means and sums are made of them, NaN where a token does not count."""
+        return {
+            name: np.where(self.counts(name), values, np.float32(np.nan))
+            for name, values in self.columns.items()
+        }
+
     def means(self) -> dict[str, float]:
-        """The mean of each column over the tokens that have a value; NaN if none has."""
+        """The mean of each column over the tokens that have a value, of phi without attention sinks; NaN if
+        none has."""
         return {
             name: float(np.mean(present, dtype=np.float64)) if len(present) else np.nan
-            for name, values in self.columns.items()
+            for name, values in self.without_sinks().items()
             for present in [values[~np.isnan(values)]]
         }
 
@@ -194,6 +215,7 @@ class TokenScores:
             "offsets": self.offsets.tolist(),
             "columns": {name: _json_numbers(values) for name, values in self.columns.items()},
             "spans": [list(span) for span in self.spans],
+            "sinks": np.flatnonzero(self.sinks).tolist(),
             "provenance": self.provenance,
         }
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -233,10 +255,12 @@ class TokenScores:
             }
             offsets = np.array(value["offsets"], np.int64).reshape(-1, 2)
             ids = np.array(value["token_ids"], np.int64)
-            return cls(value["text"], ids, offsets, columns, value["spans"], value["provenance"])
+            sinks = np.zeros(len(ids), bool)
+            sinks[value.get("sinks", [])] = True  # scores of philens 0.1 know of none
+            return cls(value["text"], ids, offsets, columns, value["spans"], value["provenance"], sinks)
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where} does not hold scores of philens; give what to_json wrote.") from error
 
     def to_html(self, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:

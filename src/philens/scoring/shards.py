@@ -22,6 +22,8 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+import numpy as np
+
 from philens.errors import InputError, OutputError
 from philens.files import locked, write_atomically
 from philens.scoring.corpus import Document
@@ -490,6 +492,7 @@ def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
         **scores.columns,
         **{f"{name}_mean": mean for name, mean in scores.means().items()},
         "spans": [span._asdict() for span in scores.spans],
+        "sinks": np.flatnonzero(scores.sinks),
     }
 
 
@@ -503,6 +506,6 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
     fields = {"id": pa.string(), "text": pa.string(), "token_ids": places, "starts": places, "ends": places}
     fields |= dict.fromkeys(scores.columns, numbers)
     fields |= {f"{name}_mean": pa.float64() for name in scores.columns}
-    fields |= {"spans": pa.list_(span)}
+    fields |= {"spans": pa.list_(span), "sinks": places}
     origin = {key: item for key, item in scores.provenance.items() if key not in ("name", "overflowed")}
     return parquet.ParquetWriter(file, pa.schema(fields).with_metadata({"philens": json.dumps(origin)}))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from philens.errors import InputError
 from philens.scoring.rules import AGGREGATES
 from philens.scoring.texts import Text, check_tokenizer
-from philens.tasks.chat import end_marks, plain_chat, refuse_tool_calls, render
+from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
 from philens.tasks.problems import messages, plain_text
 
 if TYPE_CHECKING:
@@ -282,9 +282,9 @@ def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> st
     """
     if isinstance(prompt, str):
         return prompt
-    chat = plain_chat(tokenizer, prompt, where)
     if tokenizer.chat_template:
-        return render(tokenizer, chat, where, add_generation_prompt=True)
+        return chat_prompt(tokenizer, prompt, where)
+    chat = plain_chat(tokenizer, prompt, where)
     refuse_tool_calls(chat, where)
     return plain_text(chat)
 
@@ -295,7 +295,8 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
     for name, column in scores.columns.items():
         if not row["tokens"] or name.partition("@")[0] not in metrics:  # a standard error has no sum
             continue
-        values = column[own].astype(np.float64)
+        kept = own & scores.counts(name)
+        values = column[kept if kept.any() else own].astype(np.float64)
         if np.isnan(values).any():
             raise InputError(
                 f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it."

@@ -256,7 +256,7 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[i
     """A text as tokens in three parts: what the tokenizer puts first (BOS, or nothing), the text's own, and
     the token that ends a text (EOS, or nothing)."""
     return (
-        _begin(tokenizer),
+        begin_of_text(tokenizer),
         tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
         _end(tokenizer),
     )
@@ -298,6 +298,11 @@ def encode_chat(tokenizer: Any, messages: Any, where: str = "") -> Encoded:
     return _tokenize(tokenizer, text, spans)
 
 
+def chat_prompt(tokenizer: Any, messages: Any, where: str = "a chat") -> str:
+    """A chat as text, with what the template puts before a reply."""
+    return render(tokenizer, plain_chat(tokenizer, messages, where), where, add_generation_prompt=True)
+
+
 def _span(tokenizer: Any, messages: Messages, number: int, text: str, where: str) -> tuple[int, int]:
     """Where a message of the assistant stands in the rendered text, its end mark included."""
     if number:
@@ -337,7 +342,7 @@ def _encode_plain(tokenizer: Any, messages: Messages, where: str) -> Encoded:
         if message["role"] == "assistant":
             spans.append((len(text), len(text) + len(message["content"])))
         text += message["content"]
-    begin, end = _begin(tokenizer), _end(tokenizer)
+    begin, end = begin_of_text(tokenizer), _end(tokenizer)
     tokens, counted = _tokenize(tokenizer, text, spans)
     replied = messages[-1]["role"] == "assistant"
     return (
@@ -354,7 +359,7 @@ def refuse_tool_calls(messages: Messages, where: str) -> None:
         )
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def begin_of_text(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of a text, if that is BOS; what it puts after one may be the same."""
     whole = tokenizer("a").input_ids
     own = tokenizer("a", add_special_tokens=False).input_ids

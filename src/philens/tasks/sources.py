@@ -31,25 +31,29 @@ logger = logging.getLogger(__name__)
 
 Document: TypeAlias = str | list[dict[str, Any]]
 
+# The source of what the base itself writes (`philens.training.own_text`).
+SELF = "self"
+
 
 @dataclass
 class TextPart:
     """One part of the training text.
 
     Attributes:
-        source: a file or folder; `math`, `gsm8k`, `arithmetic`, `automata` or `installed`; or the id of a
-            data set on the Hub. Write `./math` for a folder of that name.
+        source: a file or folder; `math`, `gsm8k`, `arithmetic`, `automata`, `installed`; `self`, text that
+            the base itself writes before training; or the id of a data set on the Hub. Write `./math` for a
+            folder of that name.
         weight: share of this part among the documents; the weights need not add up to 1.
         files: of a folder, only files that match one of these patterns, such as `**/*.py`.
         name: of a Hub data set, its configuration; of `automata`, the task; of `arithmetic`, the level (all
             five without it); of `installed`, one of `code`, `documentation`, `licences` (all three without
-            it).
+            it); of `self`, `chat` or `text` (chats where the tokenizer has a template, without it).
         split: of a Hub data set.
         text: the field that holds the text.
         user: the field that holds the user's message; needs `assistant`.
         assistant: the field that holds the reply; needs `user`.
         messages: the field that holds a chat, a list of messages with `role` and `content`.
-        documents: take at most the first so many.
+        documents: take at most the first so many; of `self`, write so many (1,024 without it).
         streaming: of a Hub data set, fetch only the first `documents`, and keep those on disk.
     """
 
@@ -68,8 +72,8 @@ class TextPart:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError(
-                "source must be given: a file, a folder, math, gsm8k, arithmetic, automata, installed, or "
-                "the id of a data set on the Hub."
+                "source must be given: a file, a folder, math, gsm8k, arithmetic, automata, installed, self, "
+                "or the id of a data set on the Hub."
             )
         if not (self.weight >= 0 and np.isfinite(self.weight)):
             raise ConfigError(f"weight must be a finite number of at least 0, not {self.weight}.")
@@ -79,6 +83,8 @@ class TextPart:
             raise ConfigError("user and assistant name the two sides of a chat; give both fields.")
         if sum(name is not None for name in (self.text, self.user, self.messages)) > 1:
             raise ConfigError("Give one of text, messages, and user with assistant, not several.")
+        if self.source == SELF and self.name not in (None, "chat", "text"):
+            raise ConfigError(f"name must be chat or text for the source self, not {self.name!r}.")
         if self.streaming and self.documents is None:
             raise ConfigError("streaming needs documents: how many of the first to fetch.")
 
@@ -129,6 +135,8 @@ def open_source(part: TextPart, tasks: TaskConfig | None = None, seed: int = 0) 
         ConfigError: options that do not fit the source.
     """
     path = Path(part.source)
+    if part.source == SELF:
+        raise ConfigError("source self is text that a base writes in training; name a file to read one.")
     if part.source == "automata":
         source: Source = Automata(tasks or TaskConfig(), seed, part.name or "in_context_language")
     elif part.source == "arithmetic":

@@ -52,8 +52,9 @@ def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_siz
     """Means over the counted tokens of each part, and over those of all parts alike.
 
     `surprisal_base` of the untouched base; with each layer in the path `surprisal`, `loss_gap` =
-    surprisal - surprisal_base, `phi`, and `phi_static` = KL(q || N(0, 1)): what the latents would tell if
-    nothing were predicted.
+    surprisal - surprisal_base, with the pressure distill `divergence` from the base's distribution, `phi`,
+    and `phi_static` = KL(q || N(0, 1)): what the latents would tell if nothing were predicted. `sinks` is the
+    share of attention sinks, which are left out of the two phis.
     """
     metrics: dict[str, float] = {}
     means: dict[str, list[float]] = defaultdict(list)
@@ -75,12 +76,9 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
     for first in range(0, len(order), batch_size):
         rows = pad(documents.select(order[first : first + batch_size]))
         rows = {name: value.to(device) for name, value in rows.items()}
-        counted, predicted = counted_tokens(rows["labels"], rows["attention_mask"], None)
-        tokens = {"phi": float(counted.sum()), "surprisal": float(predicted.sum())}
-        for name, value in _batch_means(lens, rows, counted).items():
-            weight = tokens["surprisal" if name.startswith("surprisal") else "phi"]
-            sums[name] += float(value) * weight
-            counts[name] += weight
+        for name, (value, count) in _batch_sums(lens, rows).items():
+            sums[name] += float(value)
+            counts[name] += float(count)
     means = {name: value / max(counts[name], 1.0) for name, value in sums.items()}
     for name in [name for name in means if name.split("@")[0] == "surprisal"]:
         if lens.enabled:
@@ -88,16 +86,27 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
     return means
 
 
-def _batch_means(lens: PHiModel, rows: dict[str, Tensor], counted: Tensor) -> dict[str, Any]:
+def _batch_sums(lens: PHiModel, rows: dict[str, Tensor]) -> dict[str, tuple[Any, Any]]:
+    """Of each measure its sum and the number of tokens that it is a sum over."""
+    counted, predicted = counted_tokens(rows["labels"], rows["attention_mask"], None)
     output = lens(**rows, returns="states")
-    means: dict[str, Any] = dict(output.losses)
-    if lens.enabled and "surprisal_base" not in means:
+    losses = dict(output.losses)
+    if lens.enabled and "surprisal_base" not in losses:
         with lens.disabled():
-            means["surprisal_base"] = lens(**rows, returns="states").losses["surprisal"]
+            losses["surprisal_base"] = lens(**rows, returns="states").losses["surprisal"]
+    tokens = {True: predicted.sum(), False: counted.sum()}
+    sums: dict[str, tuple[Any, Any]] = {}
+    for name, value in losses.items():
+        count = tokens[name.startswith(("surprisal", "divergence"))]
+        sums[name] = value * count, count
     for path, layer in zip(lens.module_paths, output.layer_outputs, strict=False):
         at = "" if lens.config.layers is None else f"@{path}"
-        means[f"phi_static{at}"] = _static(layer)[counted].mean() if counted.any() else 0.0
-    return means
+        # A sink is one token of a text and not like any other.
+        kept = counted & ~layer.sinks
+        sums[f"phi{at}"] = layer.phi[kept].sum(), kept.sum()
+        sums[f"phi_static{at}"] = _static(layer)[kept].sum(), kept.sum()
+        sums[f"sinks{at}"] = counted.sum() - kept.sum(), counted.sum()
+    return sums
 
 
 def _static(output: PHiOutput) -> Tensor:

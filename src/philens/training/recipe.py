@@ -13,7 +13,7 @@ from philens.files import read_text
 from philens.hub import reason
 from philens.layer import PHiConfig
 from philens.tasks.automata import TaskConfig, task_index
-from philens.tasks.sources import TextPart
+from philens.tasks.sources import SELF, TextPart
 from philens.typed import convert, nearest, shown
 
 # Some seconds to read; the recipes that come with philens have 2 kB at most.
@@ -469,11 +469,15 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     model, parts = recipe.model, recipe.data.parts
     if model.base is None:
+        if any(part.source == SELF for part in parts.values()):
+            raise RecipeError("A source self is text that a trained base writes; give model.base.")
         if model.architecture == "pretrained":
             raise RecipeError("model.base must be given: the model's id on the Hub, or its folder.")
         for name in ("revision", "quantization", "trust_remote_code", "dtype"):
             if getattr(model, name) != getattr(ModelRecipe(), name):
                 raise RecipeError(f"model.{name} is of a trained base model; give model.base too.")
+        if recipe.phi is not None and recipe.phi.pressure == "distill":
+            raise RecipeError("phi.pressure distill needs a trained base; give model.base, or next_token.")
         if model.architecture == "transformer" and model.hidden_size % (2 * model.heads):
             raise RecipeError(
                 f"model.hidden_size {model.hidden_size} must be a multiple of twice model.heads "
@@ -492,6 +496,8 @@ def _check_model(recipe: Recipe) -> None:
         )
     elif model.quantization != "none" and not model.frozen:
         raise RecipeError("A quantized base cannot be trained; set model.frozen to true.")
+    elif recipe.phi is not None and recipe.phi.pressure == "distill" and not model.frozen:
+        raise RecipeError("phi.pressure distill keeps the base as it is; set model.frozen to true.")
     if recipe.phi is None and recipe.phi_schedule != PhiSchedule():
         raise RecipeError("phi_schedule is of a PHi layer, and phi is null; leave it out.")
     if parts and not sum(part.weight for part in parts.values()) > 0:

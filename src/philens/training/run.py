@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from philens import hub
-from philens.adapter import WEIGHTS_FILE, load, save_adapter
+from philens.adapter import WEIGHTS_FILE, load, read_layers, save_adapter
 from philens.attention import knows_packs, register_documents
 from philens.errors import AdapterError, OutputError, RecipeError, TrainingError
 from philens.files import (
@@ -33,6 +33,7 @@ from philens.insertion import text_config
 from philens.layer import PHiConfig, PHiLayer
 from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
+from philens.tasks.sources import SELF
 from philens.tasks.text import TextMixture, open_parts
 from philens.training.recipe import FREE_ON_RESUME, Recipe, flatten, load_recipe
 from philens.training.sizes import check_data_sizes, check_weights
@@ -69,9 +70,9 @@ def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiMode
         set_attention(base, recipe)
         return attach_fresh(base, recipe), tokenizer
     if recipe.data.parts:
-        open_parts(
-            recipe.data.parts, recipe.data.tasks, recipe.seed
-        )  # an error there comes before a large model
+        read = {name: part for name, part in recipe.data.parts.items() if part.source != SELF}
+        if any(part.weight for part in read.values()):  # an error there comes before a large model
+            open_parts(read, recipe.data.tasks, recipe.seed)
     base, tokenizer = _load_named_base(recipe)
     if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
         raise RecipeError(
@@ -274,7 +275,7 @@ def load_model_weights(lens: PHiModel, folder: Path, recipe: Recipe) -> None:
         load_weights(lens.base, tied | weights, path)
     if recipe.phi is not None:
         path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
-        load_weights(lens.phi, read_safetensors(path), path)
+        load_weights(lens.phi, read_layers(path), path)
 
 
 def check_finite(lens: PHiModel, source: Path | str, way: str) -> None:
@@ -344,9 +345,8 @@ def start_folder(folder: Path, recipe: Recipe, step: int) -> None:
 
 
 _FILES = (RECIPE_FILE, VERSIONS_FILE, METRICS_FILE, "training.png")
-_LEFT = re.compile(
-    rf"\.(checkpoint-\d+|{MODEL_FOLDER}|{ADAPTER_FOLDER}|{'|'.join(map(re.escape, _FILES))})\..+"
-)
+_NAMES = (r"checkpoint-\d+", r"self-.+\.jsonl", MODEL_FOLDER, ADAPTER_FOLDER, *map(re.escape, _FILES))
+_LEFT = re.compile(rf"\.({'|'.join(_NAMES)})\..+")
 
 
 def tidy(folder: Path) -> None:

@@ -62,6 +62,7 @@ from philens.training.distributed import (
 )
 from philens.training.evaluation import latent_information
 from philens.training.optimizer import load_state, make_optimizer
+from philens.training.own_text import with_own_text
 from philens.training.recipe import Recipe
 from philens.training.run import (
     CHECKPOINT_RECIPE,
@@ -418,16 +419,17 @@ def _train(
         check_finite(lens, checkpoint, "remove it and --resume, or start again with another --output")
     elif recipe.model.base is not None:
         check_finite(lens, recipe.model.base, "give another model.base")
-    rows = training_rows(recipe, tokenizer)
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
     wait_for_all()  # until they have seen the folder as it was
     if rank == 0:
         held.enter_context(locked(folder, RECIPE_FILE))
         start_folder(folder, recipe, -1 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
-    held_out = {}
+    with lens.disabled():
+        read = with_own_text(recipe, lens.base, tokenizer, folder, writes=rank == 0)
+    rows, held_out = training_rows(read, tokenizer), {}
     if recipe.data.parts:
-        held_out = evaluation_documents(recipe, tokenizer, recipe.train.evaluation_documents)
+        held_out = evaluation_documents(read, tokenizer, recipe.train.evaluation_documents)
     interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder, held_out)
     callbacks: list[TrainerCallback] = [evaluation, interrupt]
     if recipe.phi is not None:
