@@ -211,7 +211,7 @@ def frozen(bench: Bench) -> list[Comparison]:
 
 
 def real(bench: Bench) -> list[Comparison]:
-    """Tokens per second by the recipe smollm2, beside a step as philens 0.1 took it and the sum of its parts."""
+    """Tokens per second by the recipe smollm2, beside a step of philens 0.1 and the sum of its parts."""
     changes: dict[str, Any] = {"data.parts": {"automata": {"source": "automata"}}}
     if bench.scale == "smoke":
         changes |= {"phi.layer": 1, "data.length": 64, "train.batch_size": 2}
