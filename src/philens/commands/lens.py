@@ -106,8 +106,8 @@ def score(
         files: text files, .jsonl, .json, .csv, .tsv or .parquet, also .gz and .zst, also as
             s3://bucket/path (gs://, ...), there also folders; - for standard input, hub:owner/name for a
             data set of the Hub.
-        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; by default the small
-            model of text that comes with philens.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; by default the
+            small model of text that comes with philens.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
