@@ -31,6 +31,7 @@ ROWS: dict[str, Callable[[Bench], list[Comparison]]] = {
     "packing": data.packing,
     "training": training.training,
     "frozen": training.frozen,
+    "real": training.real,
     "layer": layer.layer_alone,
     "contrastive": layer.contrastive,
     "phi-only": scoring.phi_only,

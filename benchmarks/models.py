@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, Unavailable
+from philens.errors import PhilensError
+from philens.hub import load_pretrained
 from philens.model import PHiModel
 from philens.training.recipe import Recipe, load_recipe
 from philens.training.run import start_model
@@ -109,6 +111,25 @@ def frozen_llama(
         recipe = load_recipe("llama_3_2_3b", values | {"model.base": scratch})
         lens, tokenizer = start_model(recipe)
         yield lens.to(bench.device), tokenizer, recipe
+
+
+@contextlib.contextmanager
+def real_base(bench: Bench) -> Iterator[str]:
+    """SmolLM2-135M-Instruct, as `model.base` names it; at smoke scale a tiny model of random weights.
+
+    Raises:
+        Unavailable: it has not been fetched.
+    """
+    if bench.scale == "smoke":
+        with tempfile.TemporaryDirectory() as scratch:
+            write_llama(Path(scratch), 3, 384, 512)
+            yield scratch
+        return
+    try:
+        load_pretrained("smollm2", local_only=True, tokenizer=False)
+    except PhilensError as error:
+        raise Unavailable(f"it needs SmolLM2: {error}") from error
+    yield "smollm2"
 
 
 def packed_batch(bench: Bench, recipe: Recipe, tokenizer: Any = None) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.harness import Bench, Comparison, Target, total
-from benchmarks.models import frozen_llama, packed_batch, scratch_recipe
+from benchmarks.models import frozen_llama, packed_batch, real_base, scratch_recipe
 from philens.model import PHiModel
 from philens.training.optimizer import make_optimizer
-from philens.training.recipe import Recipe
+from philens.training.recipe import Recipe, load_recipe
 from philens.training.run import start_model
 
 Step = Callable[[], object]
@@ -158,6 +158,11 @@ class Parts:
             states = self.base.model.norm(self._above(hidden))
         states.backward(torch.ones_like(states))
 
+    def above_forward(self) -> None:
+        """The blocks above the layer and the norm, without gradient."""
+        with torch.no_grad(), self.bench.autocast():
+            self.base.model.norm(self._above(self.above_input))
+
     def head(self) -> None:
         """Logits and cross-entropy: forward, and backward to the states that the head reads."""
         states = self.states.detach().requires_grad_()
@@ -202,6 +207,54 @@ def frozen(bench: Bench) -> list[Comparison]:
     return [
         Comparison(ours, ideal, Target(1.15), note, details),
         Comparison(ours, plain, None, "no gradient"),
+    ]
+
+
+def real(bench: Bench) -> list[Comparison]:
+    """Tokens per second by the recipe smollm2, beside a step of philens 0.1 and the sum of its parts."""
+    changes: dict[str, Any] = {"data.parts": {"automata": {"source": "automata"}}}
+    if bench.scale == "smoke":
+        changes |= {"phi.layer": 1, "data.length": 64, "train.batch_size": 2}
+    else:
+        changes |= {"data.length": 512}
+    # In the path, all rows press by the next token, weights in float32 that each step casts.
+    before: dict[str, Any] = {
+        "model.dtype": "float32",
+        "phi.mode": "bottleneck",
+        "phi.pressure": "next_token",
+    }
+    before |= {"phi.pressure_share": 1.0, "train.batch_size": bench.pick(2, 4, 4)}
+    with real_base(bench) as base:
+        recipe = load_recipe("smollm2", {"model.base": base, **changes})
+        earlier = load_recipe("smollm2", {"model.base": base, **changes, **before})
+        lens, tokenizer = start_model(recipe)
+        batch = packed_batch(bench, recipe, tokenizer)
+        pressing = max(1, round(recipe.train.batch_size * recipe.phi.pressure_share))  # pyright: ignore[reportOptionalMemberAccess]
+        parts = Parts(bench, lens, recipe, batch)
+        few = Parts(bench, lens, recipe, {name: value[:pressing] for name, value in batch.items()})
+        old, old_batch = start_model(earlier)[0], packed_batch(bench, earlier, tokenizer)
+        seconds = bench.alternate(
+            {
+                "step by the recipe smollm2": lens_step(bench, lens, recipe, batch),
+                "step as philens 0.1 took it": lens_step(bench, old, earlier, old_batch),
+                "below": parts.below,
+                "layer": parts.layer_step(),
+                "above": few.above,
+                "above, the base's own": few.above_forward,
+                "head": few.head,
+                "head, the base's own": few.head_forward,
+            }
+        )
+    ours, theirs, *pieces = seconds.values()
+    rates = [
+        one.per_second(rows["input_ids"].numel(), "tokens")
+        for one, rows in ((ours, batch), (theirs, old_batch))
+    ]
+    note = f"{shape_text(batch)}, {pressing} pressing; {model_text(lens)}, {precision_text(bench, recipe)}"
+    details = {"parts_seconds": {piece.name: piece.median for piece in pieces}}
+    return [
+        Comparison(*rates, Target(1.6, at_most=False), note),
+        Comparison(ours, total("sum of its parts", pieces), Target(1.15), note, details),
     ]
 
 

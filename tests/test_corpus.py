@@ -1,5 +1,6 @@
 """Corpora: every way in gives the same texts, whatever their size; shards hold each exactly once."""
 
+import gzip
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -166,7 +168,11 @@ def test_records(name: str) -> None:
     write_records(name, [{"turns": CHAT, "text": "no"}])
     assert pairs(name, field="turns") == [(f"{name}:1", CHAT)]
     write_records(name, [{"messages": [{"role": "user", "content": 3}]}])
-    assert "must be text, or a list of messages" in error_of(name)
+    where = "a.parquet row 1" if name.endswith("parquet") else f"{name} line 1"
+    assert error_of(name).startswith(f"{where} has a content that is no text in message 1 (3); give text, ")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    write_records(name, [{"messages": parts}])
+    assert pairs(name) == [(f"{name}:1", parts)]
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
@@ -590,3 +596,135 @@ class Counted(np.ndarray):
     """An array that can be in a weak set."""
 
     __hash__ = object.__hash__
+
+
+# Tables, and what is compressed.
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def packed(name: str, content: bytes) -> str:
+    """A file, compressed as its name says."""
+    if name.endswith(".gz"):
+        content = gzip.compress(content[:3]) + gzip.compress(content[3:])  # several members are one file
+    elif name.endswith(".zst"):
+        content = pa.compress(content, codec="zstd", asbytes=True)
+    return write(name, content)
+
+
+TABLE = [{"text": 'one, "two"', "n": "1"}, {"text": "three\nlines é", "n": "2"}, {"text": "", "n": "3"}]
+CSV = '\ufefftext,n\r\n"one, ""two""",1\r\n"three\nlines é",2\r\n\r\n,3\r\n'.encode()
+TSV = 'text\tn\n"one, ""two"""\t1\n"three\nlines é"\t2\n\t3\n'.encode()
+LINES_OF_JSON = "".join(json.dumps(row) + "\n" for row in TABLE).encode()
+FORMS = {
+    "a.csv": CSV,
+    "a.tsv": TSV,
+    "a.jsonl": LINES_OF_JSON,
+    "a.json": json.dumps(TABLE, indent=2).encode(),
+    "b.json": json.dumps(TABLE[0]).encode() + b"\n" + json.dumps(TABLE[1], indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", FORMS)
+def test_tables_are_read_as_what_they_are(form: str, packing: str) -> None:
+    name = packed(form + packing, FORMS[form])
+    expected = [(f"{name}:1", 'one, "two"'), (f"{name}:2", "three\nlines é")]
+    assert pairs(name) == expected
+    numbers = pairs(name, field="n", limit=2)
+    assert numbers == [(f"{name}:1", "1"), (f"{name}:2", "2")]
+    assert "has no field 'body'; it has 'text', 'n': choose one with --field." in error_of(name, field="body")
+    corpus = Corpus([name])
+    assert (corpus.size is None) == bool(packing)
+    assert corpus.once is None
+    assert len([*corpus]) == len([*corpus]) == 2
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", ["a.jsonl", "a.json", "b.json"])
+def test_json_from_a_pipe(form: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = Path(packed(f"x{packing}", b"\n " + FORMS[form])).read_bytes()
+    piped(monkeypatch, content)
+    assert pairs("-") == [("-:1", 'one, "two"'), ("-:2", "three\nlines é")]
+    piped(monkeypatch, content)
+    assert pairs("-", field="n", limit=1) == [("-:1", "1")]
+    read, put = os.pipe()
+    os.write(put, content)
+    os.close(put)
+    assert [text for _, text in pairs(f"/dev/fd/{read}")] == ['one, "two"', "three\nlines é"]
+    os.close(read)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1] A note.", "{x} is a set", "{\n  int x;\n}", "[a](b)", "{", "[", "{{ 1 }}", "# [{"]
+)
+def test_text_from_a_pipe_stays_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, text.encode())
+    assert pairs("-") == [("-", text)]
+    piped(monkeypatch, text.encode())
+    assert "- is read as text and has no fields" in error_of("-", field="text")
+
+
+def test_texts_in_a_list_and_a_chat_in_a_file() -> None:
+    write("a.json", '["one", "two"]')
+    assert pairs("a.json") == [("a.json:1", "one"), ("a.json:2", "two")]
+    write("a.json", json.dumps(CHAT))
+    assert pairs("a.json") == [("a.json:1", CHAT)]
+    lines = f"{json.dumps(CHAT)}\n{json.dumps(CHAT[:1])}\n"
+    for name, content in [("a.json", lines), ("a.jsonl", lines), ("b.json", json.dumps([CHAT, CHAT[:1]]))]:
+        assert pairs(write(name, content)) == [(f"{name}:1", CHAT), (f"{name}:2", CHAT[:1])]
+    write("a.json", '["one"] ["two", "three"]\n')
+    assert [text for _, text in pairs("a.json")] == ["one", "two", "three"]
+    write("a.json", json.dumps([{"messages": CHAT}]))
+    assert pairs("a.json") == [("a.json:1", CHAT)]
+
+
+def test_packed_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "one\ntwo é\n" * 2000
+    for name in ("a.txt.gz", "a.txt.zst", "a.txt"):
+        packed(name, text.encode())
+        assert pairs(name) == [(name, text)]
+        assert len(pairs(name, by="line")) == 4000
+        piped(monkeypatch, Path(name).read_bytes())
+        assert pairs("-") == [("-", text)]
+
+
+def test_json_longer_than_what_is_read_at_once() -> None:
+    texts = [f"{number} " + "x" * 9000 for number in range(40)] + ["y" * 300_000]
+    write("a.json", json.dumps([{"text": text} for text in texts]))
+    tracemalloc.start()
+    assert [text for _, text in pairs("a.json")] == texts
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text"', "a.json record 2 is not JSON (Expecting"),
+        ("a.json", b'[{"text": "a"}', "a.json breaks off within its list, after record 1; complete it."),
+        ("a.json", b"[1, 2]", 'a.json record 1 is no record: it must look like {"text": ...}.'),
+        ("a.json", b"text", "a.json record 1 is not JSON (Expecting value); correct or remove it."),
+        ("a.json", b'{"text": "\xff"}', "a.json is not UTF-8 (invalid start byte); convert it"),
+        (
+            "a.json",
+            b'[{"role": "user", "content": "x"}, 3]',
+            "a.json record 1 holds 3; a chat is a list of messages",
+        ),
+        ("a.csv", b"", "a.csv is empty; its first row must name the columns."),
+        ("a.csv", b"text,n\none,1,2\n", "a.csv row 1 has 3 fields and the first row names 2; put quotes"),
+        ("a.csv", b'text\n"open\n', "a.csv cannot be read as a table (unexpected end of data, after row 0)"),
+        ("a.tsv", b"text\n\xff\n", "a.tsv is not UTF-8 (invalid start byte); convert it (iconv -t UTF-8)."),
+        ("a.csv", b"id;text\n1;a\n", "a.csv row 1 has no field 'text'; it has 'id;text': choose one"),
+        ("a.txt.gz", gzip.compress(b"text" * 999)[:20], "a.txt.gz cannot be unpacked (Compressed file ended"),
+        ("a.parquet.gz", b"x", "a.parquet.gz is Parquet, which is compressed in itself, "),
+    ],
+)
+def test_what_is_no_table(name: str, content: bytes, message: str) -> None:
+    assert error_of(write(name, content)).startswith(message)
+
+
+def test_damaged_zstandard() -> None:
+    content = pa.compress(b"".join(os.urandom(99) for _ in range(99)), codec="zstd", asbytes=True)
+    assert "a.zst cannot be unpacked (" in error_of(write("a.zst", content[: len(content) // 2]))

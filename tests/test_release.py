@@ -25,6 +25,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # What an extra brings is imported by these names.
 MODULES = (
     "bitsandbytes",
+    "gguf",
     "gradio",
     "minicons",
     "mkdocstrings",
@@ -191,6 +192,7 @@ def test_without_any_extra(tmp_path: Path):
     train = ["train", "smoke", "--output", "run"]
     needs = {
         "explore": (["explore"], "philens explore needs gradio"),
+        "gguf": (["solve", "--model", "model.gguf", "--problems", "arithmetic"], "A GGUF file needs gguf"),
         "quantize": (
             ["train", "any_model", "--model.base", model, "--phi.layer", "1", "--model.quantization", "int4"],
             "A base in int4 needs bitsandbytes",

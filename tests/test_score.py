@@ -585,7 +585,7 @@ def test_the_docs_run_as_they_stand(tmp_path, monkeypatch):
         ([[]], "chat without messages"),
         ([["a"]], "each with role and content"),
         ([[{"role": "user"}]], "each with role and content"),
-        ([[{"role": "user", "content": None}]], "each with role and content"),
+        ([[{"role": "user", "content": None}]], r"texts\[0\] has a content that is no text in message 1"),
         ([CHAT], "no chat template"),
         ("ab\ud800", r"half a character .*at character 2"),
     ],

@@ -108,7 +108,7 @@ def test_nothing_is_waited_for_but_the_result(lens, metrics, monkeypatch):
     monkeypatch.setattr(module, "provenance", lambda *_: {})
     few = watched(lambda: score(lens, CHARACTERS, texts, metrics=metrics, batch_tokens=300))
     # All batches that were looked ahead in one copy.
-    assert copies == [(len(metrics), 1200)]
+    assert copies == [(len(metrics) + 1, 1200)]  # and which are attention sinks
     with torch.no_grad(), lens.observing():
         ids = torch.zeros((3, 100), dtype=torch.long)
         base = watched(lambda: lens.base(ids, use_cache=False))

@@ -457,7 +457,7 @@ def test_what_is_held_out_is_never_drawn(parts, tmp_path):
     few = write_jsonl(tmp_path / "few.jsonl", [{"text": held[0]}] * (HELD_OUT - 1))
     text = mixture({"few": TextPart(str(few))})
     assert len(text.held_out("few", 5)) == 0
-    assert next(text.drawn(0)) == ("few", held[0])
+    assert next(text.drawn(0))[:2] == ("few", held[0])
     endless = mixture({"automata": TextPart("automata")})
     assert len(endless.held_out("automata", 2)) == 2
 

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from philens.errors import InputError
@@ -20,6 +21,7 @@ from philens.losses import PHiModelOutput, token_surprisal
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
+    from philens.scoring.overflow import Overflow
 
 # Called with each token's id, phi and surprisal.
 OnToken = Callable[[int, float, float], None]
@@ -97,6 +99,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     on_token: OnToken | None = None,
+    overflow: "Overflow" = "error",
     **options: Any,
 ) -> PHiGeneration:
     """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
@@ -111,11 +114,16 @@ def generate(
         attention_mask: (B, T), 0 on padding, which is on the left.
         on_token: called with id, phi and surprisal of every token as soon as the model has read it, those of
             the prompt first; for one row without padding, token by token, and one PHi layer.
+        overflow: what becomes of tokens whose phi or surprisal the model cannot hold, as in `philens.score`;
+            what has no finite predictions cannot be drawn from either way.
         options: of the base's `generate`.
 
     Raises:
-        InputError: the base cannot generate, or tokens cannot be streamed.
+        InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
     """
+    from philens.scoring.overflow import Overflowed, check_overflow, overflow_error
+
+    check_overflow(overflow)
     generator: Any = lens.base
     if not isinstance(lens.base, GenerationMixin):
         raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
@@ -124,6 +132,9 @@ def generate(
         raise InputError("Tokens can be followed in one row without padding; leave out on_token.")
     if on_token is not None and len(lens.layers) * lens.enabled != 1:
         raise InputError("Tokens can be followed with one PHi layer, enabled; leave out on_token.")
+    if overflow == "error" or _setting(generator, options, "do_sample"):
+        own = LogitsProcessorList([_Finite(mask), *(options.get("logits_processor") or ())])
+        options = options | {"logits_processor": own}
     modes = [(module, module.training) for module in lens.modules()]
     lens.eval()
 
@@ -137,8 +148,8 @@ def generate(
             record, read = None, [0]
             if on_token is not None:
                 count = input_ids.shape[1]
-                hand_on(input_ids, *_scores(lens, input_ids, mask), range(count))
-                read = stack.enter_context(_followed(lens, on_token, count))
+                hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
+                read = stack.enter_context(_followed(lens, on_token, count, overflow))
             # Beams change rows; a cache of the user's must not be read on; sampled latents are drawn once.
             elif (
                 (_setting(generator, options, "num_beams") or 1) == 1
@@ -155,13 +166,31 @@ def generate(
         lens._start()
         mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
         mask = _finished_mask(generator, sequences, mask, options)
-        phi, surprisal = _scores(lens, sequences, mask, record if finished else None)
+        phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
         hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
+    except Overflowed as error:
+        lens._start()
+        raise overflow_error(lens, error.token_ids, "The text") from error
     finally:
         lens._start()
         for module, training in modes:
             module.training = training
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
+
+
+class _Finite(LogitsProcessor):
+    """Changes nothing, and ends generation where predictions are no numbers: none can be drawn."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        from philens.scoring.overflow import Overflowed, first_row
+
+        broken = (scores.isnan() | scores.isposinf()).any(-1)
+        if broken.any():
+            raise Overflowed(first_row(input_ids, self.mask, broken))
+        return scores
 
 
 class _Record:
@@ -270,9 +299,11 @@ def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: d
 
 @torch.no_grad()
 def _scores(
-    lens: "PHiModel", sequences: Tensor, mask: Tensor, record: _Record | None = None
+    lens: "PHiModel", sequences: Tensor, mask: Tensor, overflow: "Overflow", record: _Record | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
+    from philens.scoring.overflow import Overflowed
+
     place = torch.arange(mask.shape[1], device=mask.device)
     # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
     order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
@@ -280,6 +311,14 @@ def _scores(
     ids = sequences.gather(1, order).masked_fill(real == 0, 0)  # what fills a row may be no token at all
     result = lens(ids, returns="states") if record is None else record.result(order, real == 0)
     surprisal = token_surprisal(result, ids)
+    later = (real != 0) & (place > 0)
+    for values in (surprisal, result.phi):
+        if values is not None:
+            lost = ~values.isfinite() & (later if values.ndim == 2 else later[..., None])
+            if overflow == "error" and lost.any():
+                row = int(lost.flatten(1).any(1).nonzero()[0, 0])
+                raise Overflowed(ids[row, real[row] != 0])
+            values.masked_fill_(lost, torch.nan)
 
     def back(values: Tensor) -> Tensor:
         spread = order if values.ndim == 2 else order[..., None].expand_as(values)
@@ -290,12 +329,15 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _followed(lens: "PHiModel", on_token: OnToken, count: int) -> Iterator[list[int]]:
+def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overflow") -> Iterator[list[int]]:
     """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
 
     Yields a list whose only item is the number of tokens read.
     """
+    from philens.scoring.overflow import Overflowed
+
     read = [0]
+    ids: list[Tensor] = []
     expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -313,8 +355,12 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int) -> Iterator[list[
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         token, phi = kwargs["input_ids"][0, -1], lens._outputs[0].phi[0, -1]
         read[0] += kwargs["input_ids"].shape[1]
+        ids.append(kwargs["input_ids"][0])
         if read[0] > count:
-            on_token(int(token), float(phi), -float(expected.pop()[token]))
+            values = (float(phi), -float(expected.pop()[token]))
+            if overflow == "error" and not all(map(math.isfinite, values)):
+                raise Overflowed(torch.cat(ids))
+            on_token(int(token), *(value if math.isfinite(value) else math.nan for value in values))
         expected[:] = [output.logits[0, -1].float().log_softmax(-1)]
 
     handles = (

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from philens.errors import AdapterError, ConfigError
 from philens.extras import require
@@ -31,10 +31,28 @@ _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 # Types of tensors that are plain numbers.
 _PRECISIONS = {30: "bfloat16", 1: "float16", 0: "float32"}
+# Tensors about rotary positions begin so; they are no weights.
+_ROTARY = "rope_"
+# The factor of each rotary frequency, and what those of Llama 3 are computed from.
+_FACTORS = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # How byte-level tokenizers split a text first, as llama.cpp does by the name in `tokenizer.ggml.pre`: these
 # are the names that transformers leaves to GPT-2's rule. Those of the first line also part every digit.
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _LIKE_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat")
+
+
+class Held(NamedTuple):
+    """A tensor in a file: how many weights it has, the number of their type, and where it begins."""
+
+    count: int
+    kind: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -43,11 +61,11 @@ class Header:
 
     Attributes:
         values: by key, as `general.architecture`; of arrays their length.
-        tensors: name, count of weights and number of the type of each.
+        tensors: by name.
     """
 
     values: dict[str, Any]
-    tensors: list[tuple[str, int, int]]
+    tensors: dict[str, Held]
 
     @property
     def architecture(self) -> str:
@@ -56,9 +74,14 @@ class Header:
     @property
     def dtype(self) -> str:
         """The precision that loses nothing: that of a file without quantization, else `float32`."""
-        types = {number for _, _, number in self.tensors}
-        plain = types <= set(_PRECISIONS)
-        return next((name for number, name in _PRECISIONS.items() if number in types and plain), "float32")
+        kinds = {tensor.kind for tensor in self.tensors.values()}
+        plain = kinds <= set(_PRECISIONS)
+        return next((name for kind, name in _PRECISIONS.items() if kind in kinds and plain), "float32")
+
+    def count_weights(self, tied: bool) -> int:
+        """How many weights a model has of it; one that is `tied` has no output matrix of its own."""
+        own = {name: tensor.count for name, tensor in self.tensors.items() if not name.startswith(_ROTARY)}
+        return sum(count for name, count in own.items() if not (tied and name == "output.weight"))
 
 
 def find(name: str | os.PathLike[str]) -> Path | None:
@@ -144,28 +167,26 @@ def read_header(path: Path) -> Header:
                 raise AdapterError(
                     f"{path} is of version {version} of GGUF, and 2 and 3 can be read; convert it anew."
                 )
-            header = Header({}, [])
+            header, found = Header({}, {}), []
             for _ in range(values):
                 key = reading.text()
                 header.values[key] = reading.value(*reading.take("I"))
-            end = 0
             for _ in range(tensors):
-                name = reading.text()
-                shape = reading.take(f"{reading.take('I')[0]}Q")
-                number, offset = reading.take("IQ")
-                header.tensors.append((name, prod(shape), number))
-                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
-                end = max(end, offset + prod(shape) // block * size)
+                name, (dimensions,) = reading.text(), reading.take("I")
+                found.append((name, prod(reading.take(f"{dimensions}Q")), *reading.take("IQ")))
             alignment = header.values.get("general.alignment", _ALIGNMENT)
-            whole = -(-reading.place // alignment) * alignment + end <= len(data)
+            begin = -(-reading.place // alignment) * alignment
+            for name, count, kind, offset in found:
+                header.tensors[name] = Held(count, kind, begin + offset)
+                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+                if begin + offset + count // block * size > len(data):
+                    raise AdapterError(f"{path} ends before its weights do; fetch it again.")
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}; check the path.") from error
     except (struct.error, UnicodeDecodeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{path} is not a whole GGUF file ({error}); fetch it again.") from error
-    if not whole:
-        raise AdapterError(f"{path} ends before its weights do; fetch it again.")
     if header.values.get("split.count", 1) > 1:
         raise AdapterError(f"{path} is one part of several; join them with `llama-gguf-split --merge`.")
     return header
@@ -196,6 +217,37 @@ def check_converter() -> None:
             f"A GGUF file needs transformers 5.22 or newer, and this is {transformers.__version__}; "
             "install it with `pip install --upgrade transformers`."
         )
+
+
+def scale_positions(config: Any, path: Path, header: Header) -> None:
+    """Put into a configuration how a file scales rotary positions, which transformers leaves out.
+
+    Of Llama 3 a file holds the factor of each frequency; the configuration has what they are computed from.
+
+    Raises:
+        AdapterError: it scales them in another way.
+    """
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
+    held = [name for name in header.tensors if name.startswith(_ROTARY)]
+    plain = getattr(config, "rope_parameters", None) or {}
+    if (scaling == "none" and not held) or plain.get("rope_type", "default") != "default":
+        return
+    if held == [_FACTORS] and "rope_theta" in plain:
+        tensor = header.tensors[_FACTORS]
+        factors = np.fromfile(path, "<f4", tensor.count, offset=tensor.place)
+        dim = 2 * tensor.count
+        frequencies = plain["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
+        config.rope_parameters = plain | _LLAMA3 | {"factor": round(float(factors.max()))}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        if scaled.shape == factors.shape and np.allclose(frequencies / scaled.numpy(), factors, rtol=1e-3):
+            return
+    raise AdapterError(
+        f"{path} scales rotary positions in a way that is not converted ({', '.join(held) or scaling}); take "
+        "the model in the form of transformers."
+    )
 
 
 def load_model(path: Path, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:

@@ -224,10 +224,12 @@ def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokeni
                 del config._model_name_or_path
             if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
                 raise _not_causal(name, header.architecture)
-            part, held = "model", sum(count for _, count, _ in header.tensors)
-            if (asked := _count_weights(config)) > held:
+            gguf.scale_positions(config, file, header)
+            part, asked = "model", _count_weights(config)
+            if asked != (held := header.count_weights(config.tie_word_embeddings)):
                 raise AdapterError(
-                    f"{file} says that it has {asked:,} weights and holds {held:,}; it is damaged."
+                    f"{file} holds {held:,} weights, and its header describes a model with {asked:,}; it is "
+                    "damaged, or transformers does not convert all of it."
                 )
             chosen = getattr(torch, header.dtype if dtype == "auto" else dtype)
             base, info = gguf.load_model(file, config, chosen)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from philens.attention import Documents
@@ -230,8 +229,8 @@ class PHiLayer(nn.Module):
         others have."""
         inverse = 1 / self.scale
         states = torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
-        bounded = F.rms_norm(states, states.shape[-1:])
-        return torch.where(sinks[..., None], bounded, states)
+        length = torch.linalg.vector_norm(states.detach(), dim=-1, keepdim=True)
+        return states * torch.where(sinks[..., None], self.hidden_size**0.5 / length, 1.0)
 
     def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32; sinks as `find_sinks`."""

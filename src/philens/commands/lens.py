@@ -95,6 +95,7 @@ def score(
     output: Path | None = None,
     window: int | None = None,
     batch_tokens: int = 4096,
+    overflow: Literal["error", "nan"] = "error",
     shard_characters: int = 1_000_000,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
@@ -111,10 +112,11 @@ def score(
     Started by accelerate launch -m philens score, or torchrun, several processes fill a folder together.
 
     Args:
-        files: text files, .jsonl or .parquet, also as s3://bucket/path (gs://, ...), there also folders;
-            - for standard input, hub:owner/name for a data set of the Hub.
-        model: base model, a folder or Hub id, or a run folder with its adapter; by default the small model of
-            text that comes with philens.
+        files: text files, .jsonl, .json, .csv, .tsv or .parquet, also .gz and .zst, also as
+            s3://bucket/path (gs://, ...), there also folders; - for standard input, hub:owner/name for a
+            data set of the Hub.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; by default the
+            small model of text that comes with philens.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
@@ -125,6 +127,7 @@ def score(
         output: the page; for jsonl and parquet a folder, where the same command goes on after a stop.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
+        overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         shard_characters: characters of text in a file of the output folder, about.
         engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
@@ -151,7 +154,7 @@ def score(
             raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
         if sample and not 0 < temperature < math.inf:
             raise ConfigError(f"--temperature must be above 0, not {temperature:g}.")
-        _generate(load_lens(*source), generate, max_new_tokens, sample, temperature)
+        _generate(load_lens(*source), generate, max_new_tokens, sample, temperature, overflow)
         return 0
     schedule = None
     if engine == "ray":
@@ -172,6 +175,7 @@ def score(
             metrics=[name.strip() for name in metrics.split(",") if name.strip()],
             batch_tokens=batch_tokens,
             window=window,
+            overflow=overflow,
             shard_characters=shard_characters,
             options=dict(zip(("model", "adapter", "revision", "dtype"), source, strict=False)),
             rank=process,
@@ -189,12 +193,14 @@ def score(
     return 0
 
 
-def _generate(loaded: Any, prompt: str, max_new_tokens: int, sample: bool, temperature: float) -> None:
+def _generate(
+    loaded: Any, prompt: str, max_new_tokens: int, sample: bool, temperature: float, overflow: str
+) -> None:
     """Show a text as a model writes it."""
     from philens.generation import stream
     from philens.report.tokens import LiveTokens
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "overflow": overflow}
     if sample:
         options["temperature"] = temperature
     lens, tokenizer = loaded
@@ -216,7 +222,8 @@ def explore(
     """Open a page on this machine that reads texts as they are pasted, written or chosen, until Ctrl+C.
 
     Args:
-        model: base model, a folder or Hub id, or a run folder with its adapters; by default the shipped ones.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapters; by default the
+            shipped ones.
         adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep.
         host: address to listen on; any but that of this machine lets others use the model.
         port: to listen on; 0 takes any that is free.
@@ -241,7 +248,7 @@ def sweep(
     """Train a PHi layer after each of several blocks of a model, side by side. Recipe keys as --key value.
 
     Args:
-        model: base model, a folder or Hub id; it stays frozen.
+        model: base model, a folder, GGUF file or Hub id; it stays frozen.
         layers: blocks, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what the layers are trained by, a YAML file or name.
         output: folder of the run, the adapters and results; by default runs/sweep.

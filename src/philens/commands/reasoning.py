@@ -33,7 +33,7 @@ def solve(
     """Sample solutions of problems from a model and grade them; the same command goes on after a stop.
 
     Args:
-        model: a folder or Hub id.
+        model: a folder, GGUF file or Hub id.
         problems: gsm8k, math, arithmetic, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
@@ -123,7 +123,7 @@ def rank(
     Args:
         candidates: JSON Lines, with prompt and candidates, or with prompt and response; docs/ranking.md says
             more.
-        model: base model, a folder or Hub id, or a run folder with its adapter.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter.
         adapter: the PHi layer, a folder or Hub id.
         rule: highest_COLUMN or lowest_COLUMN, such as highest_phi, lowest_surprisal, highest_phi_max; or
             shortest.

@@ -8,6 +8,7 @@ from rich.text import Text
 from philens.output import visible
 from philens.report.colours import plain_label
 from philens.report.terminal import new_table, number_text
+from philens.tasks.chat import content_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ def ranking_table(ranked: "pd.DataFrame", prompt: "Prompt", rule: str) -> Table:
         prompt: the prompt; of a chat the last message is shown.
         rule: what they are ranked by.
     """
-    shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    shown = prompt if isinstance(prompt, str) else content_text(prompt[-1]) or ""
     shown = shown if len(shown) <= _CHARACTERS else "…" + shown[-_CHARACTERS:]
     name = ranked["prompt"].iloc[0]
     table = new_table(visible(f"Prompt {name}: {shown}"), f"By {rule}; the metrics are means per token.")

@@ -117,17 +117,21 @@ def divergence(final: PHiModelOutput, early: PHiModelOutput, places: Tensor) -> 
 
 
 def settling_depth(logit_lens: LogitLens, input_ids: Tensor, places: Tensor) -> Tensor:
-    """(N,) the first block, from 0, from which on the likeliest next token stays what it is in the end."""
+    """(N,) the first block, from 0, from which on the likeliest next token stays what it is in the end; NaN
+    where a block's predictions are no numbers."""
     depth = torch.full_like(places, len(logit_lens.states) - 1)
     settled = torch.ones_like(places, dtype=torch.bool)
+    broken = torch.zeros_like(places, dtype=torch.bool)
     last = None
     for block in reversed(range(len(logit_lens.states))):
         early = logit_lens.read(logit_lens.states[block], input_ids)
-        likeliest = torch.cat([logits.argmax(-1) for _, logits in logits_in_parts(early, places)])
+        best = [logits.max(-1) for _, logits in logits_in_parts(early, places)]
+        likeliest = torch.cat([one.indices for one in best])
+        broken |= ~torch.cat([one.values for one in best]).isfinite()
         last = likeliest if last is None else last
         settled = settled & (likeliest == last)
         depth = torch.where(settled, block, depth)
-    return depth
+    return depth.float().masked_fill(broken, torch.nan)
 
 
 def steps(hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from philens.errors import InputError
 from philens.hub import reason
+from philens.tasks.chat import check_chat, is_message
+from philens.tasks.tables import (
+    MAX_RECORD_BYTES,
+    begins_as_json,
+    csv_records,
+    is_packed,
+    json_values,
+    kind_of,
+    unpacked,
+)
 from philens.typed import listed
 
 # A longer text becomes several documents, cut at line ends where there are any.
 MAX_CHARACTERS = 1 << 20
-# A longer line is no record.
-MAX_RECORD_BYTES = 1 << 26
 _PARQUET_ROWS = 64
 _HUB = "hub:"
 
@@ -48,9 +57,10 @@ class Corpus:
     """Documents from `inputs`, in order. Iterating reads from the beginning; standard input only once.
 
     Args:
-        inputs: text files; JSON Lines (`.jsonl`, `.ndjson`) and `.parquet`; the same, and folders of records,
-            as `s3://bucket/path`, `gs://` or what else pyarrow or fsspec opens; `-` for text from standard
-            input; Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
+        inputs: text files; tables: JSON Lines (`.jsonl`, `.ndjson`), `.json`, `.csv`, `.tsv` and `.parquet`;
+            all but the last also compressed (`.gz`, `.zst`); the same, and folders of records, as
+            `s3://bucket/path`, `gs://` or what else pyarrow or fsspec opens; `-` for text or JSON from
+            standard input; Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
         field: of records, the field (column) with the text or the messages; by default `text`, else
             `messages`.
         by: what in a text file is a document: the `file` or a `line`. Texts of more than MAX_CHARACTERS
@@ -66,7 +76,7 @@ class Corpus:
 
     Raises:
         InputError: an input does not exist, or the options do not fit. While iterating: text that is not
-            UTF-8, or a record without the field.
+            UTF-8, what is damaged, or a record without the field.
     """
 
     def __init__(
@@ -90,16 +100,16 @@ class Corpus:
         self._sizes = [(name, self._check(name)) for name in files]
         sizes = [size for _, size in self._sizes if size is not None]
         self.size = sum(sizes) if len(sizes) == len(files) else None
-        local = [(name, size) for name, size in self._sizes if _REMOTE not in name and _HUB not in name]
-        self.once = next((name for name, size in local if size is None), None)
+        self.once = next((name for name in files if _is_stream(name)), None)
 
     def _check(self, name: str) -> int | None:
         """Raise an InputError if an input cannot be read; its size in bytes, None if not known."""
-        structured = name.startswith(_HUB) or _suffix(name) in _RECORDS
-        if self.field is not None and not structured:
+        kind, packed = kind_of(_public(name)), is_packed(_public(name))
+        if kind == "text" and not (name.startswith(_HUB) or _is_stream(name)):
+            self._check_no_field(_public(name))
+        if kind == "parquet" and packed:
             raise InputError(
-                f"{_public(name)} is read as text and has no fields; "
-                "--field goes with .jsonl, .parquet and hub:."
+                f"{_public(name)} is Parquet, which is compressed in itself, compressed once more; unpack it."
             )
         if name == "-" and sys.stdin is None:
             raise InputError("Standard input is closed; give a file, or put a text into it.")
@@ -107,13 +117,20 @@ class Corpus:
             return None
         if _REMOTE in name:
             filesystem, path = _remote(name)
-            return filesystem.get_file_info(path).size
+            return None if packed else filesystem.get_file_info(path).size
         path = Path(name)
         if name and path.is_dir():
             raise InputError(f"{name} is a folder; give the files in it.")
         if not (name and path.exists()):
             raise InputError(f"There is no file {name or repr(name)}; check the path.")
-        return path.stat().st_size if path.is_file() else None
+        return path.stat().st_size if path.is_file() and not packed else None
+
+    def _check_no_field(self, name: str) -> None:
+        if self.field is not None:
+            raise InputError(
+                f"{name} is read as text and has no fields; "
+                "--field goes with .jsonl, .json, .csv, .tsv, .parquet and hub:."
+            )
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = count = start = 0
@@ -134,14 +151,22 @@ class Corpus:
             return
         shown = _public(name)
         with nullcontext(sys.stdin.buffer) if name == "-" else _open(name) as file:
-            if _suffix(name) == ".parquet":
+            kind = kind_of(shown)
+            if kind == "parquet":
                 yield from self._read_parquet(shown, file)
-            elif _suffix(name) in _RECORDS:
-                yield from self._read_json_lines(shown, file)
-            elif self.by == "line":
-                yield from _read_lines(shown, file)
+                return
+            stream = unpacked(shown, file)
+            if kind == "text" and _is_stream(name) and begins_as_json(stream):
+                kind = "json"
+            if kind == "jsonl":
+                yield from self._read_json_lines(shown, stream)
+            elif kind == "json":
+                yield from self._read_json(shown, stream)
+            elif kind != "text":
+                yield from self._read_csv(shown, stream, "," if kind == "csv" else "\t")
             else:
-                yield from _read_whole(shown, file)
+                self._check_no_field(shown)
+                yield from (_read_lines if self.by == "line" else _read_whole)(shown, stream)
 
     def _read_json_lines(self, name: str, file: BinaryIO) -> Iterator[Document]:
         end = 0
@@ -156,9 +181,32 @@ class Corpus:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON ({reason(error)}); correct or remove it.") from error
-            if not isinstance(record, dict):
-                raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
-            yield from self._documents(record, place, f"{name}:{number}", end)
+            yield from self._documents(self._record(record, place), place, f"{name}:{number}", end)
+
+    def _read_json(self, name: str, stream: io.BufferedReader) -> Iterator[Document]:
+        """Records, or texts, in a list or one after the other; a list of messages is a chat."""
+        number = 0
+        for listed_in, values in groupby(json_values(name, stream), key=lambda value: value[1]):
+            for place, _, value in values:
+                if listed_in and is_message(value) and "text" not in value:
+                    value = [value, *(message for *_, message in values)]
+                record = {"text": value} if isinstance(value, str) and self.field is None else value
+                number += 1
+                identity, end = f"{name}:{number}", _position(stream)
+                yield from self._documents(self._record(record, place), place, identity, end)
+
+    def _record(self, value: Any, place: str) -> dict[str, Any]:
+        """A value of JSON as a record; a chat alone is one."""
+        if isinstance(value, list) and is_message(value[0] if value else None) and self.field is None:
+            check_chat(value, place)
+            value = {"messages": value}
+        if not isinstance(value, dict):
+            raise InputError(f'{place} is no record: it must look like {{"text": ...}}.')
+        return value
+
+    def _read_csv(self, name: str, stream: io.BufferedReader, separator: str) -> Iterator[Document]:
+        for number, (place, record) in enumerate(csv_records(name, stream, separator), 1):
+            yield from self._documents(record, place, f"{name}:{number}", _position(stream))
 
     def _read_parquet(self, name: str, file: BinaryIO) -> Iterator[Document]:
         import pyarrow
@@ -220,7 +268,9 @@ class Corpus:
     def _documents(self, record: dict[str, Any], place: str, identity: str, end: int) -> Iterator[Document]:
         field = self._field(list(record), place)
         value = record[field]
-        if isinstance(value, list) and all(map(_is_message, value)):
+        if isinstance(value, list) and all(map(is_message, value)):
+            if value:
+                check_chat(value, place)
             yield Document(identity, value, end)
         elif isinstance(value, str) or value is None:
             text = value or ""
@@ -235,12 +285,18 @@ class Corpus:
             )
 
 
-_RECORDS = (".jsonl", ".ndjson", ".parquet")
 _REMOTE = "://"
 
 
-def _suffix(name: str) -> str:
-    return Path(_public(name)).suffix.lower()
+def _is_stream(name: str) -> bool:
+    """Whether an input can be read only once: standard input, or something here that is no file."""
+    elsewhere = name.startswith(_HUB) or _REMOTE in name
+    return name == "-" or (not elsewhere and Path(name).exists() and not Path(name).is_file())
+
+
+def _position(stream: io.BufferedReader) -> int:
+    """Bytes read so far, where that can be told."""
+    return stream.tell() if stream.seekable() else 0
 
 
 def _public(name: str) -> str:
@@ -287,7 +343,7 @@ def _remote_files(name: str) -> list[str]:
     if kind.name == "File":
         return [name]
     head, mark, access = name.partition("?")
-    below = sorted(one.path for one in found if one.is_file and _suffix(one.path) in _RECORDS)
+    below = sorted(one.path for one in found if one.is_file and kind_of(one.path) in ("jsonl", "parquet"))
     if not below:
         what = "no .jsonl or .parquet in" if kind.name == "Directory" else "no file"
         raise InputError(f"There is {what} {_public(name)}; check the path.")
@@ -312,10 +368,6 @@ def _unreachable(name: str, error: Exception) -> InputError:
 
 def _is_empty(content: str | list[Message]) -> bool:
     return not (content.strip() if isinstance(content, str) else content)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _is_unicode(text: str) -> bool:

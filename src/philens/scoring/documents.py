@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from philens.errors import InputError
 from philens.model import PHiModel
 from philens.scoring.baselines import predictions
+from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
 
@@ -33,17 +34,21 @@ class TokenTable:
 
 
 @torch.no_grad()
-def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> TokenTable:
+def score_documents(
+    lens: PHiModel, docs: Documents, batch_size: int = 32, overflow: Overflow = "error"
+) -> TokenTable:
     """Read documents, each by itself, and return phi and surprisal of their tokens.
 
     Args:
         lens: a model with a PHi layer; its mode (training or evaluation) is restored.
         docs: documents whose tokens are ids of the model.
         batch_size: documents read at once; documents of like length go together.
+        overflow: as in `philens.score`.
 
     Raises:
-        InputError: there is no document, or an empty one, or batch_size is below 1.
+        InputError: there is no document, or an empty one, or batch_size is below 1; or the model overflows.
     """
+    check_overflow(overflow)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}.")
     if not len(docs):
@@ -71,4 +76,26 @@ def score_documents(lens: PHiModel, docs: Documents, batch_size: int = 32) -> To
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
     finally:
         lens.train(was_training)
-    return TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
+    table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
+    _treat_overflow(lens, table, overflow, batch_size)
+    return table
+
+
+def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch_size: int) -> None:
+    """Raise an error where tokens with one before them have values that are not finite, or make those NaN."""
+    columns = [table.surprisal, table.phi] if lens.enabled else [table.surprisal]
+    later = np.ones(len(table.surprisal), bool)
+    later[table.docs.offsets[:-1]] = False
+    lost = [~np.isfinite(values.T) & later for values in columns]
+    for number in np.unique(table.document[np.vstack(lost).any(0)]).tolist():
+        place = slice(*table.docs.offsets[number : number + 2])
+        if batch_size > 1:  # what fills a batch may overflow, too, and spoil what comes before it
+            alone = score_documents(lens, table.docs.select([number]), 1, "nan")
+            table.surprisal[place], table.phi[place] = alone.surprisal, alone.phi
+        elif overflow == "nan":
+            for values, broken in zip(columns, lost, strict=True):
+                values.T[broken] = np.nan
+        broken = [~np.isfinite(values.T[..., place]) & later[place] for values in columns]
+        if overflow == "error" and np.vstack(broken).any():
+            ids = torch.from_numpy(table.docs.tokens[place].astype(np.int64))
+            raise overflow_error(lens, ids, f"docs[{number}]")

@@ -23,6 +23,7 @@ from philens.generation import new_cache
 from philens.hub import find, is_folder, load_pretrained, reason
 from philens.insertion import cache_argument
 from philens.model import PHiModel
+from philens.scoring.overflow import Overflowed, first_row, overflow_error
 from philens.scoring.run import load_lens
 from philens.scoring.windows import context_length
 from philens.tasks.problems import PLAIN_STOP
@@ -189,7 +190,7 @@ class TransformersEngine:
                 cache = self._new_cache()
                 while rows:
                     steps = min(limits[row] for row in rows) - done
-                    log, ending = _Log(), _Ending(self, len(rows), width)
+                    log, ending = _Log(mask), _Ending(self, len(rows), width)
                     input_ids = self._go_on(input_ids, mask, cache, steps, log, ending)
                     tokens = input_ids[:, width + done :]
                     logprobs = log.of(input_ids)[:, : tokens.shape[1]]
@@ -203,6 +204,8 @@ class TransformersEngine:
                     input_ids, mask = input_ids[kept], torch.cat((mask, torch.ones_like(tokens)), 1)[kept]
                     if cache and rows:
                         next(iter(cache.values())).reorder_cache(kept)
+        except Overflowed as error:
+            raise overflow_error(self.lens or self.base, error.token_ids, "A solution") from error
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"There is not enough memory for {len(prompts)} solutions at once; "
@@ -340,17 +343,16 @@ class _Log:
     It stands before temperature and top-p. No more than one (B, V) is held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask  # (B, T), 0 on padding, which is on the left
         self._columns: list[Tensor] = []
         self._expected: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._note(input_ids)
         self._expected = expected = scores.float().log_softmax(-1)
-        if expected.isnan().any():
-            raise InputError(
-                "The model's predictions are not numbers: it is damaged, or overflows; give another dtype."
-            )
+        if (broken := expected.isnan().any(-1)).any():
+            raise Overflowed(first_row(input_ids, self._mask, broken))
         return scores
 
     def _note(self, sequences: Tensor) -> None:

@@ -17,7 +17,8 @@ from philens.output import utf8_output
 from philens.progress import shown
 from philens.scoring.rules import Rule
 from philens.scoring.solutions import METRICS, iter_replies
-from philens.scoring.texts import Text, check_chat
+from philens.scoring.texts import Text
+from philens.tasks.chat import check_chat, content_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,7 +277,7 @@ def _read_line(line: bytes, where: str) -> tuple[Candidates, bool]:
 def _reply(value: Any) -> Any:
     """A reply that is a chat of one message, as TRL has it, as its text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return value[0].get("content")
+        return content_text(value[0])
     return value
 
 

@@ -9,6 +9,7 @@ from philens.errors import InputError
 from philens.scoring.rules import Rule
 from philens.scoring.solutions import measure_replies
 from philens.scoring.texts import Text
+from philens.tasks.chat import content_text
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
@@ -83,9 +84,10 @@ def _as_pair(prompt: Text, completion: Text) -> tuple[Text, str]:
     if isinstance(completion, str):
         return prompt, completion
     last = completion[-1] if completion else None
-    if isinstance(prompt, str) or not isinstance(last, Mapping) or not isinstance(last.get("content"), str):
+    reply = content_text(last) if isinstance(last, Mapping) else None
+    if isinstance(prompt, str) or reply is None:
         raise InputError(
             "A completion is a string, or after a chat a list of messages with role and content, "
             f"not {completion!r}."
         )
-    return [*prompt, *completion[:-1]], last["content"]
+    return [*prompt, *completion[:-1]], reply

@@ -17,6 +17,7 @@ from philens.scoring.shards import Done, Schedule, chunks, json_line, write_shar
 
 if TYPE_CHECKING:
     from philens.model import PHiModel
+    from philens.scoring.overflow import Overflow
     from philens.scoring.scores import TokenScores
 
 Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
@@ -112,6 +113,7 @@ class Summary:
         skipped: empty ones.
         new: False if all scores were there already.
         finished: False if other processes are to score the rest.
+        overflowed: tokens without a value because the model overflowed.
     """
 
     documents: int = 0
@@ -119,11 +121,13 @@ class Summary:
     skipped: int = 0
     new: bool = True
     finished: bool = True
+    overflowed: int = 0
 
     def __str__(self) -> str:
         documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
         empty = f", {self.skipped:,} empty left out" if self.skipped else ""
-        return f"{documents} with {self.tokens:,} tokens{empty}"
+        lost = f", {self.overflowed:,} of them NaN as the model overflowed" if self.overflowed else ""
+        return f"{documents} with {self.tokens:,} tokens{lost}{empty}"
 
 
 @dataclass
@@ -132,13 +136,14 @@ class Scorer:
 
     Attributes:
         load: gives the lens and its tokenizer.
-        metrics: as for `philens.score`, like `batch_tokens` and `window`.
+        metrics: as for `philens.score`, like `batch_tokens`, `window` and `overflow`.
     """
 
     load: "Callable[[], tuple[PHiModel, Any]]"
     metrics: Sequence[str] | None
     batch_tokens: int
     window: int | None
+    overflow: "Overflow" = "error"
     _loaded: "tuple[PHiModel, Any] | None" = None
 
     def __call__(self, group: Sequence[Document]) -> "Iterator[TokenScores]":
@@ -152,6 +157,7 @@ class Scorer:
             batch_tokens=self.batch_tokens,
             window=self.window,
             names=[document.id for document in group],
+            overflow=self.overflow,
         )
 
 
@@ -164,6 +170,7 @@ def score_corpus(
     metrics: Sequence[str] | None = None,
     batch_tokens: int = 4096,
     window: int | None = None,
+    overflow: "Overflow" = "error",
     shard_characters: int = SHARD_CHARACTERS,
     options: dict[str, Any] | None = None,
     rank: Rank = ALONE,
@@ -176,7 +183,7 @@ def score_corpus(
         load: gives the lens and its tokenizer; called when there is something to score.
         form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
         output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
-        metrics: as for `philens.score`, like `batch_tokens` and `window`.
+        metrics: as for `philens.score`, like `batch_tokens`, `window` and `overflow`.
         shard_characters: of text in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
         rank: which of several processes this is, that write a folder together.
@@ -192,7 +199,7 @@ def score_corpus(
         _check_shared(corpus, form, output)
     if shard_characters < 1:
         raise ConfigError(f"shard_characters must be at least 1, not {shard_characters}.")
-    score = Scorer(load, metrics, batch_tokens, window)
+    score = Scorer(load, metrics, batch_tokens, window, overflow)
     shown = rank.number == 0 and (output is not None or not sys.stdout.isatty())
     with _progress(corpus, shown) as done:
         if output is not None and form in ("jsonl", "parquet"):
@@ -206,11 +213,14 @@ def score_corpus(
                 "batch_tokens": batch_tokens,
                 "window": window,
             }
+            decisive |= {"overflow": overflow} if overflow != "error" else {}  # as before there was a choice
             decisive |= options or {}
             state, new = write_shards(
                 output, corpus, score, decisive, form, shard_characters, done, schedule, rank
             )
-            return Summary(state.documents, state.tokens, corpus.skipped, new, state.finished)
+            return Summary(
+                state.documents, state.tokens, corpus.skipped, new, state.finished, state.overflowed
+            )
         summary = Summary()
 
         def scored() -> "Iterator[tuple[Document, TokenScores]]":
@@ -218,6 +228,7 @@ def score_corpus(
                 for document, scores in zip(group, score(group), strict=True):
                     summary.documents += 1
                     summary.tokens += len(scores)
+                    summary.overflowed += scores.provenance.get("overflowed", 0)
                     done(1, len(scores), document.end)
                     yield document, scores
 

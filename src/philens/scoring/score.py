@@ -18,6 +18,7 @@ from philens.errors import InputError
 from philens.insertion import recorded_forms, text_config
 from philens.model import PHiModel
 from philens.scoring.baselines import LogitLens, divergence, predictions, settling_depth, steps
+from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
@@ -54,6 +55,7 @@ def score(
     batch_tokens: int = 4096,
     window: int | None = None,
     names: Sequence[str] | None = None,
+    overflow: Overflow = "error",
 ) -> list[TokenScores]:
     """Score texts token by token.
 
@@ -69,13 +71,17 @@ def score(
         window: longer texts are read in overlapping windows of as many tokens; None means the model's own
             context (`max_position_embeddings`), and whole texts where it has none.
         names: one for each text, kept in its provenance and used in errors.
+        overflow: what becomes of a token that should have a value and gets NaN or an infinity from the model:
+            an `error` that says where it began, or `nan`, with how many there are in the text's provenance
+            as `overflowed`. First tokens and those that begin a text stay as they are.
 
     Returns:
         One `TokenScores` for each text, in order.
 
     Raises:
         InputError: no text, or one that is empty or no text; an unknown metric, or one that this lens does
-            not have; a tokenizer without offsets or of another model; a window longer than the context.
+            not have; a tokenizer without offsets or of another model; a window longer than the context; a
+            model that overflows.
     """
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, Sequence) or isinstance(texts, bytes):
@@ -86,7 +92,14 @@ def score(
         raise InputError(f"There are {len(texts)} texts and {len(names)} names; give one name for each text.")
     return list(
         iter_scores(
-            lens, tokenizer, texts, metrics=metrics, batch_tokens=batch_tokens, window=window, names=names
+            lens,
+            tokenizer,
+            texts,
+            metrics=metrics,
+            batch_tokens=batch_tokens,
+            window=window,
+            names=names,
+            overflow=overflow,
         )
     )
 
@@ -100,6 +113,7 @@ def iter_scores(
     batch_tokens: int = 4096,
     window: int | None = None,
     names: Iterable[str] | None = None,
+    overflow: Overflow = "error",
 ) -> Iterator[TokenScores]:
     """As `score`, for any number of texts: they are read a few batches ahead and their scores come in order.
 
@@ -114,6 +128,7 @@ def iter_scores(
     check_tokenizer(tokenizer)
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}.")
+    check_overflow(overflow)
     wanted = check_metrics(lens, metrics)
     context = context_length(lens.base, window)
     origin = provenance(lens, tokenizer, context)
@@ -121,9 +136,15 @@ def iter_scores(
     def scores() -> Iterator[TokenScores]:
         prepared = _tokenized(lens, tokenizer, texts, names)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
-            columns = _read_texts(lens, [text for _, text in ahead], wanted, batch_tokens, context)
-            for (name, text), (found, sinks) in zip(ahead, columns, strict=True):
+            columns = _read_texts(lens, [text for *_, text in ahead], wanted, batch_tokens, context)
+            for (name, where, text), (found, sinks, lost) in zip(ahead, columns, strict=True):
                 own = origin if name is None else {"name": name, **origin}
+                if lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
+                    ((found, sinks, lost),) = _read_texts(lens, [text], wanted, 1, context)
+                if lost.any():
+                    if overflow == "error":
+                        raise overflow_error(lens, _read_with(text, int(lost.argmax()), context), where)
+                    own = own | {"overflowed": int(lost.sum())}
                 yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own, sinks)  # pyright: ignore[reportArgumentType]
 
     return scores()
@@ -201,8 +222,8 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
 
 def _tokenized(
     lens: PHiModel, tokenizer: Any, texts: Iterable[Text], names: Iterable[str] | None
-) -> Iterator[tuple[str | None, TokenizedText]]:
-    """Each text with its name, in tokens that the model knows."""
+) -> Iterator[tuple[str | None, str, TokenizedText]]:
+    """Each text with its name and what errors call it, in tokens that the model knows."""
     vocabulary = getattr(text_config(lens.base), "vocab_size", None)
     remaining, following = None if names is None else iter(names), iter(texts)
     first = 0
@@ -220,12 +241,12 @@ def _tokenized(
                     f"{place} has token id {tokens.token_ids.max()} and the model knows {vocabulary} tokens; "
                     "load the model's own tokenizer."
                 )
-            yield name, tokens
+            yield name, place, tokens
 
 
 def _take(
-    texts: Iterator[tuple[str | None, TokenizedText]], tokens: int
-) -> list[tuple[str | None, TokenizedText]]:
+    texts: Iterator[tuple[str | None, str, TokenizedText]], tokens: int
+) -> list[tuple[str | None, str, TokenizedText]]:
     """The next texts, until they have as many tokens; none at the end."""
     taken = []
     while tokens > 0:
@@ -233,7 +254,7 @@ def _take(
         if not following:
             break
         taken += following
-        tokens -= len(following[0][1].token_ids)
+        tokens -= len(following[0][2].token_ids)
     return taken
 
 
@@ -243,8 +264,9 @@ def _read_texts(
     wanted: Sequence[str],
     batch_tokens: int,
     context: int | None,
-) -> list[tuple[Columns, NDArray[np.bool_]]]:
-    """The columns of each text, and which of its tokens are attention sinks."""
+) -> list[tuple[Columns, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """The columns of each text, which of its tokens (T,) are attention sinks, and which lack a value because
+    the model overflowed."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)
@@ -269,7 +291,24 @@ def _read_texts(
     for number, window in done:
         start, stop = stop, stop + window.stop - window.scored
         tables[number][:, window.scored : window.stop] = values[:, start:stop]
-    return [_finished(dict(zip(names, table, strict=True)), wanted) for table in tables]
+    lost = [_lost(table, text) for table, text in zip(tables, texts, strict=True)]
+    columns = [_finished(dict(zip(names, table, strict=True)), wanted) for table in tables]
+    return [(*found, without) for found, without in zip(columns, lost, strict=True)]
+
+
+def _lost(table: NDArray[np.float32], text: TokenizedText) -> NDArray[np.bool_]:
+    """(T,) the tokens that have one before them and a value that is none, which becomes NaN in (n, T)."""
+    broken = ~np.isfinite(table)
+    broken[:, : max(1, text.leading)] = False
+    table[broken] = np.nan
+    return broken.any(0)
+
+
+def _read_with(text: TokenizedText, token: int, context: int | None) -> Tensor:
+    """(T,) what is read at once with a token of a text."""
+    windows = find_windows(len(text.token_ids), context, text.leading)
+    window = next(one for one in windows if token < one.stop)
+    return torch.from_numpy(_assemble([text], [(0, window)])[0][0])
 
 
 def _batches(windows: Sequence[tuple[int, Window]], batch_tokens: int) -> Iterator[list[tuple[int, Window]]]:
@@ -362,7 +401,8 @@ def _read_batch(
 def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[np.bool_]]:
     """The columns in order, steps divided by the mean length of the text's hidden states; and the sinks.
 
-    The first token's length is left out of that mean: in many models it is hundreds of times longer.
+    The first token's length is left out of that mean: in many models it is hundreds of times longer. So are
+    lengths that are not finite.
     """
     columns = {}
     for metric in wanted:
@@ -370,8 +410,9 @@ def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[n
             columns |= {key: values for key, values in found.items() if key.partition("@")[0] == name}
     for key, norms in found.items():
         name, at, path = key.partition("@")
-        if name == _NORM and len(norms) > 1:
+        lengths = norms[1:][np.isfinite(norms[1:])]
+        if name == _NORM and len(lengths):
             step = f"step_length{at}{path}"
-            columns[step] = columns[step] / np.float32(norms[1:].mean(dtype=np.float64))
+            columns[step] = columns[step] / np.float32(lengths.mean(dtype=np.float64))
     sinks = [values != 0 for name, values in found.items() if name.partition("@")[0] == _SINK]
     return columns, np.logical_or.reduce(sinks) if sinks else np.zeros(0, bool)

@@ -28,6 +28,7 @@ from philens.errors import InputError, OutputError
 from philens.files import locked, write_atomically
 from philens.scoring.corpus import Document
 from philens.scoring.ranks import ALONE, Rank
+from philens.tasks.chat import content_text
 
 if TYPE_CHECKING:
     from philens.scoring.scores import TokenScores
@@ -50,7 +51,8 @@ class Progress:
     """How far a folder has come.
 
     Attributes:
-        shards: from the first on that are written, and `documents` and `tokens` in them.
+        shards: from the first on that are written, and `documents` and `tokens` in them, `overflowed` those
+            without a value because the model overflowed.
         digest: hash of those documents.
         finished: whether the input ended there.
     """
@@ -60,6 +62,7 @@ class Progress:
     tokens: int = 0
     digest: str = ""
     finished: bool = False
+    overflowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Record:
     tokens: int
     digest: str
     provenance: dict[str, Any]
+    overflowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def chunks(documents: Iterable[Document], characters: int) -> Iterator[list[Docu
     for document in documents:
         group.append(document)
         content = document.content
-        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        texts = [content] if isinstance(content, str) else [content_text(one) or "" for one in content]
         length += sum(map(len, texts))
         if length >= characters:
             yield group
@@ -175,25 +179,26 @@ class Writer:
         Raises:
             OutputError: it cannot be written, or the scores are of another model than those that are there.
         """
-        provenance, tokens = self.provenance, 0
+        provenance, tokens, overflowed = self.provenance, 0, 0
 
         def scored() -> Iterator[Scored]:
-            nonlocal provenance, tokens
+            nonlocal provenance, tokens, overflowed
             for document, scores in zip(shard.documents, self.score(shard.documents), strict=True):
                 model = {
                     key: item
                     for key, item in json.loads(json.dumps(scores.provenance)).items()
-                    if key not in ("name", "versions")
+                    if key not in ("name", "versions", "overflowed")
                 }
                 provenance = provenance or model
                 check_same_settings(self.folder, provenance, model)
                 tokens += len(scores)
+                overflowed += scores.provenance.get("overflowed", 0)
                 done(1, len(scores), document.end)
                 yield document, scores
 
         content = {"jsonl": _write_jsonl, "parquet": _write_parquet}[self.form]
         write_atomically(_part(self.folder, shard.number, self.form), lambda file: content(file, scored()))
-        record = Record(len(shard.documents), tokens, shard.digest, provenance)
+        record = Record(len(shard.documents), tokens, shard.digest, provenance, overflowed)
         _write_json(_record(self.folder, shard.number), record)
         return record
 
@@ -356,8 +361,13 @@ def _take_in(folder: Path, options: dict[str, Any]) -> _Manifest:
         if manifest.provenance:
             check_same_settings(folder, manifest.provenance, record.provenance)
         manifest = replace(manifest, provenance=record.provenance)
-        now = Progress(
-            now.shards + 1, now.documents + record.documents, now.tokens + record.tokens, record.digest
+        now = replace(
+            now,
+            shards=now.shards + 1,
+            documents=now.documents + record.documents,
+            tokens=now.tokens + record.tokens,
+            digest=record.digest,
+            overflowed=now.overflowed + record.overflowed,
         )
     if now != first:
         manifest = replace(manifest, progress=now)
@@ -446,7 +456,8 @@ def json_line(document: Document, scores: "TokenScores") -> str:
 def _write_jsonl(file: BinaryIO, scored: Iterable[Scored]) -> None:
     for document, scores in scored:
         # The manifest says the rest once, instead of every line again.
-        brief = replace(scores, provenance={"name": document.id})
+        own = {key: scores.provenance[key] for key in ("overflowed",) if key in scores.provenance}
+        brief = replace(scores, provenance={"name": document.id} | own)
         file.write(f"{json_line(document, brief)}\n".encode())
 
 
@@ -496,5 +507,5 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
     fields |= dict.fromkeys(scores.columns, numbers)
     fields |= {f"{name}_mean": pa.float64() for name in scores.columns}
     fields |= {"spans": pa.list_(span), "sinks": places}
-    origin = {key: item for key, item in scores.provenance.items() if key != "name"}
+    origin = {key: item for key, item in scores.provenance.items() if key not in ("name", "overflowed")}
     return parquet.ParquetWriter(file, pa.schema(fields).with_metadata({"philens": json.dumps(origin)}))

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from philens.errors import InputError
 from philens.scoring.rules import AGGREGATES
-from philens.scoring.texts import Text, check_chat, check_tokenizer
-from philens.tasks.chat import TEMPLATE_OPTIONS
+from philens.scoring.texts import Text, check_tokenizer
+from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
 from philens.tasks.problems import messages, plain_text
 
 if TYPE_CHECKING:
@@ -227,18 +227,19 @@ def iter_replies(
     check_tokenizer(tokenizer)
     joining = copy.copy(tokenizer)
     joining.chat_template = _AS_THEY_ARE
-    # Where each reply starts in the text that is read; None for an empty one, which is not.
-    starts: deque[int | None] = deque()
+    # Where each reply starts and ends in the text that is read; None for an empty one, which is not.
+    places: deque[tuple[int, int] | None] = deque()
+    ending = end_marks(tokenizer)
 
     def texts() -> Iterator[tuple[Text, str]]:
         for (prompt, reply), name in zip(pairs, names, strict=False):
             if not isinstance(reply, str):
                 raise InputError(f"{name} is of type {type(reply).__name__}; a reply is a string.")
             if not reply:
-                starts.append(None)
+                places.append(None)
                 continue
             before = render_prompt(tokenizer, prompt, f"the prompt of {name}")
-            starts.append(len(before))
+            places.append((len(before), len(before) + len(ending.sub("", reply))))
             if isinstance(prompt, str) or not tokenizer.chat_template:
                 yield before + reply, name
             else:  # what a template writes brings its own special tokens
@@ -256,16 +257,15 @@ def iter_replies(
         names=(name for _, name in labels),
     )
     wanted = check_metrics(lens, metrics)
-    special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
 
     def rows() -> Iterator[Row]:
         for scores in scored:
-            while (start := starts.popleft()) is None:
+            while (place := places.popleft()) is None:
                 yield {"tokens": 0}
-            ends = scores.offsets[:, 1]
-            own = (ends > start) & (ends > scores.offsets[:, 0]) & ~np.isin(scores.token_ids, special)
+            starts, ends = scores.offsets.T
+            own = (ends > place[0]) & (ends > starts) & (ends <= place[1])
             yield _aggregate(scores, own, wanted)
-        yield from ({"tokens": 0} for _ in starts)
+        yield from ({"tokens": 0} for _ in places)
 
     return rows()
 
@@ -277,26 +277,16 @@ def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> st
     change messages (Llama 3's trims them, Qwen 3's leaves out thoughts). Without a template, a chat is
     `philens.tasks.problems.plain_text`.
 
-    Templates that tell the model the date are given the one that training uses, so that a reply is read the
-    same way on another day.
-
     Raises:
-        InputError: neither text nor chat, or the template refuses the chat.
+        InputError: neither text nor chat, or the template refuses the chat or leaves out its tool calls.
     """
     if isinstance(prompt, str):
         return prompt
-    check_chat(prompt, where)
-    chat = [dict(message) for message in prompt]
-    if not tokenizer.chat_template:
-        return plain_text(chat)
-    try:
-        return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
-        )
-    except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"The chat template refuses {where} ({' '.join(str(error).split())}); change the prompt."
-        ) from error
+    if tokenizer.chat_template:
+        return chat_prompt(tokenizer, prompt, where)
+    chat = plain_chat(tokenizer, prompt, where)
+    refuse_tool_calls(chat, where)
+    return plain_text(chat)
 
 
 def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[str]) -> Row:
@@ -309,8 +299,7 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
         values = column[kept if kept.any() else own].astype(np.float64)
         if np.isnan(values).any():
             raise InputError(
-                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it, or "
-                "load the model in a wider dtype if it overflows."
+                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it."
             )
         last_fifth = values[-ceil(len(values) / 5) :]
         found = (values.mean(), values.sum(), values.max(), last_fifth.mean())

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.errors import InputError
-from philens.hub import reason
 from philens.scoring.scores import Span
-from philens.tasks.chat import TEMPLATE_OPTIONS
+from philens.tasks.chat import mark_places, message_region, plain_chat, render, special_tokens
 
-Text = str | Sequence[Mapping[str, str]]
+Text = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
 
     Args:
         tokenizer: a fast tokenizer; it is left as it was.
-        texts: strings, or chats: messages with `role` and `content`.
+        texts: strings, or chats: messages with `role` and `content` (text, text parts, or null with
+            `tool_calls`).
         where: what errors call each text.
 
     Raises:
@@ -74,8 +74,8 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
                 f"{place} holds half a character (a lone surrogate, at character {error.start}); "
                 "read it with the right encoding."
             ) from error
-    special = np.array([*set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}], np.int64)
     found: dict[int, TokenizedText] = {}
+    special = special_tokens(tokenizer)
     for is_plain in (True, False):  # a template has put special tokens in already
         chosen = [number for number, text in enumerate(texts) if isinstance(text, str) == is_plain]
         if not chosen:
@@ -93,13 +93,14 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
         for number, *columns_of_text in zip(chosen, *columns, strict=True):
             ids, pairs, mask = (np.array(column, np.int64) for column in columns_of_text)
             offsets = pairs.reshape(-1, 2)
-            if np.isin(ids, special).all():
+            marks = mark_places(special, rendered[number][0], ids, offsets)
+            if marks.all():
                 what = "only special tokens" if len(ids) else "no token"
                 raise InputError(
                     f"{where[number]} gives {what}; there is nothing to score in it, leave it out."
                 )
             added = (mask != 0) & (offsets[:, 0] == offsets[:, 1])
-            leading = int(np.argmin(added | (ids == tokenizer.bos_token_id)))
+            leading = int(np.argmin(added | (marks & (ids == tokenizer.bos_token_id))))
             found[number] = TokenizedText(rendered[number][0], ids, offsets, rendered[number][1], leading)
     return [found[number] for number in range(len(texts))]
 
@@ -118,63 +119,36 @@ def settings_kept(backend: Any) -> Iterator[None]:
 
 
 def render_chat(tokenizer: Any, messages: Any, where: str) -> tuple[str, list[Span]]:
-    """A chat as the text that the tokenizer's template makes of it, and where each message's content is.
+    """A chat as the text that the tokenizer's template makes of it, and where what each message says is.
 
     Contents are found by rendering the chat once more with marks in their place. A template that looks at
     contents may give another text around the marks: they are then searched for one after the other. A
-    content that the template left out has an empty span.
+    content that the template left out has an empty span. Tool calls are in the span of their message.
 
     Raises:
-        InputError: not a chat, no template, or the template refuses the chat.
+        InputError: not a chat, no template, or the template refuses the chat or leaves out its tool calls.
     """
-    check_chat(messages, where)
+    chat = plain_chat(tokenizer, messages, where)
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"{where} is a chat and the tokenizer has no chat template; "
             "set tokenizer.chat_template or give a text."
         )
-    contents = [message["content"] for message in messages]
-    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    contents = [message["content"] for message in chat]
+    marks = [f"\ue000{number}\ue001" for number in range(len(chat))]
+    text = render(tokenizer, chat, where)
     try:
-        plain = [dict(message) for message in messages]
-        text = tokenizer.apply_chat_template(plain, tokenize=False, **TEMPLATE_OPTIONS)
-    except Exception as error:  # a template raises what it likes
-        raise InputError(f"The chat template refuses {where} ({reason(error)}); change the chat.") from error
-    try:
-        marked = tokenizer.apply_chat_template(
-            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
-            tokenize=False,
-            **TEMPLATE_OPTIONS,
-        )
-    except Exception:
+        with_marks = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
+        marked = render(tokenizer, with_marks, where)
+    except InputError:
         marked = ""
     places = _between_marks(text, marked, marks, contents) or _one_after_other(text, contents)
+    for number, message in enumerate(chat):
+        if message.get("tool_calls"):
+            places[number] = message_region(tokenizer, chat, number, text, where)
     return text, [
-        Span(message["role"], start, end) for message, (start, end) in zip(messages, places, strict=True)
+        Span(message["role"], start, end) for message, (start, end) in zip(chat, places, strict=True)
     ]
-
-
-def check_chat(messages: Any, where: str) -> None:
-    """Raise an InputError unless this is a chat; `where` is what the error calls it."""
-    if isinstance(messages, Mapping):
-        raise InputError(
-            f"{where} is one message; a chat is a list of messages: put it in a list of its own."
-        )
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise InputError(
-            f"{where} is of type {type(messages).__name__}; give a string, or a chat as a list of messages "
-            "with role and content."
-        )
-    if not messages:
-        raise InputError(f"{where} is a chat without messages; leave it out.")
-    for message in messages:
-        fits = isinstance(message, Mapping) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not fits:
-            raise InputError(
-                f"{where} holds {message!r}; a chat is a list of messages, each with role and content."
-            )
 
 
 def _between_marks(

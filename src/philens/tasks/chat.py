@@ -1,6 +1,15 @@
-"""Texts and chats as tokens, with a mark on those that count in the loss."""
+"""Texts and chats as tokens, with a mark on those that count in the loss; how a chat becomes a text.
 
+Everything that goes through a chat template does so here, in `render`: the same chat is the same text on any
+day, and its contents may be texts, lists of text parts, or null beside tool calls.
+"""
+
+import contextlib
+import copy
+import json
 import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -9,11 +18,238 @@ from numpy.typing import NDArray
 from philens.errors import InputError
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.bool_]]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
-# Llama 3 tells the model the date. With this one, which its template names too, rows are the same every day.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
+MOMENT = datetime(2024, 7, 26, 12)
+"""When every chat is rendered. It is the date that Llama 3's template names where there is no other."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Characters that no text has, to find out what a template does with contents.
+_FIRST, _SECOND, _PERCENT = "\ue000", "\ue001", "\ue002"
+# By template: whether it takes contents as texts, and what it writes between two parts of one.
+_forms: dict[str, tuple[bool, str]] = {}
+
+
+# Chats
+
+
+def check_chat(messages: Any, where: str) -> None:
+    """Raise an InputError unless this is a chat; `where` is what the error calls it."""
+    if isinstance(messages, Mapping):
+        raise InputError(
+            f"{where} is one message; a chat is a list of messages: put it in a list of its own."
+        )
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise InputError(
+            f"{where} is of type {type(messages).__name__}; give a string, or a chat as a list of messages "
+            "with role and content."
+        )
+    if not messages:
+        raise InputError(f"{where} is a chat without messages; leave it out.")
+    for number, message in enumerate(messages, 1):
+        if not is_message(message):
+            raise InputError(
+                f"{where} holds {message!r:.80}; a chat is a list of messages, each with role and content."
+            )
+        if content_text(message) is None:
+            raise InputError(
+                f"{where} has a content that is no text in message {number} "
+                f"({message.get('content')!r:.60}); give text, a list of text parts, or null with tool_calls."
+            )
+
+
+def is_message(value: Any) -> bool:
+    """Whether this looks like a message; `check_chat` says whether its content can be read."""
+    has_content = isinstance(value, Mapping) and ("content" in value or bool(value.get("tool_calls")))
+    return has_content and isinstance(value.get("role"), str)
+
+
+def content_text(message: Mapping[str, Any], separator: str = "") -> str | None:
+    """A message's content as one text; empty for null beside tool calls, None where it is no text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return "" if message.get("tool_calls") else None
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        return None
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        for part in content
+    ]
+    return separator.join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
+    """A chat with every content as one text, its parts joined as the tokenizer's template joins them.
+
+    Keys without a value, which tables fill in, are left out.
+
+    Raises:
+        InputError: as `check_chat`.
+    """
+    check_chat(messages, where)
+    chat = [_without_nulls(message) for message in messages]
+    listed = any(not isinstance(message.get("content", ""), str) for message in chat)
+    separator = _form(tokenizer)[1] if listed and tokenizer.chat_template else ""
+    for message in chat:
+        message["content"] = content_text(message, separator)
+    return chat
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The functions that a message calls."""
+    calls = message.get("tool_calls") or []
+    calls = [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]
+    return [call for call in calls if isinstance(call, dict)]
+
+
+def _with_read_arguments(messages: Messages) -> Messages:
+    """A chat with arguments of tool calls that are JSON as what they say."""
+    chat = copy.deepcopy(messages)
+    for call in (call for message in chat for call in _calls(message)):
+        if isinstance(call.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                call["arguments"] = json.loads(call["arguments"])
+    return chat
+
+
+# Templates
+
+
+def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = False, **options: Any) -> Any:
+    """What the tokenizer's template makes of a chat that `plain_chat` gave, whatever the day.
+
+    Args:
+        options: of `apply_chat_template`.
+
+    Raises:
+        InputError: the template refuses the chat, or leaves out its tool calls.
+    """
+    calls = any(message.get("tool_calls") for message in messages)
+    if not _form(tokenizer)[0]:
+        messages = [message | {"content": _parts(message["content"])} for message in messages]
+    options |= {"tokenize": tokenize}
+    try:
+        try:  # most templates write the arguments of calls as JSON
+            made = _apply(tokenizer, _with_read_arguments(messages) if calls else messages, **options)
+        except Exception:
+            if not calls:
+                raise
+            made = _apply(tokenizer, messages, **options)
+    except Exception as error:  # a template raises what it likes
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"The chat template refuses {where} ({reason}); change the chat.") from error
+    if calls:
+        text = made if isinstance(made, str) else tokenizer.decode(made["input_ids"])
+        if any(str(call.get("name")) not in text for message in messages for call in _calls(message)):
+            raise InputError(
+                f"The chat template leaves out the tool calls of {where}; use a tokenizer whose template has "
+                "them, or leave such chats out."
+            )
+    return made
+
+
+def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        # A line of its own: blanks before the template's first block are treated as before.
+        options["chat_template"] = f"{_STOPPED_CLOCK}\n{template}"
+    return tokenizer.apply_chat_template(messages, date_string=MOMENT.strftime("%d %b %Y"), **options)
+
+
+def _stopped_clock() -> str:
+    """A macro that takes the place of the clock that templates are given, `strftime_now`.
+
+    transformers hands nothing to templates but data, so it is written in their own language.
+    """
+    replaced = [("%%", _PERCENT)]
+    for mark in ("%", "%-"):
+        for letter in "aAbBcdDeFfGHIjklmMnpRrSTuUVwWxXyYzZ":
+            replaced.append((mark + letter, MOMENT.strftime(mark + letter)))
+    replaced.append((_PERCENT, "%"))
+    filters = "".join(f"|replace({old!r}, {new!r})" for old, new in replaced if old != new)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
+
+
+_STOPPED_CLOCK = _stopped_clock()
+
+
+def _form(tokenizer: Any) -> tuple[bool, str]:
+    """Whether the template takes contents as texts, and what it writes between two parts of one.
+
+    Tried with a message of each kind; a template that refuses those is taken to be like most.
+    """
+    template = tokenizer.get_chat_template()
+    if template not in _forms:
+
+        def shown(content: Any) -> str:
+            try:
+                return _apply(tokenizer, [{"role": "user", "content": content}], tokenize=False)
+            except Exception:  # a template raises what it likes
+                return ""
+
+        of_parts = shown([*_parts(_FIRST), *_parts(_SECOND)])
+        between, found, _ = of_parts.partition(_FIRST)[2].partition(_SECOND)
+        takes_parts = bool(found) and "text" not in between  # else it prints the list
+        _forms[template] = (not takes_parts or _FIRST in shown(_FIRST), between if takes_parts else "")
+    return _forms[template]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def message_region(tokenizer: Any, messages: Messages, number: int, text: str, where: str) -> tuple[int, int]:
+    """The characters of a rendered chat that depend on what a message says, tool calls included."""
+    marked = {key: value for key, value in messages[number].items() if key != "tool_calls"}
+    marked["content"] = _FIRST
+    other = render(tokenizer, [*messages[:number], marked, *messages[number + 1 :]], where)
+    start = _alike(text, other)
+    return start, len(text) - _alike(text[start:][::-1], other[start:][::-1])
+
+
+def _alike(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
+
+
+# Tokens
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """By id, all special tokens: those with a part to play, and others that were added as such."""
+    added = {key: str(token) for key, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def mark_places(
+    special: Mapping[int, str], text: str, token_ids: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """(T,) which tokens are `special_tokens`, put there by the tokenizer or written as such in the text.
+
+    By what stands there and not by the ids alone: the id of a character that the tokenizer does not know may
+    be that of the token that ends a text.
+    """
+    found, texts = np.isin(token_ids, list(special)), set(special.values())
+    for place in np.flatnonzero(found):
+        start, end = offsets[place]
+        found[place] = start == end or bool({text[start:end], text[start:end].strip()} & texts)
+    return found
+
+
+def end_marks(tokenizer: Any) -> re.Pattern[str]:
+    """Matches special tokens that are written at the end of a reply, and blanks after them."""
+    marks = sorted(set(special_tokens(tokenizer).values()), key=len, reverse=True)
+    return re.compile(rf"(?:(?:{'|'.join(map(re.escape, marks)) or '(?!)'})\s*)+\Z")
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
@@ -26,7 +262,7 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[i
     )
 
 
-def encode_chat(tokenizer: Any, messages: Messages) -> Encoded:
+def encode_chat(tokenizer: Any, messages: Any, where: str = "") -> Encoded:
     """A chat as tokens by the tokenizer's own template; those of the assistant's messages count.
 
     Templates that mark what the assistant generates are taken at their word. By others, a message is what
@@ -35,64 +271,57 @@ def encode_chat(tokenizer: Any, messages: Messages) -> Encoded:
 
     Args:
         tokenizer: of transformers, a fast one.
-        messages: each with `role` and `content`.
+        messages: each with `role` and `content`: text, text parts, or null with `tool_calls`.
+        where: what errors call the chat; by default its roles.
 
     Raises:
-        InputError: the template refuses the chat, or does not show which part is whose.
+        InputError: this is no chat, the template refuses it, leaves out its tool calls or does not show which
+            part is whose.
     """
+    if not where:
+        roles = [str(message.get("role")) for message in messages if isinstance(message, Mapping)]
+        where = f"a chat of {', '.join(roles)}"
+    chat = plain_chat(tokenizer, messages, where)
     if not tokenizer.chat_template:
-        return _encode_plain(tokenizer, messages)
+        return _encode_plain(tokenizer, chat, where)
     if _GENERATION.search(tokenizer.get_chat_template()):
-        encoded = _render(
-            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        encoded = render(
+            tokenizer, chat, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return np.array(encoded["input_ids"], np.int64), np.array(encoded["assistant_masks"], bool)
-    text = _render(tokenizer, messages)
+    text = render(tokenizer, chat, where)
     spans = [
-        _span(tokenizer, messages, number, text)
-        for number, message in enumerate(messages)
+        _span(tokenizer, chat, number, text, where)
+        for number, message in enumerate(chat)
         if message["role"] == "assistant"
     ]
     return _tokenize(tokenizer, text, spans)
 
 
-def chat_prompt(tokenizer: Any, messages: Messages) -> str:
+def chat_prompt(tokenizer: Any, messages: Any, where: str = "a chat") -> str:
     """A chat as text, with what the template puts before a reply."""
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    return render(tokenizer, plain_chat(tokenizer, messages, where), where, add_generation_prompt=True)
 
 
-def _render(tokenizer: Any, messages: Messages, tokenize: bool = False, **options: Any) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **TEMPLATE_OPTIONS, **options)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"The tokenizer's chat template refuses a chat of {roles} ({' '.join(str(error).split())}); "
-            "change the chats' roles."
-        ) from error
-
-
-def _span(tokenizer: Any, messages: Messages, number: int, text: str) -> tuple[int, int]:
+def _span(tokenizer: Any, messages: Messages, number: int, text: str, where: str) -> tuple[int, int]:
     """Where a message of the assistant stands in the rendered text, its end mark included."""
     if number:
-        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
+        before = render(tokenizer, messages[:number], where, add_generation_prompt=True)
     else:  # an empty chat cannot be rendered
-        marked = [messages[0] | {"content": "\0"}, *messages[1:]]
-        before = _render(tokenizer, marked).partition("\0")[0]
-    start = len(before) if text.startswith(before) else 0
-    after = _render(tokenizer, messages[: number + 1])
+        start, _ = message_region(tokenizer, messages, 0, text, where)
+        before = text[:start]
+    after = render(tokenizer, messages[: number + 1], where)
     if text.startswith(before) and text.startswith(after):
-        return start, len(after)
+        return len(before), len(after)
     # A template that renders a message otherwise once others follow.
+    start, end = message_region(tokenizer, messages, number, text, where)
     content = messages[number]["content"].strip()
-    found = text.find(content, start)
+    found = text.find(content, start, end)
     if found < 0:
         raise InputError(
             "The tokenizer's chat template changes the assistant's words; use another tokenizer."
         )
-    return found, found + len(content)
+    return (start, end) if messages[number].get("tool_calls") else (found, found + len(content))
 
 
 def _tokenize(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Encoded:
@@ -105,7 +334,8 @@ def _tokenize(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Encode
     return tokens, counted
 
 
-def _encode_plain(tokenizer: Any, messages: Messages) -> Encoded:
+def _encode_plain(tokenizer: Any, messages: Messages, where: str) -> Encoded:
+    refuse_tool_calls(messages, where)
     text, spans = "", []
     for message in messages:
         text += "\n\n" if text else ""
@@ -121,10 +351,19 @@ def _encode_plain(tokenizer: Any, messages: Messages) -> Encoded:
     )
 
 
+def refuse_tool_calls(messages: Messages, where: str) -> None:
+    """Raise an InputError if a chat that goes through no template calls tools."""
+    if any(message.get("tool_calls") for message in messages):
+        raise InputError(
+            f"{where} calls tools and the tokenizer has no chat template to write that; leave it out."
+        )
+
+
 def begin_of_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: BOS, or nothing."""
-    first = tokenizer("").input_ids[:1]
-    return first if first and first[0] == tokenizer.bos_token_id else []
+    """What the tokenizer puts in front of a text, if that is BOS; what it puts after one may be the same."""
+    whole = tokenizer("a").input_ids
+    own = tokenizer("a", add_special_tokens=False).input_ids
+    return whole[:1] if whole[:1] == [tokenizer.bos_token_id] and whole[: len(own)] != own else []
 
 
 def _end(tokenizer: Any) -> list[int]:

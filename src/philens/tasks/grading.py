@@ -1,9 +1,10 @@
 """Is a solution right? The final answer is taken out of its text and compared with the reference.
 
 Numbers are compared as exact fractions. Mathematics is compared as text, after what LaTeX can say in several
-ways has been said in one, and where that differs by math-verify, which parses to sympy. math-verify runs in a
-process of its own, which is ended when a comparison takes too long: sympy would work out 9^{9^9} digit by
-digit, and neither a signal nor another thread can stop it there. So grading is safe in threads, too.
+ways has been said in one, and where that differs by math-verify, which parses to sympy; numbers in there that
+are rational are compared exactly, too, however small. math-verify runs in a process of its own, which is
+ended when a comparison takes too long: sympy would work out 9^{9^9} digit by digit, and neither a signal nor
+another thread can stop it there. So grading is safe in threads, too.
 """
 
 import atexit
@@ -14,10 +15,11 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from math import factorial, prod
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -111,11 +113,12 @@ _NUMBER = re.compile(
     r"(?P<sign>(?:(?<![)\]}])[-+](?=[$€£\d.]))?)(?:[$€£]\s?(?P<minus>-?))?"
     r"(?:(?P<whole>\d+)\s+(?=\d+/\d))?"
     r"(?P<top>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w.^]))?"
     r"(?:\s?/\s?(?P<bottom>0*[1-9]\d*)(?![\d.]))?"
     r"(?:\s*(?P<scale>thousand|million|billion|trillion)\b)?"
 )
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# What makes the number before it part of an expression: 9**9, 2^{10}, 3 + 4, 2\times 10, 1,5, 28_9, 1e9.
+# What makes the number before it part of an expression: 9**9, 2^{10}, 3 + 4, 2\times 10, 1,5, 28_9, 1e9x.
 _GOES_ON = re.compile(
     r"\s*(?:\*+\s*[\d(\\]|\*\s*[a-z]|\^(?!\s*\{?\s*\\circ)|[/,\u00d7÷·-]\s*[\d(\\]|\+\s*[\w(\\$]|\(\s*\d|_"
     r"|\\(?:times|cdot|div|pm|frac|sqrt|pi)|\.?\d)|e[+-]?\d"
@@ -147,17 +150,34 @@ _WORDS = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*\
 def _plain(text: str) -> str:
     """LaTeX as plain text, without the separators of thousands that cannot be anything else."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,!;]|[\u00a0\u2009\u202f'])\s*(?=\d{3})", "", text)
-    text = re.sub(r"[\u2212\u2013]", "-", text)
+    text = re.sub(r"[\u2212\u2013]", "-", _repeating(text))
     text = re.sub(r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r" \1\2/\3\4", text)
     text = re.sub(r"-\s+(?=\d+/\d)", "-", text)
     text = re.sub(_WORDS, r" \1 ", text)
     return re.sub(r"\\([$%])", r"\1", text)
 
 
+# 0.1\overline{6}, 0.\bar3
+_PERIOD = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{\s*(\d+)\s*\}|(\d))(?![\d_])")
+
+
+def _repeating(text: str) -> str:
+    """Decimals whose last digits repeat without end as fractions."""
+
+    def fraction(found: re.Match[str]) -> str:
+        before, period = (found[1] or "0") + found[2], found[3] or found[4]
+        bottom = 10 ** len(found[2]) * (10 ** len(period) - 1)
+        value = Fraction(int(before + period) - int(before), bottom)
+        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+    return _PERIOD.sub(fraction, text)
+
+
 def _value(found: re.Match[str]) -> Fraction | None:
     if len(found[0]) > MAX_LENGTH:
         return None
-    value = Fraction(found["top"].replace(",", "")) / int(found["bottom"] or 1) + int(found["whole"] or 0)
+    value = Fraction(found["top"].replace(",", "")) * Fraction(10) ** int(found["power"] or 0)
+    value = value / int(found["bottom"] or 1) + int(found["whole"] or 0)
     value *= _SCALES.get(found["scale"], 1)
     return -value if "-" in (found["sign"], found["minus"]) else value
 
@@ -186,7 +206,8 @@ _AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<=[\s\d}])(?
 
 
 def _equal(reference: str, answer: str) -> bool:
-    reference, answer = _AND.sub(", ", reference), _AND.sub(", ", answer)
+    if max(len(reference), len(answer)) <= MAX_LENGTH:
+        reference, answer = (_repeating(_AND.sub(", ", side)) for side in (reference, answer))
     ours, theirs = _normal(reference), _normal(answer)
     if ours == theirs:
         return True
@@ -313,7 +334,12 @@ def _serve() -> None:
     """Reply true or false to each pair [reference, answer] from stdin; end if that takes too long."""
     import faulthandler
 
-    from math_verify import verify
+    from math_verify import grader, verify
+
+    # In all that an answer may be, a list or a matrix, numbers are compared by this function. It takes for
+    # equal what differs by less than it can round: 1/2^98 and 1/2^99, for one.
+    rounded = grader.sympy_numeric_eq
+    grader.sympy_numeric_eq = lambda a, b, *options: _same_number(a, b, lambda: rounded(a, b, *options))
 
     logging.disable(logging.CRITICAL)
     # What a library might print must not stand between the replies.
@@ -331,6 +357,61 @@ def _serve() -> None:
         faulthandler.cancel_dump_traceback_later()
         replies.write(json.dumps(equal) + "\n")
         replies.flush()
+
+
+# Bits of a number that is worked out; that of 2006! has 19,000.
+_MOST_BITS = 1 << 20
+# What is smaller may not be rounded to so many places.
+_SMALL = 1e-6
+
+
+def _same_number(a: Any, b: Any, rounded: Callable[[], bool]) -> bool:
+    """Whether two sympy expressions are the same number: exactly where both are rational, else as `rounded`
+    says, which must not have taken both for 0."""
+    ours, theirs = _rational(a), _rational(b)
+    if ours is not None and theirs is not None:
+        return ours == theirs
+    return bool(rounded()) and not _differ_near_zero(a, b)
+
+
+def _rational(value: Any) -> Fraction | None:
+    """The value of an expression of whole numbers, sums, products, powers and factorials, if that is not too
+    long; None for any other."""
+    import sympy
+
+    if isinstance(value, sympy.Rational):
+        return Fraction(int(value.p), int(value.q))
+    if not isinstance(value, sympy.Add | sympy.Mul | sympy.Pow | sympy.factorial):
+        return None
+    parts = [_rational(part) for part in value.args]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    if isinstance(value, sympy.Add):
+        return sum(known, Fraction(0))
+    if isinstance(value, sympy.Mul):
+        return prod(known, start=Fraction(1))
+    if isinstance(value, sympy.factorial):
+        fits = known[0].denominator == 1 and 0 <= known[0] < 50_000
+        return Fraction(factorial(int(known[0]))) if fits else None
+    base, power = known
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    fits = power.denominator == 1 and abs(power) * bits <= _MOST_BITS and (base or power > 0)
+    return base ** int(power) if fits else None
+
+
+def _differ_near_zero(a: Any, b: Any) -> bool:
+    """Whether two numbers differ by more than a millionth of the larger, which is too small to round."""
+    try:
+        ours, theirs = a.evalf(20), b.evalf(20)
+        size = max(abs(ours), abs(theirs))
+        if not 0 < size < _SMALL:
+            return False
+        if not ours or not theirs:
+            return (a - b).is_zero is False
+        return bool(abs(ours - theirs) > size * _SMALL)
+    except Exception:  # no numbers
+        return False
 
 
 def _parsed(side: str) -> list[Any]:

@@ -20,6 +20,8 @@ import numpy as np
 from philens.errors import ConfigError, InputError
 from philens.tasks.arithmetic import LEVELS, problem_at
 from philens.tasks.automata import TaskConfig, generate
+from philens.tasks.chat import check_chat, is_message
+from philens.tasks.tables import PACKED, Kind, kind_of
 from philens.typed import listed
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Document: TypeAlias = str | list[dict[str, str]]
+Document: TypeAlias = str | list[dict[str, Any]]
 
 # The source of what the base itself writes (`philens.training.own_text`).
 SELF = "self"
@@ -107,6 +109,14 @@ KNOWN_FIELDS = (
     ("prompt", "completion"),
 )
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# How `datasets` reads a kind of table.
+_LOADERS: dict[Kind, tuple[str, dict[str, Any]]] = {
+    "json": ("json", {}),
+    "jsonl": ("json", {}),
+    "csv": ("csv", {"keep_default_na": False}),
+    "tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    "parquet": ("parquet", {}),
+}
 _PROSE = {".txt", ".md", ".rst", ".tex", ".html"}
 _CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".rb"}
 _OTHER = {".r", ".jl", ".lua", ".pl", ".sh", ".sql", ".css", ".xml", ".toml", ".yaml", ".yml", ".ini", ".cfg"}
@@ -318,9 +328,9 @@ def _open_path(path: Path, part: TextPart) -> Source:
         patterns = part.files or ["**/*"]
         found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
         if part.files is None:
-            found = [file for file in found if file.suffix.lower() in TEXTS | TABLES.keys()]
+            found = [file for file in found if file.suffix.lower() in TEXTS or kind_of(file.name) != "text"]
         if not found:
-            wanted = " or ".join(part.files) if part.files else "text, JSON or parquet"
+            wanted = " or ".join(part.files) if part.files else "text, JSON, CSV or parquet"
             raise InputError(
                 f"{path} holds no file that is {wanted}; give another folder, or patterns as files."
             )
@@ -328,27 +338,34 @@ def _open_path(path: Path, part: TextPart) -> Source:
         raise ConfigError(f"files chooses among the files of a folder, and {path} is a file; leave it out.")
     else:
         found = [path]
-    kinds = {TABLES.get(file.suffix.lower(), "text") for file in found}
+    kinds = {"jsonl" if (kind := kind_of(file.name)) == "json" else kind for file in found}
     if len(kinds) > 1:
         suffixes = ", ".join(sorted({file.suffix for file in found}))
         raise InputError(
             f'{path} holds files of different kinds ({suffixes}); choose with files, such as ["**/*.jsonl"].'
         )
+    for file in found:
+        suffix = file.suffix.lower()
+        if suffix in PACKED and (kinds == {"text"} or suffix != ".gz"):
+            raise InputError(
+                f"{file} is compressed, and training reads of that only tables in .gz; unpack it."
+            )
     if kinds == {"text"}:
         return TextFiles(found)
     return Table(_load_table(kinds.pop(), found), part)
 
 
-def _load_table(kind: str, paths: list[Path]) -> "datasets.Dataset":
+def _load_table(table: Kind, paths: list[Path]) -> "datasets.Dataset":
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
+    kind, options = _LOADERS[table]
     filled = [str(path) for path in paths if path.stat().st_size]
     if not filled:
         raise InputError(f"{paths[0]} is empty; give a file with at least one document.")
     try:
         with _quiet():
-            return datasets.load_dataset(kind, data_files=filled, split="train")  # pyright: ignore[reportReturnType]
+            return datasets.load_dataset(kind, data_files=filled, split="train", **options)  # pyright: ignore[reportReturnType]
     except (DatasetGenerationError, ValueError, StopIteration, OSError) as error:
         if kind == "json":
             _find_broken_line(paths)
@@ -359,6 +376,8 @@ def _load_table(kind: str, paths: list[Path]) -> "datasets.Dataset":
 def _find_broken_line(paths: Iterable[Path]) -> None:
     """Raise an InputError about the first line that is no JSON object."""
     for path in paths:
+        if path.suffix.lower() in PACKED:
+            continue
         lines = path.suffix.lower() == ".jsonl"
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, text in enumerate(file if lines else [file.read()], 1):
@@ -476,10 +495,11 @@ class Table:
         value = values[0]
         if value is None:
             return ""
-        is_chat = isinstance(value, list) and all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
-        )
-        if len(values) == 1 and (is_chat or isinstance(value, str)):
+        if len(values) == 1 and isinstance(value, str):
+            return value
+        if len(values) == 1 and isinstance(value, list) and all(map(is_message, value)):
+            if value:
+                check_chat(value, f"Document {index} of {self.source}")
             return value
         raise InputError(
             f"The field {self.fields[0]} of document {index} of {self.source} is neither text nor a list of "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from philens.errors import ConfigError, InputError
 from philens.tasks.automata import TaskConfig
-from philens.tasks.chat import encode_chat, encode_text
+from philens.tasks.chat import content_text, encode_chat, encode_text
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.random_streams import below, derive, uniform
 from philens.tasks.sources import Document, Source, TextPart, open_source
@@ -97,9 +97,9 @@ class TextMixture:
         self._recent = {int(i): kept[i] if i in kept else self._make(int(i)) for i in indices.tolist()}
         return TokenDocuments.join(list(self._recent.values()))
 
-    def drawn(self, index: int) -> Iterator[tuple[str, Document]]:
-        """Part and document that number `index` of the stream is made from, if something in it counts; then
-        those that take its place.
+    def drawn(self, index: int) -> Iterator[tuple[str, Document, int]]:
+        """Part, document and its place there that number `index` of the stream is made from, if something in
+        it counts; then those that take its place.
 
         Raises:
             InputError: too many were not enough.
@@ -113,7 +113,7 @@ class TextMixture:
         for place in below(keys, len(source)).tolist():
             document = source[place]
             if _says_something(document) and (len(source) < HELD_OUT or not is_held_out(document)):
-                yield name, document
+                yield name, document, place
         raise InputError(
             f"data.parts.{name} has no documents in which something counts (text, or an assistant's reply "
             f"that begins in the first {self.length} tokens); give another source."
@@ -124,11 +124,13 @@ class TextMixture:
         shares = np.diff(self._edges, prepend=0) / self._edges[-1]
         for source, share in zip(self.sources.values(), shares, strict=True):
             left = share * characters
-            for document in _shuffled(source):
+            for _, document in _shuffled(source):
                 if left <= 0:
                     break
                 if len(source) < HELD_OUT or not is_held_out(document):
-                    text = document if isinstance(document, str) else "".join(m["content"] for m in document)
+                    text = document
+                    if not isinstance(document, str):
+                        text = "".join(content_text(message) or "" for message in document)
                     left -= len(text)
                     yield text
 
@@ -139,20 +141,23 @@ class TextMixture:
         """
         source = self.sources[name]
         found = (
-            self.encode(document, number)
-            for number, document in enumerate(islice(_shuffled(source), 4 * HELD_OUT * most))
+            self.encode(document, number, _where(name, place))
+            for number, (place, document) in enumerate(islice(_shuffled(source), 4 * HELD_OUT * most))
             if _says_something(document) and is_held_out(document)
         )
         return TokenDocuments.join(list(islice(found, most)) if len(source) >= HELD_OUT else [])
 
-    def encode(self, document: Document, key: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def encode(
+        self, document: Document, key: int, where: str = ""
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """A document's tokens, at most a row of them, and which count.
 
         Args:
             key: decides the stretch that is taken of a longer text.
+            where: what errors call the document.
         """
         if not isinstance(document, str):
-            tokens, counted = encode_chat(self.tokenizer, document)
+            tokens, counted = encode_chat(self.tokenizer, document, where)
             return tokens[: self.length], counted[: self.length]
         near = _CHARACTERS * self.length
         # Beginnings and ends, which few stretches have, are drawn as often as what is between.
@@ -170,17 +175,23 @@ class TextMixture:
 
     def _make(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         key = int(derive(derive(_STRETCH, self.seed), index)[0])
-        encoded = (self.encode(document, key) for _, document in self.drawn(index))
+        drawn = self.drawn(index)
+        encoded = (self.encode(document, key, _where(name, place)) for name, document, place in drawn)
         return next((tokens, counted) for tokens, counted in encoded if counted.any())
 
 
-def _shuffled(source: Source) -> Iterator[Document]:
-    """Every document once, in random order; of a very long source, documents drawn at random without end."""
+def _where(name: str, place: int) -> str:
+    return f"document {place} of data.parts.{name}"
+
+
+def _shuffled(source: Source) -> Iterator[tuple[int, Document]]:
+    """Every document once with its place, in random order; of a very long source, documents drawn at random
+    without end."""
     if len(source) <= _LISTED:
         places = iter(np.argsort(derive(_ORDER, np.arange(len(source)))).tolist())
     else:
         places = (int(below(derive(_ORDER, number), len(source))[0]) for number in count())
-    return (source[place] for place in places)
+    return ((place, source[place]) for place in places)
 
 
 def _says_something(document: Document) -> bool:

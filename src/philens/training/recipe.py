@@ -494,10 +494,10 @@ def _check_model(recipe: Recipe) -> None:
             "Until phi_schedule.start_step nothing would be trained in a frozen base; set it to 0, or "
             "model.frozen to false."
         )
-    elif recipe.phi is not None and recipe.phi.pressure == "distill" and not model.frozen:
-        raise RecipeError("phi.pressure distill keeps the base as it is; set model.frozen to true.")
     elif model.quantization != "none" and not model.frozen:
         raise RecipeError("A quantized base cannot be trained; set model.frozen to true.")
+    elif recipe.phi is not None and recipe.phi.pressure == "distill" and not model.frozen:
+        raise RecipeError("phi.pressure distill keeps the base as it is; set model.frozen to true.")
     if recipe.phi is None and recipe.phi_schedule != PhiSchedule():
         raise RecipeError("phi_schedule is of a PHi layer, and phi is null; leave it out.")
     if parts and not sum(part.weight for part in parts.values()) > 0:
