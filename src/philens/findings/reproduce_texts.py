@@ -141,8 +141,8 @@ def write_texts(
     figures = {"texts": figure_texts(results), "surprisal": figure_levels_by_surprisal(results)}
     if "points" in results:
         figures["course"] = figure_levels_course(results)
-    write_text_page(folder / "page.html", results, scored, run["provenance"])
     write_finding(folder, results, tables, figures, run)
+    write_text_page(folder / "page.html", results, scored, run["provenance"])
 
 
 def _lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:
