@@ -110,10 +110,10 @@ def reproduce_texts(
         "model": str(model),
         "adapter": results["adapter"],
         "form": "chat" if scores[0].spans else "text",
-        "levels_from": None if levels is None else str(levels),
-        "tokens_read": tokens or None,
         "seed": seed,
         "kl": kl or first.config.kl,
+        "levels_from": None if levels is None else str(levels),
+        "tokens_read": tokens or None,
         "versions": versions(),
         "provenance": {key: value for key, value in scores[0].provenance.items() if key != "name"},
         "recipe": None if recipe is None else asdict(recipe),
@@ -141,8 +141,8 @@ def write_texts(
     figures = {"texts": figure_texts(results), "surprisal": figure_levels_by_surprisal(results)}
     if "points" in results:
         figures["course"] = figure_levels_course(results)
-    write_text_page(folder / "page.html", results, scored, run["provenance"])
     write_finding(folder, results, tables, figures, run)
+    write_text_page(folder / "page.html", results, scored, run["provenance"])
 
 
 def _lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:

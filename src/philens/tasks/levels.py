@@ -114,7 +114,8 @@ def own_levels(seed: int = 0) -> list[LevelText]:
         for name, text in find_licences(SHIPPED_TEXTS / "LICENSE", LICENCES)
     ]
     if len(licences) < LEAST:
-        logger.info("Found %d different licences on this machine, fewer than %d.", len(licences), LEAST)
+        many = "licence" if len(licences) == 1 else "licences"
+        logger.info("Found %d different %s on this machine, fewer than %d.", len(licences), many, LEAST)
     # Of every second one: half of them as long as prose, half as code.
     shuffled = build_shuffled(written, seed)[::2]
     return [*build_trivial(written, seed), *licences, *shuffled, *written]
