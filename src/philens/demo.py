@@ -1,4 +1,4 @@
-"""What comes with philens, at work: a language model on five levels of text, and a small one on formal languages."""
+"""What comes with philens, at work: a language model on texts, and a small one on formal languages."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +28,7 @@ TEXTS, TOKENS = 6, 128
 
 
 def demo_texts(output: Path) -> dict[str, Any]:
-    """Measure SmolLM2 on the five levels of text that philens has; write `output/texts`.
-
-    Raises:
-        AdapterError: the model is neither here nor to be fetched.
-    """
+    """Measure SmolLM2 on the five levels of text that philens has; write `output/texts`."""
     return reproduce_texts(MODEL, None, output, documents=TEXTS, tokens=TOKENS)
 
 
