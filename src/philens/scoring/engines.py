@@ -5,6 +5,7 @@ settings say, and log each token's probability before temperature and top-p chan
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -303,7 +304,13 @@ class VLLMEngine:
         for output in self.llm.generate(tokens, parameters, use_tqdm=False):
             ids = list(output.outputs[0].token_ids)
             steps = zip(ids, output.outputs[0].logprobs, strict=True)
-            drawn.append((ids, [step[token].logprob for token, step in steps]))
+            logprobs = [step[token].logprob for token, step in steps]
+            if not all(map(math.isfinite, logprobs)):
+                raise InputError(
+                    f"The predictions of {self.record['base']} are not numbers in {self.record['dtype']}: it "
+                    "overflows; give another --dtype."
+                )
+            drawn.append((ids, logprobs))
         return drawn
 
 

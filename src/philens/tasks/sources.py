@@ -374,7 +374,7 @@ def _find_broken_line(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in PACKED:
             continue
-        lines = path.suffix.lower() == ".jsonl"
+        lines = kind_of(path.name) == "jsonl"
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, text in enumerate(file if lines else [file.read()], 1):
                 try:
