@@ -172,8 +172,9 @@ def _stopped_clock() -> str:
     """
     replaced = [("%%", _PERCENT)]
     for mark in ("%", "%-"):
-        for letter in "aAbBcdDeFfGHIjklmMnpRrSTuUVwWxXyYzZ":
-            replaced.append((mark + letter, MOMENT.strftime(mark + letter)))
+        for letter in "aAbBcCdDeFfgGhHIjklmMnpPrRSTuUVwWxXyYzZ":
+            with contextlib.suppress(ValueError):  # not every system knows all of them
+                replaced.append((mark + letter, MOMENT.strftime(mark + letter)))
     replaced.append((_PERCENT, "%"))
     filters = "".join(f"|replace({old!r}, {new!r})" for old, new in replaced if old != new)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
