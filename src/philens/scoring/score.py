@@ -301,7 +301,7 @@ def _lost(table: NDArray[np.float32], text: TokenizedText) -> NDArray[np.bool_]:
     broken = ~np.isfinite(table)
     broken[:, : max(1, text.leading)] = False
     table[broken] = np.nan
-    return broken.any(0)
+    return np.logical_or.reduce(broken)
 
 
 def _read_with(text: TokenizedText, token: int, context: int | None) -> Tensor:

@@ -72,11 +72,11 @@ def content_text(message: Mapping[str, Any], separator: str = "") -> str | None:
         return "" if message.get("tool_calls") else None
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         return None
-    texts = [
+    parts: list[Any] = [
         part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         for part in content
     ]
-    return separator.join(texts) if all(isinstance(text, str) for text in texts) else None
+    return separator.join(parts) if all(isinstance(part, str) for part in parts) else None
 
 
 def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:

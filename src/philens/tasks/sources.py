@@ -334,7 +334,7 @@ def _open_path(path: Path, part: TextPart) -> Source:
         raise ConfigError(f"files chooses among the files of a folder, and {path} is a file; leave it out.")
     else:
         found = [path]
-    kinds = {"jsonl" if (kind := kind_of(file.name)) == "json" else kind for file in found}
+    kinds: set[Kind] = {"jsonl" if (kind := kind_of(file.name)) == "json" else kind for file in found}
     if len(kinds) > 1:
         suffixes = ", ".join(sorted({file.suffix for file in found}))
         raise InputError(
