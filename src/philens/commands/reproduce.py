@@ -78,11 +78,13 @@ def _reproduce_formal(
 
 
 def reproduce_texts(
-    model: str | None = None,
     levels: Path | None = None,
+    model: str | None = None,
     adapter: str | None = None,
+    checkpoints: bool = False,
     output: Path | None = None,
     documents: int | None = None,
+    tokens: int = 384,
     kl: Literal["exact", "official"] | None = None,
     plain: bool = False,
     window: int | None = None,
@@ -90,30 +92,37 @@ def reproduce_texts(
     """Code and prose have higher phi than boring text, in a language model that you have.
 
     Args:
+        levels: a folder of texts by level, or of your own; what is missing is built. By default texts that
+            philens brings, finds and builds.
         model: a finished run, or a base model, a folder or Hub id.
-        levels: a folder of texts by level, or of your own; what is missing is built.
-        adapter: the PHi layer, a folder or Hub id; by default the run's.
+        adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep; by default the
+            run's.
+        checkpoints: measure the checkpoints of these runs too.
         output: folder for results; by default runs/reproduce-MODEL.
         documents: texts measured of each level; by default all.
+        tokens: of each text that are read, from its beginning; 0 means all.
         kl: formula that phi is measured with; by default the one it was trained with.
         plain: score texts alone, not as the assistant's reply to a user.
         window: tokens read at once; by default the rows' length of the run.
     """
-    from philens.report.terminal import text_pairs_table, texts_table
+    from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
 
     if model is None:
         raise ConfigError("texts are measured in a language model; give --model, a run or a base model.")
-    if levels is None:
-        raise ConfigError(
-            "No texts were named; give --levels, a folder of texts of several levels, or of your own."
-        )
-    from philens.findings.reproduce import reproduce_texts
+    from philens.findings.reproduce_texts import reproduce_texts
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
-    results = reproduce_texts(model, levels, folder, adapter, documents, kl, plain, window)
+    adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
+    results = reproduce_texts(
+        model, levels, folder, adapters, checkpoints, documents, tokens, kl, plain, window
+    )
+    if "points" in results:
+        console().print(text_points_table(results))
     console().print(texts_table(results))
     if any(pair["claim"] for pair in results["pairs"]):
         console().print(text_pairs_table(results))
+    if (results["verbatim"] or {}).get("tokens"):
+        console().print(recitation_table(results["verbatim"]))
     say(f"Wrote {folder / 'texts'}.")
 
 

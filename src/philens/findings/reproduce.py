@@ -12,16 +12,11 @@ from philens.errors import ConfigError
 from philens.findings import combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
-from philens.findings.texts import measure_texts, score_texts, text_rows
-from philens.insertion import text_config
 from philens.model import PHiModel
-from philens.progress import shown
 from philens.scoring.documents import TokenTable, score_documents
-from philens.scoring.run import load_lens
 from philens.tasks.automata import TASKS, concatenate, generate
-from philens.tasks.levels import load_levels, without_users
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import RECIPE_FILE, finished_model, load_run, versions
+from philens.training.run import finished_model, load_run, versions
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +55,10 @@ def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[s
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.report.figures import figure_complexity, figure_tasks, figure_texts
+    from philens.report.figures import figure_complexity, figure_tasks
 
     if finding == "tasks":
         tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
-    elif finding == "texts":
-        tables = {"texts": text_rows(results), "documents": results["texts"]}
-        figures = {"texts": figure_texts(results)}
     else:
         tables = {
             "complexity_curves": curve_rows(results),
@@ -93,7 +85,7 @@ def reproduce(
     holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
-        finding: `tasks` or `complexity`; `reproduce_texts` is for the third.
+        finding: `tasks` or `complexity`; the others are in modules of their own.
         scale: `smoke`, `small` or `paper`.
         output: folder of runs and results.
         architecture: `transformer` or `lstm`.
@@ -129,7 +121,7 @@ def reproduce(
             recipe = load_recipe(RECIPES[scale, architecture], overrides)
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
-        _prepare(lens, kl)
+        prepare(lens, kl)
         every.append(find(finding, lens, recipe, documents))
         runs.append(
             {
@@ -165,66 +157,7 @@ def trained(recipe: Recipe, folder: Path) -> PHiModel:
     return lens
 
 
-def reproduce_texts(
-    model: str | Path,
-    levels: Path,
-    output: Path,
-    adapter: str | Path | None = None,
-    documents: int | None = None,
-    kl: Literal["exact", "official"] | None = None,
-    plain: bool = False,
-    window: int | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Measure phi and surprisal of texts of several levels in a language model, and write `output/texts`.
-
-    Args:
-        model: a finished run, or a base model, a folder or Hub id.
-        levels: folder of texts; `philens.tasks.levels.read_levels` says in which form. Trivial and shuffled
-            texts are built where it has none.
-        output: folder of results.
-        adapter: the PHi layer; None takes the run's.
-        documents: texts of each level at most, drawn at random; None means all.
-        kl: formula that phi is measured with, whatever it was trained with.
-        plain: score texts alone, also where they have a user's message and the tokenizer a chat template.
-        window: tokens read at once; None means the length of the rows that a run was trained on, else the
-            model's context.
-        seed: of what is built, drawn and resampled.
-
-    Raises:
-        PhilensError: texts, model or layer are missing, damaged or do not fit.
-    """
-    if documents is not None and documents < 2:
-        raise ConfigError(f"documents must be at least 2, not {documents}.")
-    texts = load_levels(levels, documents, seed)
-    if plain:
-        texts = without_users(texts)
-    lens, tokenizer = load_lens(str(model), None if adapter is None else str(adapter))
-    has_recipe = adapter is None and (Path(model) / RECIPE_FILE).is_file()
-    recipe = load_recipe(Path(model) / RECIPE_FILE) if has_recipe else None
-    _prepare(lens, kl)
-    if window is None and recipe is not None:
-        limit = getattr(text_config(lens.base), "max_position_embeddings", None)
-        window = min(recipe.data.length, limit or recipe.data.length)
-    found = list(shown(score_texts(lens, tokenizer, texts, window), "scoring", len(texts)))
-    results = measure_texts(texts, found, seed=seed)
-    provenance = {key: value for key, value in found[0].provenance.items() if key != "name"}
-    run = {
-        "finding": "texts",
-        "model": str(model),
-        "adapter": None if adapter is None else str(adapter),
-        "form": "chat" if found[0].spans else "text",
-        "seed": seed,
-        "kl": lens.config.kl,
-        "versions": versions(),
-        "provenance": provenance,
-        "recipe": None if recipe is None else asdict(recipe),
-    }
-    write("texts", output / "texts", results, run)
-    return run | results
-
-
-def _prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
+def prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
     """Measure with this formula, where computing is fastest."""
     use_formula(lens, kl)
     if torch.accelerator.is_available():

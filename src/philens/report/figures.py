@@ -198,6 +198,74 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at equal surprisal, and of memorised text where it is recited and where it is not."""
+    figure = new_figure(height=3.9)
+    bins, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    labels: list[str] = []
+    for number, (name, level) in enumerate(results["levels"].items()):
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        found = level["by_surprisal"]
+        labels = [
+            f"{one['from']:g} to {one['below']:g}"
+            if one["below"] is not None
+            else f"{one['from']:g} and more"
+            for one in found
+        ]
+        places = np.arange(len(found)) + (number - (len(results["levels"]) - 1) / 2) * 0.11
+        means = np.array([one["mean"] for one in found], dtype=float)
+        errors = np.concatenate([_error(one) for one in found], axis=1)
+        style = {"color": colour, "fmt": marker, "markersize": 5, "linestyle": "-", "linewidth": 0.8}
+        bins.errorbar(places, means, yerr=errors, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
+    bins.set_xticks(range(len(labels)), labels)
+    bins.set(xlabel="surprisal of the token (nats)", ylabel=PHI_LABEL)
+    bins.set_ylim(bottom=0)
+    bins.set_title("phi at equal surprisal", fontsize=FONT + 1, loc="left")
+    bins.legend(fontsize=FONT - 1, frameon=False, ncols=2)
+    verbatim = results["verbatim"] or {}
+    rows = {"recited": "recited", "sure_rest": "sure, in\nthe rest", "rest": "the rest"}
+    for row, key in enumerate(rows):
+        if verbatim.get(key):
+            colour = _LEVEL_STYLES["memorised"][0] if key == "recited" else "#8A8A8A"
+            bars.barh(row, verbatim[key]["mean"], xerr=_error(verbatim[key]), color=colour, height=0.6)
+    bars.set_yticks(range(len(rows)), list(rows.values()))
+    bars.set_ylim(len(rows) - 0.5, -0.5)
+    bars.set(xlabel=PHI_LABEL)
+    bars.set_title("memorised text", fontsize=FONT + 1, loc="left")
+    set_fonts(figure)
+    return figure
+
+
+def figure_levels_course(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at each point: along the steps of a training, else side by side."""
+    points, along = results["points"], results["course"]["along"]
+    places = [point["step"] for point in points] if along else list(range(len(points)))
+    figure = new_figure(height=3.9)
+    axes = figure.subplots()
+    for name, level in results["levels"].items():
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        found = [point["levels"][name]["phi"] or {"mean": None, "ci95": [None, None]} for point in points]
+        means = np.array([one["mean"] for one in found], dtype=float)
+        low, high = np.array([one["ci95"] for one in found], dtype=float).T
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": name.replace("$", r"\$")}
+        axes.plot(places, means, linewidth=1.3 if along else 0, **style)
+        if along:
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(places, low, high, color=colour, linewidth=1.2)
+    if not along:
+        axes.set_xticks(places, [point["label"] for point in points])
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
+    axes.set(xlabel="step" if along else "", ylabel=PHI_LABEL)
+    title = "phi of each level along the training" if along else "phi of each level"
+    axes.set_title(f"{title}, 95 % intervals over texts", fontsize=FONT + 1, loc="left")
+    axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    set_fonts(figure)
+    _log_if_wide(axes)
+    return figure
+
+
 def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training curves from log records: losses per step, and what every evaluation found.
 
