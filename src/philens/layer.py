@@ -202,9 +202,12 @@ class PHiLayer(nn.Module):
 
     def encode(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32."""
+        return self._statistics(self.encoder(self.standardise(hidden_states)))
+
+    def standardise(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (h - shift) / scale, which the encoder reads."""
         inverse = 1 / self.scale
-        states = torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
-        return self._statistics(self.encoder(states))
+        return torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 # Of the columns that are not in nats.
-UNITS = {"settling_depth": "blocks", "step_length": ""}
+UNITS = {"settling_depth": "blocks", "step_length": "", "state_norm": ""}
 # A longer text's figure has token numbers, not tokens, below it.
 _TOKENS_NAMED = 80
 
