@@ -1,4 +1,4 @@
-"""A logistic regression, to say how well a few columns tell two groups apart on data that it was not fitted on."""
+"""A logistic regression, which says how well a few columns tell two groups apart on other data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def untrained(lens: "PHiModel", seed: int = 0) -> "Iterator[PHiModel]":
-    """Within this context the lens has layers as they are before their first step: fresh weights, fitted to the
-    base as the trained ones were (`PHiLayer.calibrate`).
+    """Within this context the lens has layers as they are before their first step: fresh weights, fitted to
+    the base as the trained ones were (`PHiLayer.calibrate`).
 
     Args:
         seed: of the weights; nothing else that is random is touched.

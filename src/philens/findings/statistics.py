@@ -167,8 +167,8 @@ def contrast(
 ) -> Contrast:
     """`values` (N,) where `group` (N,) is true against those where it is not, clustered by `documents` (N,).
 
-    A document may have rows in both groups, and is resampled whole. Cohen's d divides by the standard deviation
-    of rows pooled over both groups; it is NaN where that is 0.
+    A document may have rows in both groups, and is resampled whole. Cohen's d divides by the standard
+    deviation of rows pooled over both groups; it is NaN where that is 0.
     """
     (column, chosen), clusters, dropped = _complete([values, np.asarray(group, dtype=bool)], documents)
     column = column - (column.mean() if len(column) else 0.0)  # against rounding; nothing depends on it
@@ -199,7 +199,8 @@ def auroc(
     resamples: int = RESAMPLES,
     seed: Seed = 0,
 ) -> Estimate:
-    """The chance that `scores` (N,) is higher in a row where `positive` (N,) is true than in one where it is not.
+    """The chance that `scores` (N,) is higher in a row where `positive` (N,) is true than in one where it is
+    not.
 
     Equal scores count half; 0.5 says nothing and 1 parts them all. Clustered by `documents` (N,), NaN where
     one of the groups is empty. Time and memory go with the product of the sizes of the groups.
@@ -258,8 +259,8 @@ def slope(
     resamples: int = RESAMPLES,
     seed: Seed = 0,
 ) -> Estimate:
-    """How much `y` (N,) grows as `x` (N,) grows by 1, in a linear regression on `x`, `covariates` (each (N,)) and
-    a constant, clustered by `documents` (N,).
+    """How much `y` (N,) grows as `x` (N,) grows by 1, in a linear regression on `x`, `covariates` (each
+    (N,)) and a constant, clustered by `documents` (N,).
 
     Where `x` says which of two groups a row is in (0 or 1), this is the difference between them at equal
     covariates. NaN where `x`, or what the covariates leave of it, does not vary.
@@ -278,7 +279,7 @@ def slope(
 def _cross_moments(
     columns: Sequence[Floats], clusters: NDArray[np.int64]
 ) -> tuple[Floats, Callable[[Floats], Floats]]:
-    """Each cluster's sums of the products of (1, columns...), and what makes matrices (R, P, P) of sums of such."""
+    """Each cluster's sums of products of (1, columns...), and what makes matrices (R, P, P) of them."""
     data = np.stack([np.ones(len(clusters)), *columns], axis=1)
     size = data.shape[1]
     left, right = np.triu_indices(size)

@@ -348,8 +348,8 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
 
 
 def _without_annotations(solution: str) -> tuple[str, tuple[int, ...]]:
-    """The solution as it reads, and the characters in it that followed an annotation with a calculation, which
-    `<<8=8>>` has none of."""
+    """The solution as it reads, and the characters in it that followed an annotation with a calculation,
+    which `<<8=8>>` has none of."""
     *parts, last = _ANNOTATION.split(solution)
     ends = zip(accumulate(map(len, parts)), _ANNOTATION.findall(solution), strict=True)
     return "".join([*parts, last]), tuple(end for end, found in ends if _CALCULATED.match(found))

@@ -1,10 +1,10 @@
 """Sentences in which it is known where a result has to be worked out, and where a number only comes.
 
-Each ends in a number. Before it stands a sum, a difference or a product whose result it is; or something after
-which the number is copied from the text, said to be so, counted on to, known to everybody, or arbitrary. All
-kinds share their frames ("On the board stands ... = 68."), so that the same words stand before and after, about
-as far into the text, and their numbers have two digits unless their kind says otherwise. Half of the frames and
-wordings are held out: what is fitted on the others can be tried on them.
+Each ends in a number. Before it stands a sum, a difference or a product whose result it is; or something
+after which the number is copied from the text, said to be so, counted on to, known to everybody, or
+arbitrary. All kinds share their frames ("On the board stands ... = 68."), so that the same words stand
+before and after, about as far into the text, and their numbers have two digits unless their kind says
+otherwise. Half of the frames and wordings are held out: what is fitted on the others can be tried on them.
 
 Sentence i of a kind is a function of the seed and i alone.
 """
@@ -44,9 +44,9 @@ KINDS: dict[str, Role] = {
     "written_right": "written",
     "written_wrong": "written",
 }
-"""What stands before a number. `worked`: its result has to be worked out. `other`: it has not. `variant`: results
-of other sizes, trivial ones, wrong ones, and the second of two sums. `problem`: in the solution of a problem.
-`written`: a result that the model wrote itself."""
+"""What stands before a number. `worked`: its result has to be worked out. `other`: it has not. `variant`:
+results of other sizes, trivial ones, wrong ones, and the second of two sums. `problem`: in the solution of a
+problem. `written`: a result that the model wrote itself."""
 SENTENCE_KINDS = tuple(kind for kind, role in KINDS.items() if role in ("worked", "other", "variant"))
 
 
@@ -99,7 +99,9 @@ _TEMPLATES = (
     _Template("list", _OPENING, "Then comes the next line of the list, {what}{sign}{number}.", ": ", False),
     _Template("held-out equation", _HELD_OPENING, "{third} now writes {what}{sign}{number}.", " = ", True),
     _Template("held-out statement", _HELD_OPENING, "As everybody heard, {what}{sign}{number}.", " is ", True),
-    _Template("held-out list", _HELD_OPENING, "From the notes on the desk, {what}{sign}{number}.", ": ", True),
+    _Template(
+        "held-out list", _HELD_OPENING, "From the notes on the desk, {what}{sign}{number}.", ": ", True
+    ),
 )
 _SUMS = (
     *("{a} + {b}", "{a} plus {b}", "the sum of {a} and {b}"),
@@ -217,8 +219,8 @@ _SUM_KINDS = ("sum", "one_digit_sum", "three_digit_sum", "sum_after_sum", "same_
 
 
 def _sum_values(digits: int, carry: bool, random: np.random.Generator) -> dict[str, object]:
-    """Two numbers of so many digits and their sum, of as many digits where there is more than one; a carry, if
-    any, goes from the ones alone."""
+    """Two numbers of so many digits and their sum, of as many digits where there is more than one; a carry,
+    if any, goes from the ones alone."""
     while True:
         a, b = (int(x) for x in random.integers(2 if digits == 1 else 10 ** (digits - 1), 10**digits, 2))
         n = a + b
@@ -296,7 +298,7 @@ SHOTS = 4
 
 
 def make_questions(count: int, seed: int = 0) -> list[Question]:
-    """So many questions of each of six kinds of calculation, each after four of its kind with their answers."""
+    """So many questions of each of six kinds of calculation, each after four with their answers."""
     made = []
     for number, (detail, ask) in enumerate(_ASKED.items()):
         for index in range(count):
@@ -340,7 +342,7 @@ _ASKED = {
 
 
 def mark_answer(question: Question, reply: str) -> MarkedText | None:
-    """A question with what a model wrote after it, up to the end of the first number; None if it wrote none."""
+    """A question with what a model wrote after it, up to its first number's end; None without one."""
     found = re.match(r"[ ]*(\d+)", reply)
     if found is None:
         return None
