@@ -143,11 +143,13 @@ def reproduce_results(
     """
     if model is None:
         raise ConfigError("results are measured in a language model; give --model, a run or a base model.")
+    adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
+    if "" in adapters:
+        raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
     from philens.findings.reproduce import reproduce_results
     from philens.report.results import tables
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
-    adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
     results = reproduce_results(model, folder, adapters, sentences, problems, split, limit, kl, seed)
     for table in tables(results):
         console().print(table)

@@ -41,7 +41,7 @@ GIVEN = {
     "surprisal_and_entropy": (*_SURPRISAL, *_ENTROPY),
     "state_norm": ("state_norm",),
     "phi_untrained": ("phi_untrained",),
-    "everything": _BASELINES,
+    "baselines": _BASELINES,
 }
 PREDICTORS = {
     "phi": ("phi",),
@@ -114,7 +114,7 @@ def measure_results(
         found["written"] = _written(table[role == "written"], **options)
     against = [item for item in found["contrasts"] if item["first"] == "worked"]
     above = all(_positive(item["phi"]["difference"]) for item in against)
-    beyond = _positive(found["effects"]["everything"]["nats"])
+    beyond = _positive(found["effects"]["baselines"]["nats"])
     gain = next(item for item in found["gains"] if item["first"] == "baselines_and_phi")
     found["above_every_other"], found["beyond_controls"] = above, beyond
     found["beyond_baselines"] = _positive(gain["sentences"])

@@ -12,22 +12,22 @@ KIND_LABELS = {
     "sum": "sum",
     "difference": "difference",
     "product": "product",
-    "copied": "copied from the text",
+    "copied": "copied",
     "assigned": "assigned (n = 18)",
     "identity": "identity (18 = 18)",
     "counted": "counted on",
     "recalled": "recalled fact",
     "arbitrary": "arbitrary",
     "unknown_operation": "unknown operation",
-    "one_digit_sum": "sum of one digit each",
-    "three_digit_sum": "sum of three digits",
+    "one_digit_sum": "one-digit sum",
+    "three_digit_sum": "three-digit sum",
     "plus_zero": "a + 0",
-    "wrong_result": "sum, wrong result next",
+    "wrong_result": "sum, then wrong",
     "sum_after_sum": "sum after another",
     "same_sum_again": "same sum again",
     "problem_result": "solution: result",
-    "problem_operand": "solution: given number",
-    "problem_result_again": "solution: result again",
+    "problem_operand": "solution: given",
+    "problem_result_again": "solution: again",
     "written_right": "written: right",
     "written_wrong": "written: wrong",
 }
@@ -46,8 +46,7 @@ NAME_LABELS = {
     "surprisal_and_entropy": "surprisal and entropy",
     "entropy": "entropy",
     "state_norm": "norm of the state",
-    "phi_untrained": "phi of an untrained layer",
-    "everything": "all of these and the baselines",
+    "phi_untrained": "untrained layer",
     "baselines": "all but phi",
     "baselines_and_phi": "all and phi",
     "worked": "worked out",
@@ -76,10 +75,10 @@ def kinds_table(layer: Mapping[str, Any]) -> Table:
     table = new_table(
         f"phi before a number ({layer_label(layer)})",
         "Nats, at the token before the number's first, with 95 % intervals over texts.\n"
-        "d: sum, difference and product against this kind, by phi and by an untrained layer's.",
+        "d: sum, difference and product against this kind.",
     )
     table.add_column("before", no_wrap=True)
-    for heading in ("phi", "untrained", "surprisal next", "d", "d untrained"):
+    for heading in ("phi", "untrained", "surprisal, next", "d"):
         table.add_column(heading, justify="right")
     against = {item["second"]: item for item in layer["contrasts"] if item["first"] == "worked"}
     last = None
@@ -87,16 +86,22 @@ def kinds_table(layer: Mapping[str, Any]) -> Table:
         if kind["role"] != last:
             table.add_row(Text(ROLE_LABELS[kind["role"]], style="bold"))
             last = kind["role"]
-        cells = [estimate_text(kind[key]["mean"], kind[key]["ci95"], digits) for key, digits in _SHOWN]
+        cells = [_nats(kind["phi"], "mean"), _nats(kind["phi_untrained"], "mean")]
+        cells.append(_cell(kind["surprisal_next"], 2, "mean"))
         if name in against:
-            found = (against[name][key]["d"] for key in ("phi", "phi_untrained"))
-            cells += [estimate_text(item["value"], item["ci95"]) for item in found]
-        count = count_of(kind["places"], "place")
-        table.add_row(f"{label(name)}\n{count}", *(Text(cell.replace(" [", "\n[")) for cell in cells))
+            cells.append(_cell(against[name]["phi"]["d"]))
+        table.add_row(Text(f"{label(name)}\n{count_of(kind['places'], 'place')}"), *cells)
     return table
 
 
-_SHOWN = (("phi", 1), ("phi_untrained", 1), ("surprisal_next", 2))
+def _cell(estimate: Mapping[str, Any], digits: int = 2, name: str = "value") -> Text:
+    """The interval on its own line, so that a table fits 80 characters."""
+    return Text(estimate_text(estimate[name], estimate["ci95"], digits).replace(" [", "\n["))
+
+
+def _nats(estimate: Mapping[str, Any], name: str = "value") -> Text:
+    """Of phi, which is small in small models and hundreds of nats in large ones."""
+    return _cell(estimate, 0 if abs(estimate[name] or 0) >= 100 else 1, name)
 
 
 def effects_table(layer: Mapping[str, Any]) -> Table:
@@ -111,23 +116,18 @@ def effects_table(layer: Mapping[str, Any]) -> Table:
     )
     table = new_table(
         f"Worked out or not ({layer_label(layer)})",
-        "Higher: nats of phi where a result is worked out, with the columns held fixed.\n"
-        "AUROC: a classifier by the columns, fitted on some templates, on sentences of others\n"
-        f"and on solutions.\n{verdict}",
+        "Higher: nats by which phi is higher where a result is worked out, with these held fixed;\n"
+        "partial: its correlation. AUROC: a classifier by these, fitted on some templates, on\n"
+        f"sentences of others, and on solutions of problems.\n{verdict}",
     )
     table.add_column("columns", no_wrap=True)
-    for heading in ("higher", "partial correlation", "AUROC", "AUROC, solutions"):
+    for heading in ("higher", "partial", "AUROC", "solutions"):
         table.add_column(heading, justify="right")
     for name in dict.fromkeys([*layer["effects"], *layer["classifiers"]]):
         effect, found = layer["effects"].get(name, {}), layer["classifiers"].get(name, {})
-        cells = [
-            estimate_text(item["value"], item["ci95"], digits).replace(" [", "\n[") if item else ""
-            for item, digits in (
-                *((effect.get("nats"), 1), (effect.get("partial_correlation"), 2)),
-                *((found.get("sentences"), 3), (found.get("problems"), 3)),
-            )
-        ]
-        table.add_row(label(name), *map(Text, cells))
+        cells = [_nats(effect["nats"]), _cell(effect["partial_correlation"])] if effect else ["", ""]
+        cells += [_cell(found[where], 3) for where in ("sentences", "problems") if where in found]
+        table.add_row(label(name), *cells)
     return table
 
 
@@ -135,19 +135,18 @@ def pairs_table(layer: Mapping[str, Any]) -> Table:
     """Pairs of kinds that differ in one thing."""
     table = new_table(
         f"One kind against another ({layer_label(layer)})",
-        "Phi of the first minus that of the second in nats, and Cohen's d, with 95 % intervals over texts.",
+        "Phi of the first minus that of the second in nats, and Cohen's d of phi and of two\n"
+        "controls: an untrained layer's phi, and the norm of the state. 95 % intervals over texts.",
     )
     table.add_column("first, second")
-    for heading in ("phi", "d", "d untrained", "d norm"):
+    for heading in ("phi", "d", "untrained", "norm"):
         table.add_column(heading, justify="right")
     for item in layer["contrasts"]:
-        if item["first"] != "worked":
-            found = (
-                *((item["phi"]["difference"], 1), (item["phi"]["d"], 2)),
-                *((item["phi_untrained"]["d"], 2), (item["state_norm"]["d"], 2)),
-            )
-            cells = [estimate_text(one["value"], one["ci95"], k).replace(" [", "\n[") for one, k in found]
-            table.add_row(f"{label(item['first'])},\n{label(item['second'])}", *map(Text, cells))
+        cells = [_cell(item[key]["d"]) for key in ("phi", "phi_untrained", "state_norm")]
+        table.add_row(
+            Text(f"{label(item['first'])},\n{label(item['second'])}"),
+            *(_nats(item["phi"]["difference"]), *cells),
+        )
     return table
 
 
@@ -167,13 +166,10 @@ def layers_table(results: Mapping[str, Any]) -> Table:
         nearest = min(others, key=lambda item: item["phi"]["d"]["value"] or 0.0)["phi"]["d"]
         again = next(item for item in layer["contrasts"] if item["second"] == "same_sum_again")["phi"]
         auroc = layer["classifiers"]
-        found = (
-            *((layer["worked"], 1), (nearest, 2), (again["difference"], 1)),
-            (layer["effects"]["everything"]["nats"], 1),
-            *((auroc[name]["sentences"], 3) for name in ("phi", "phi_untrained")),
-        )
-        cells = [estimate_text(item["value"], item["ci95"], k).replace(" [", "\n[") for item, k in found]
-        table.add_row(layer_label(layer), *map(Text, cells), "yes" if layer["holds"] else "no")
+        cells = [_nats(layer["worked"]), _cell(nearest), _nats(again["difference"])]
+        cells.append(_nats(layer["effects"]["baselines"]["nats"]))
+        cells += [_cell(auroc[name]["sentences"], 3) for name in ("phi", "phi_untrained")]
+        table.add_row(Text(layer_label(layer)), *cells, "yes" if layer["holds"] else "no")
     return table
 
 

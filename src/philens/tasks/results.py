@@ -303,12 +303,11 @@ def make_questions(count: int, seed: int = 0) -> list[Question]:
     for number, (detail, ask) in enumerate(_ASKED.items()):
         for index in range(count):
             random = np.random.default_rng([seed, len(SENTENCE_KINDS) + number, index])
-            asked = dict(ask(random) for _ in range(SHOTS))
-            while True:
-                text, answer = ask(random)
-                if text not in asked:
-                    break
-            lines = [f"{before} = {result}\n" for before, result in asked.items()]
+            asked: dict[str, int] = {}
+            while len(asked) <= SHOTS:
+                asked.update([ask(random)])
+            *shots, (text, answer) = asked.items()
+            lines = [f"{before} = {result}\n" for before, result in shots]
             made.append(Question(detail, f"{''.join(lines)}{text} =", answer))
     return made
 
