@@ -59,10 +59,13 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
     lens.base.eval()
     with torch.no_grad(), lens.disabled():
         for rows in batches:
-            ids = torch.from_numpy(np.stack([prompts[row].token_ids for row in rows])).to(device)
+            read = ids = torch.from_numpy(np.stack([prompts[row].token_ids for row in rows])).to(device)
+            cache = _cache(lens)
             for _ in range(_REPLY_TOKENS):
-                logits = lens(ids, returns="states").logits_at(slice(ids.shape[1] - 1, None))
-                ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+                output = lens(read, cache=cache, returns="states")
+                likeliest = output.logits_at(slice(read.shape[1] - 1, None)).argmax(-1)
+                ids = torch.cat((ids, likeliest), 1)
+                read = ids if cache is None else likeliest
             for row, written_ids in zip(rows, ids.tolist(), strict=True):
                 reply = tokenizer.decode(
                     written_ids[len(prompts[row].token_ids) :], clean_up_tokenization_spaces=False
@@ -78,6 +81,16 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
         for (ids, marked), tokens in zip(chosen, again, strict=True)
         if ids[: len(tokens.token_ids)] == tokens.token_ids.tolist()
     ]
+
+
+def _cache(lens: "PHiModel") -> Any:
+    """An empty cache; None for a base without the usual kind, which reads everything again."""
+    from philens.generation import new_cache
+
+    try:
+        return new_cache(lens.base)
+    except InputError:
+        return None
 
 
 def score_places(
