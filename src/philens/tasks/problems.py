@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -73,12 +74,16 @@ PROMPTS = {
         "form: Therefore, the final answer is: $\\boxed{[a number or expression]}$.\n\n{problem}"
     ),
     "arithmetic": Prompt(""),
+    "sums": Prompt("", ending="The answer is {answer}."),
     "boxed": Prompt(
         "Solve the following problem step by step and put the final answer in \\boxed{}.",
         ending="The final answer is \\boxed{{answer}}.",
     ),
 }
-"""For GSM8K and MATH; the problem alone; and `boxed` for problems of any kind."""
+"""For GSM8K and MATH; the problem alone, twice; and `boxed` for problems of any kind."""
+
+MADE_HERE = ("arithmetic", "sums")
+"""Sources that are modules of `philens.tasks` with a function `problems(split, count, seed)`."""
 
 
 def find_prompt(source: str, name: str | None = None, shots: int = 0, seed: int = 0) -> Prompt:
@@ -161,15 +166,15 @@ def load_problems(source: str, split: str = "test", limit: int | None = None, se
     answers after `####` are numbers and others mathematics.
 
     Args:
-        source: `gsm8k` or `math` (from the Hub), or `arithmetic` (made here); a file (.jsonl, .json,
+        source: `gsm8k` or `math` (from the Hub), or `arithmetic` or `sums` (made here); a file (.jsonl, .json,
             .parquet); a folder with such files named for the split, or with a folder of that name that holds
             a JSON file for each problem, as MATH's own; or the id of a data set on the Hub. Write `./math`
             for a folder of that name.
         split: of a known set, a folder or a data set; a file is read whole.
         limit: draw at most so many, as evenly as possible over the levels if there are any; their order
-            stays. A larger limit with the same seed adds to a smaller one's. Without it, `arithmetic` makes
-            1000.
-        seed: of the draw, or of `arithmetic`.
+            stays. A larger limit with the same seed adds to a smaller one's. Without it, 1000
+            are made of what is made here.
+        seed: of the draw, or of what is made here.
 
     Raises:
         InputError: nothing to read, or a problem without text or answer, or two with one id.
@@ -179,10 +184,9 @@ def load_problems(source: str, split: str = "test", limit: int | None = None, se
 
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, not {limit}.")
-    if source == "arithmetic":
-        from philens.tasks.arithmetic import problems
-
-        return problems(split, limit or 1000, seed)  # pyright: ignore[reportArgumentType]
+    if source in MADE_HERE:
+        made: Any = import_module(f"philens.tasks.{source}")
+        return made.problems(split, limit or 1000, seed)
     path = Path(source)
     if source not in HUB_SETS and path.exists():
         rows = _folder_rows(path, split) if path.is_dir() else read_rows(path)
