@@ -1,16 +1,17 @@
-"""Sums of one and two steps, in words and in symbols, for chat models that are too small for GSM8K.
+"""Sums of two and three numbers, in words and in symbols, for chat models that are too small for GSM8K.
 
-> Ann has 12 pens. Ann buys 9 more. Then Ann loses 4. How many pens does Ann have now?
-> *Ann has 12 + 9 = 21 pens. Then Ann has 21 - 4 = 17 pens. #### 17*
+> Ann has 12 pens. Ann buys 9 more. Then Ann buys 4 more. How many pens does Ann have now?
+> *Ann has 12 + 9 = 21 pens. Then Ann has 21 + 4 = 25 pens. #### 25*
 >
-> What is 12 + 9 - 4?
-> *12 + 9 = 21. 21 - 4 = 17. #### 17*
+> What is 12 + 9 + 4?
+> *12 + 9 = 21. 21 + 4 = 25. #### 25*
 
 Training problems and test problems have no text in common: which a problem is, is decided by its text.
 """
 
 import zlib
 from itertools import count as integers
+from itertools import pairwise
 from random import Random
 
 from philens.errors import ConfigError
@@ -18,9 +19,9 @@ from philens.tasks.arithmetic import NAMES, THINGS
 from philens.tasks.problems import Problem
 
 SPLITS = ("train", "test")
-# Of each level the number of steps, and the largest number that comes up.
-LEVELS = {1: (1, 20), 2: (1, 100), 3: (2, 20), 4: (2, 100)}
-FORMS = ("words", "symbols")
+# Of each level how many numbers are added, and the largest sum.
+LEVELS = {1: (2, 20), 2: (2, 100), 3: (3, 20), 4: (3, 100)}
+SUBJECTS = ("words", "symbols")
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
@@ -49,22 +50,18 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
 def _problem(identity: str, level: int) -> Problem:
     """A pure function of its arguments."""
     random = Random(f"{identity}/{level}")
-    steps, top = LEVELS[level]
-    value = first = random.randint(2, top - 2)
-    changes, equations = [], []
-    for _ in range(steps):
-        # No step by one or to nothing, and none beyond the level's largest number.
-        change = random.choice([step for step in range(1 - value, top - value + 1) if abs(step) > 1])
-        changes.append(change)
-        equations.append(f"{value} {_signed(change)} = {value + change}")
-        value += change
-    who, thing, subject = random.choice(NAMES), random.choice(THINGS), random.choice(FORMS)
+    terms, top = LEVELS[level]
+    value = random.randint(2 * terms, top)
+    sums = [0, *sorted(random.sample(range(1, value), terms - 1)), value]
+    numbers = [after - before for before, after in pairwise(sums)]
+    equations = [f"{before} + {after - before} = {after}" for before, after in pairwise(sums[1:])]
+    who, thing, subject = random.choice(NAMES), random.choice(THINGS), random.choice(SUBJECTS)
     if subject == "words":
-        happens = [f"{who} buys {n} more." if n > 0 else f"{who} loses {-n}." for n in changes]
-        text = f"{who} has {first} {thing}. {' Then '.join(happens)} How many {thing} does {who} have now?"
+        buys = " Then ".join(f"{who} buys {number} more." for number in numbers[1:])
+        text = f"{who} has {numbers[0]} {thing}. {buys} How many {thing} does {who} have now?"
         solution = ". Then ".join(f"{who} has {equation} {thing}" for equation in equations)
     else:
-        text = f"What is {first} {' '.join(map(_signed, changes))}?"
+        text = f"What is {' + '.join(map(str, numbers))}?"
         solution = ". ".join(equations)
     return Problem(
         id=identity,
@@ -72,11 +69,7 @@ def _problem(identity: str, level: int) -> Problem:
         answer=str(value),
         solution=f"{solution}. #### {value}",
         level=level,
-        steps=steps,
+        steps=len(equations),
         kind="number",
         subject=subject,
     )
-
-
-def _signed(change: int) -> str:
-    return f"{'+' if change > 0 else '-'} {abs(change)}"
