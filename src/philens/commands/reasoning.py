@@ -34,7 +34,7 @@ def solve(
     """Sample solutions of problems from a model and grade them; the same command goes on after a stop.
 
     Args:
-model: a folder, GGUF file or Hub id.
+        model: a folder, GGUF file or Hub id.
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
@@ -42,8 +42,8 @@ model: a folder, GGUF file or Hub id.
         limit: how many of them, drawn by the seed.
         levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
             problems have none, how many steps. By default all.
-        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text file with
-            the instruction; by default that of the data set, else boxed.
+        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
+            file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         temperature: of sampling; 0 takes the likeliest tokens.
         top_p: draws among the likeliest tokens that together have this probability.

@@ -179,14 +179,14 @@ def load_problems(
     answers after `####` are numbers and others mathematics.
 
     Args:
-        source: `gsm8k` or `math` (from the Hub), or `arithmetic` or `sums` (made here); a file (.jsonl, .json,
+        source: `gsm8k` or `math` (from the Hub), `arithmetic` or `sums` (made here); a file (.jsonl, .json,
             .parquet); a folder with such files named for the split, or with a folder of that name that holds
             a JSON file for each problem, as MATH's own; or the id of a data set on the Hub. Write `./math`
             for a folder of that name.
         split: of a known set, a folder or a data set; a file is read whole.
         limit: draw at most so many, as evenly as possible over the levels if there are any; their order
-            stays. A larger limit with the same seed adds to a smaller one's. Without it, 1000
-            are made of what is made here.
+            stays. A larger limit with the same seed adds to a smaller one's. Without it, 1000 are made of
+            what is made here.
         seed: of the draw, or of what is made here.
         levels: only problems of these levels, drawn evenly; where problems have none, those with so many
             steps. None means all.
