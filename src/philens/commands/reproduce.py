@@ -117,6 +117,45 @@ def reproduce_texts(
     say(f"Wrote {folder / 'texts'}.")
 
 
+def reproduce_results(
+    model: str | None = None,
+    adapter: str | None = None,
+    sentences: int = 40,
+    problems: str | None = None,
+    split: str = "test",
+    limit: int = 40,
+    kl: Literal["exact", "official"] | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> None:
+    """Phi is high where a result is worked out, though surprisal is not; our own finding.
+
+    Args:
+        model: a finished run, or a base model, a folder or Hub id.
+        adapter: the PHi layer, a folder or Hub id, or several, as A,B,C; by default the run's.
+        sentences: sentences of each kind, made by philens.
+        problems: gsm8k, or a file or folder like it, whose solutions are measured as well.
+        split: of the problems.
+        limit: how many of them.
+        kl: formula that phi is measured with; by default the one it was trained with.
+        seed: of the sentences.
+        output: folder for results; by default runs/reproduce-MODEL.
+    """
+    if model is None:
+        raise ConfigError("results are measured in a language model; give --model, a run or a base model.")
+    adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
+    if "" in adapters:
+        raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
+    from philens.findings.reproduce import reproduce_results
+    from philens.report.results import tables
+
+    folder = output or Path("runs") / f"reproduce-{Path(model).name}"
+    results = reproduce_results(model, folder, adapters, sentences, problems, split, limit, kl, seed)
+    for table in tables(results):
+        console().print(table)
+    say(f"Wrote {folder / 'results'}.")
+
+
 def reproduce_difficulty(
     scale: Literal["smoke", "small", "paper"] | None = None,
     model: str | None = None,

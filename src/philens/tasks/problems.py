@@ -4,8 +4,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -32,6 +33,9 @@ class Problem:
             author wrote none.
         kind: how answers are compared: `number`, or `math` for anything written in LaTeX.
         subject: field of mathematics.
+        results: of GSM8K, characters of the solution that followed a calculator annotation, where the result
+            that its author calculated begins. No part of what a problem is: it does not count when two are
+            compared.
     """
 
     id: str
@@ -42,6 +46,7 @@ class Problem:
     steps: int | None = None
     kind: Literal["number", "math"] = "math"
     subject: str | None = None
+    results: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -356,6 +361,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
 _MARKED = re.compile(r"####(.*)\Z")  # at the end of a solution
 _IDS = ("id", "unique_id", "problem_id")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+_CALCULATED = re.compile(r"<<[^=]*[\d.)%]\s*[-+*/x][^=]*=")
 
 
 def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
@@ -368,11 +374,11 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
     answer, solution = _text(row, "answer"), _text(row, "solution")
     if answer and "####" in answer:  # GSM8K keeps the solution there
         solution = answer
-    steps, marked = None, solution is not None and _MARKED.search(solution)
+    steps, results, marked = None, (), solution is not None and _MARKED.search(solution)
     if solution is not None and marked:
         answer = answer if answer and answer != solution else marked[1].strip()
         steps = len(_ANNOTATION.findall(solution)) or None
-        solution = _ANNOTATION.sub("", solution)
+        solution, results = _without_annotations(solution)
     elif answer or solution:
         answer = last_boxed(answer or solution or "") or answer
     if not answer and solution is not None and re.search(r"\\boxed\s*\{\s*\}", solution):
@@ -393,7 +399,16 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
         steps=_whole(row.get("steps")) or steps,
         kind=kind,
         subject=_text(row, "subject", "type"),
+        results=results,
     )
+
+
+def _without_annotations(solution: str) -> tuple[str, tuple[int, ...]]:
+    """The solution as it reads, and the characters in it that followed an annotation with a calculation,
+    which `<<8=8>>` has none of."""
+    *parts, last = _ANNOTATION.split(solution)
+    ends = zip(accumulate(map(len, parts)), _ANNOTATION.findall(solution), strict=True)
+    return "".join([*parts, last]), tuple(end for end, found in ends if _CALCULATED.match(found))
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|\S)")
