@@ -28,6 +28,7 @@ def untrained(lens: "PHiModel", seed: int = 0) -> "Iterator[PHiModel]":
     for layer, own in zip(lens.layers, fresh, strict=True):
         own.shift.copy_(layer.shift)
         own.scale.copy_(layer.scale)
+        own.sink_norm.copy_(layer.sink_norm)
         own.to(layer.shift.device).eval()
     lens.phi = fresh[0] if isinstance(trained, PHiLayer) else nn.ModuleList(fresh)
     try:

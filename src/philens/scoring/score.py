@@ -391,7 +391,7 @@ def _read_batch(
         if "step_length" in wanted:
             of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
         if "state_norm" in wanted:
-            of_tokens["state_norm"] = reader.standardise(layer.observed).float().norm(dim=-1)
+            of_tokens["state_norm"] = reader.standardise(layer.observed, layer.sinks).float().norm(dim=-1)
         found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
         if logit_lens is not None and "logit_lens_divergence" in wanted:
             early = logit_lens.read(layer.observed, input_ids)
