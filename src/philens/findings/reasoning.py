@@ -277,7 +277,7 @@ def _train_base(scale: Scale, folder: Path, seed: int) -> str:
 
 
 def _adapter(model: str, folder: Path, scale: Scale, choices: Choices) -> str | None:
-    """Where the PHi layers are; None: in the run that is the model, or with philens. Trains those that nobody has."""
+    """Where the PHi layers are; None: in the run that is the model, or with philens. Trains missing ones."""
     given = choices.adapter
     if given is not None:
         swept = Path(given) / RUN_FOLDER / ADAPTER_FOLDER
