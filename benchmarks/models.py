@@ -139,6 +139,14 @@ def packed_batch(bench: Bench, recipe: Recipe, tokenizer: Any = None) -> dict[st
     return {name: value.to(bench.device) for name, value in batch.items()}
 
 
+def random_words(tokenizer: Any, lengths: Sequence[int], seed: int = 0) -> list[str]:
+    """Texts of words that are a token each, of as many tokens."""
+    pieces = [tokenizer.decode([number]) for number in range(len(tokenizer))]
+    words = [piece for piece in pieces if piece[:1] == " " and piece[1:].isascii() and piece[1:].isalpha()]
+    generator = np.random.default_rng(seed)
+    return ["".join(generator.choice(words or [" "], length)) for length in lengths]
+
+
 def random_texts(lengths: Sequence[int], seed: int = 0) -> list[str]:
     """Texts of letters and spaces, each of as many tokens for a tokenizer of bytes that puts one before."""
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8)

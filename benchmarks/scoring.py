@@ -8,11 +8,13 @@ import torch
 
 import philens
 from benchmarks.harness import Bench, Comparison, Target, total
-from benchmarks.models import frozen_llama, random_texts
+from benchmarks.models import frozen_llama, random_texts, random_words, real_base
 from benchmarks.training import Parts, model_text, shape_text
 from philens.errors import InputError
 from philens.losses import token_surprisal
 from philens.model import PHiModel
+from philens.training.recipe import load_recipe
+from philens.training.run import start_model
 
 NO_MINICONS = "minicons is not installed (pip install minicons)"
 # Lengths of the texts of a realistic mix, in tokens: log-normal.
@@ -73,33 +75,102 @@ def phi_and_surprisal(bench: Bench) -> list[Comparison]:
 
 def _phi_and_surprisal(bench: Bench, dtype: str) -> list[Comparison]:
     with frozen_llama(bench, *_shape(bench), model__dtype=dtype) as (lens, tokenizer, _):
-        lens.eval()
-        texts, tokens = _texts_alike(bench)
-        input_ids = tokenizer(texts, return_tensors="pt").input_ids.to(bench.device)
+        return _beside_plain(bench, lens.eval(), tokenizer, _texts_alike(bench)[0], Target(1.0))
 
-        def ours() -> Any:
-            return philens.score(lens, tokenizer, texts, metrics=["phi", "surprisal"], batch_tokens=tokens)
 
-        @torch.no_grad()
-        def plain() -> None:
-            with lens.disabled():
-                lens.base(input_ids)
+def _beside_plain(
+    bench: Bench, lens: PHiModel, tokenizer: Any, texts: list[str], against_minicons: Target
+) -> list[Comparison]:
+    """Texts of one length: a plain forward pass, and minicons where it is installed."""
+    input_ids = tokenizer(texts, return_tensors="pt").input_ids.to(bench.device)
+    tokens = input_ids.numel()
 
-        works: dict[str, Callable[[], Any]] = {"scoring phi and surprisal": ours}
-        works["plain forward pass with logits"] = plain
-        minicons = _minicons(bench, lens, tokenizer)
-        if minicons is not None:
-            found = np.array([pair[1] for pair in minicons(texts)[0]][1:])
-            _check_alike(ours()[0].surprisal[1:], found)
-            works["minicons, surprisal alone"] = lambda: minicons(texts)
-        seconds = bench.alternate(works)
-        note = _note(lens, shape_text({"input_ids": input_ids}))
-        note += f"; {NO_MINICONS}" * (minicons is None)
+    def ours() -> Any:
+        return philens.score(lens, tokenizer, texts, metrics=["phi", "surprisal"], batch_tokens=tokens)
+
+    @torch.no_grad()
+    def plain() -> None:
+        with lens.disabled():
+            lens.base(input_ids)
+
+    works: dict[str, Callable[[], Any]] = {"scoring phi and surprisal": ours}
+    works["plain forward pass with logits"] = plain
+    minicons = _minicons(bench, lens, tokenizer)
+    if minicons is not None:
+        found = np.array([pair[1] for pair in minicons(texts)[0]][1:])
+        _check_alike(ours()[0].surprisal[1:], found)
+        works["minicons, surprisal alone"] = lambda: minicons(texts)
+    seconds = bench.alternate(works)
+    note = _note(lens, shape_text({"input_ids": input_ids}))
+    note += f"; {NO_MINICONS}" * (minicons is None)
     scored, forward, *others = seconds.values()
     return [
         Comparison(scored, forward, Target(1.25), note),
-        *(Comparison(scored, other, Target(1.0), "texts of one length, all at once") for other in others),
+        *(
+            Comparison(scored, other, against_minicons, "texts of one length, all at once")
+            for other in others
+        ),
     ]
+
+
+def real(bench: Bench) -> list[Comparison]:
+    """SmolLM2 reads texts: phi alone, phi and surprisal in both precisions, texts of mixed lengths."""
+    count, length = bench.pick((2, 24), (8, 512), (16, 2048))
+    drawn = MEDIAN * np.exp(SIGMA * np.random.default_rng(0).standard_normal(bench.pick(6, 48, 256)))
+    sizes = drawn.clip(SHORTEST, bench.pick(32, LONGEST, LONGEST)).round().astype(int).tolist()
+    found = []
+    changes: dict[str, Any] = {"data.parts": {"automata": {"source": "automata"}}}
+    changes |= {"phi.layer": 1} if bench.scale == "smoke" else {}
+    dtypes = dict.fromkeys([str(bench.dtype).removeprefix("torch."), "float32"])
+    with real_base(bench) as base:
+        for number, dtype in enumerate(dtypes):
+            recipe = load_recipe("smollm2", {"model.base": base, "model.dtype": dtype, **changes})
+            lens, tokenizer = start_model(recipe)
+            lens.to(bench.device).eval()
+            texts, mixed = (random_words(tokenizer, some) for some in ([length] * count, sizes))
+            found += _beside_plain(bench, lens, tokenizer, texts, Target(1.1))
+            if number == 0:
+                found += _phi_beside_plain(bench, lens, tokenizer, texts) + _mixed(
+                    bench, lens, tokenizer, mixed
+                )
+    return found
+
+
+def _phi_beside_plain(bench: Bench, lens: PHiModel, tokenizer: Any, texts: list[str]) -> list[Comparison]:
+    input_ids = tokenizer(texts, return_tensors="pt").input_ids.to(bench.device)
+
+    @torch.no_grad()
+    def plain() -> None:
+        with lens.disabled():
+            lens.base(input_ids)
+
+    seconds = bench.alternate(
+        {
+            "scoring phi only": lambda: philens.score(
+                lens, tokenizer, texts, metrics=["phi"], batch_tokens=input_ids.numel()
+            ),
+            "plain forward pass with logits": plain,
+        }
+    )
+    return [Comparison(*seconds.values(), Target(0.75), _note(lens, shape_text({"input_ids": input_ids})))]
+
+
+def _mixed(bench: Bench, lens: PHiModel, tokenizer: Any, texts: list[str]) -> list[Comparison]:
+    """Texts of mixed lengths, against minicons in batches as they come."""
+    minicons = _minicons(bench, lens, tokenizer)
+    if minicons is None:
+        return []
+    batches = [slice(first, first + UNSORTED_ROWS) for first in range(0, len(texts), UNSORTED_ROWS)]
+    seconds = bench.alternate(
+        {
+            "scoring phi and surprisal": lambda: philens.score(
+                lens, tokenizer, texts, metrics=["phi", "surprisal"]
+            ),
+            "minicons, surprisal alone": lambda: [minicons(texts[batch]) for batch in batches],
+        }
+    )
+    note = _note(lens, f"{len(texts)} texts of mixed lengths, {UNSORTED_ROWS} at once")
+    return [Comparison(*seconds.values(), Target(1.0), note)]
 
 
 def _minicons(bench: Bench, lens: PHiModel, tokenizer: Any) -> Callable[[list[str]], Any] | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -499,6 +500,7 @@ def test_stopped_and_started_again(model: str, tmp_path: Path) -> None:
 
 def test_what_vllm_is_asked_for(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    logprob = [-0.5]
 
     class LLM:
         llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=50, dtype=torch.bfloat16))
@@ -512,7 +514,7 @@ def test_what_vllm_is_asked_for(model: str, tmp_path: Path, monkeypatch: pytest.
         def generate(self, prompts: Any, parameters: Any, use_tqdm: bool) -> Any:
             asked.append((prompts, parameters))
             ids = [*byte_tokenizer()("#### 2", add_special_tokens=False).input_ids, 2]
-            logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in ids]
+            logprobs = [{token: SimpleNamespace(logprob=logprob[0])} for token in ids]
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=logprobs)])] * len(
                 prompts
             )
@@ -533,6 +535,9 @@ def test_what_vllm_is_asked_for(model: str, tmp_path: Path, monkeypatch: pytest.
     assert parameters[0]["max_tokens"] == 50 - len(longest)
     assert parameters[0]["stop_token_ids"] == ENDS
     assert len({one["seed"] for one in parameters}) == 8
+    logprob[0] = math.nan
+    with pytest.raises(InputError, match="are not numbers in bfloat16: it overflows; give another --dtype"):
+        solve(model, PROBLEMS, tmp_path / "y", prompt=PROMPT, samples=2, engine="vllm")
 
 
 # Solutions from elsewhere.

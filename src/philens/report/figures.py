@@ -59,8 +59,8 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
         colour, marker = TASK_STYLES.get(name, _OTHER_STYLE)
         scatter.errorbar(
             *point,
-            xerr=_error(tasks[name]["surprisal"]),
-            yerr=_error(tasks[name]["phi"]),
+            xerr=error_of(tasks[name]["surprisal"]),
+            yerr=error_of(tasks[name]["phi"]),
             fmt=marker,
             color=colour,
             markersize=6,
@@ -77,7 +77,7 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
         bars.barh(
             place,
             tasks[name]["phi"]["mean"],
-            xerr=_error(tasks[name]["phi"]),
+            xerr=error_of(tasks[name]["phi"]),
             color=colour,
             alpha=0.75 if faint else 1.0,
             capsize=3,
@@ -138,7 +138,7 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
                 continue
             places.append(-group - (number - (len(kinds) - 1) / 2) * height)
             values.append(found["value"])
-            errors.append(_error(found, "value"))
+            errors.append(error_of(found, "value"))
         bars.barh(
             places,
             values,
@@ -177,7 +177,7 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
             axes.plot(values, rows, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
             if level[quantity] is not None:
                 style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.6, "capsize": 6}
-                style |= {"xerr": _error(level[quantity])}
+                style |= {"xerr": error_of(level[quantity])}
                 axes.errorbar(level[quantity]["mean"], row - 0.1, **style)
         axes.set(xlabel=label)
         axes.margins(x=0.06)
@@ -214,7 +214,7 @@ def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
         ]
         places = np.arange(len(found)) + (number - (len(results["levels"]) - 1) / 2) * 0.11
         means = np.array([one["mean"] for one in found], dtype=float)
-        errors = np.concatenate([_error(one) for one in found], axis=1)
+        errors = np.concatenate([error_of(one) for one in found], axis=1)
         style = {"color": colour, "fmt": marker, "markersize": 5, "linestyle": "-", "linewidth": 0.8}
         bins.errorbar(places, means, yerr=errors, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
     bins.set_xticks(range(len(labels)), labels)
@@ -227,7 +227,7 @@ def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
     for row, key in enumerate(rows):
         if verbatim.get(key):
             colour = _LEVEL_STYLES["memorised"][0] if key == "recited" else "#8A8A8A"
-            bars.barh(row, verbatim[key]["mean"], xerr=_error(verbatim[key]), color=colour, height=0.6)
+            bars.barh(row, verbatim[key]["mean"], xerr=error_of(verbatim[key]), color=colour, height=0.6)
     bars.set_yticks(range(len(rows)), list(rows.values()))
     bars.set_ylim(len(rows) - 0.5, -0.5)
     bars.set(xlabel=PHI_LABEL)
@@ -372,7 +372,7 @@ def _short_label(task: str) -> str:
     return task_label(task).replace(" ", "\n", 1)
 
 
-def _error(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
+def error_of(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
     """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
     value, bounds = estimate[name], estimate["ci95"]
     if value is None or None in bounds:

@@ -72,11 +72,11 @@ def content_text(message: Mapping[str, Any], separator: str = "") -> str | None:
         return "" if message.get("tool_calls") else None
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         return None
-    texts = [
+    parts: list[Any] = [
         part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         for part in content
     ]
-    return separator.join(texts) if all(isinstance(text, str) for text in texts) else None
+    return separator.join(parts) if all(isinstance(part, str) for part in parts) else None
 
 
 def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
@@ -172,8 +172,9 @@ def _stopped_clock() -> str:
     """
     replaced = [("%%", _PERCENT)]
     for mark in ("%", "%-"):
-        for letter in "aAbBcdDeFfGHIjklmMnpRrSTuUVwWxXyYzZ":
-            replaced.append((mark + letter, MOMENT.strftime(mark + letter)))
+        for letter in "aAbBcCdDeFfgGhHIjklmMnpPrRSTuUVwWxXyYzZ":
+            with contextlib.suppress(ValueError):  # not every system knows all of them
+                replaced.append((mark + letter, MOMENT.strftime(mark + letter)))
     replaced.append((_PERCENT, "%"))
     filters = "".join(f"|replace({old!r}, {new!r})" for old, new in replaced if old != new)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"

@@ -338,7 +338,7 @@ def _open_path(path: Path, part: TextPart) -> Source:
         raise ConfigError(f"files chooses among the files of a folder, and {path} is a file; leave it out.")
     else:
         found = [path]
-    kinds = {"jsonl" if (kind := kind_of(file.name)) == "json" else kind for file in found}
+    kinds: set[Kind] = {"jsonl" if (kind := kind_of(file.name)) == "json" else kind for file in found}
     if len(kinds) > 1:
         suffixes = ", ".join(sorted({file.suffix for file in found}))
         raise InputError(
@@ -378,7 +378,7 @@ def _find_broken_line(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in PACKED:
             continue
-        lines = path.suffix.lower() == ".jsonl"
+        lines = kind_of(path.name) == "jsonl"
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, text in enumerate(file if lines else [file.read()], 1):
                 try:

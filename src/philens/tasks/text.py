@@ -128,9 +128,7 @@ class TextMixture:
                 if left <= 0:
                     break
                 if len(source) < HELD_OUT or not is_held_out(document):
-                    text = document
-                    if not isinstance(document, str):
-                        text = "".join(content_text(message) or "" for message in document)
+                    text = _said(document)
                     left -= len(text)
                     yield text
 
@@ -192,6 +190,12 @@ def _shuffled(source: Source) -> Iterator[tuple[int, Document]]:
     else:
         places = (int(below(derive(_ORDER, number), len(source))[0]) for number in count())
     return ((place, source[place]) for place in places)
+
+
+def _said(document: Document) -> str:
+    if isinstance(document, str):
+        return document
+    return "".join(content_text(message) or "" for message in document)
 
 
 def _says_something(document: Document) -> bool:
