@@ -87,9 +87,13 @@ def _smollm2_is_here() -> bool:
     return (wheels.kept("smollm2") / "config.json").is_file()
 
 
-needs_smollm2 = pytest.mark.skipif(
-    not _smollm2_is_here(), reason="SmolLM2 is not in the cache; `philens demo` fetches it."
-)
+_ABSENT = "SmolLM2 is not in the cache; `philens demo` fetches it."
+needs_smollm2 = pytest.mark.skipif(not _smollm2_is_here(), reason=_ABSENT)
+
+
+def skip_without_smollm2() -> None:
+    if not _smollm2_is_here():
+        pytest.skip(_ABSENT)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ LETTERS = "abc é 漢 😀 \x1b[31m <script>"
 
 
 @pytest.fixture
-def scored(text_model):
+def scored(monkeypatch, text_model):
     return partial(_scored, monkeypatch, text_model)
 
 

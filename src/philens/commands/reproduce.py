@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from philens.commands.show import console, say
+from philens.errors import ConfigError
 
 
 def reproduce_tasks(
