@@ -81,7 +81,7 @@ def test_difficulty_from_nothing(smoke):
 def test_what_is_there_is_not_made_again(smoke, monkeypatch):
     """The next call reads the trained model, the solutions and the measured table."""
     before = json.loads((smoke / "correctness" / "results.json").read_text())
-    monkeypatch.setattr(reasoning, "measure", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(reasoning, "measure", lambda *_, **__: pytest.fail("made again"))
     again = reproduce_reasoning("correctness", smoke, "smoke")
     for point, found in again["seeds"][0]["points"].items():
         expected = before["seeds"][0]["points"][point]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scipy import stats
 
@@ -18,11 +20,27 @@ import philens
 from philens import cli
 from philens.errors import ConfigError, InputError
 from philens.findings import statistics
-from philens.findings.reproduce import reproduce, reproduce_texts
+from philens.findings.reproduce import reproduce
+from philens.findings.reproduce_texts import reproduce_texts
 from philens.findings.statistics import difference
-from philens.findings.texts import EARLY, measure_texts, score_texts, text_rows
-from philens.report.figures import figure_texts
-from philens.report.terminal import text_pairs_table, texts_table
+from philens.findings.text_tokens import (
+    CountedTokens,
+    extremes,
+    measure_recitation,
+    phi_by_surprisal,
+    recited,
+)
+from philens.findings.texts import (
+    EARLY,
+    at_point,
+    compare_points,
+    cut_texts,
+    measure_texts,
+    score_texts,
+    text_rows,
+)
+from philens.report.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
+from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
 from philens.scoring.scores import Span, TokenScores
 from philens.tasks.levels import (
     LevelText,
@@ -41,7 +59,8 @@ from philens.training.trainer import train
 from tiny import TINY
 
 WORDS = ["the", "river", "stood", "still", "and", "nobody", "asked", "why", "it", "did", "so", "that", "day"]
-FILES = {"results.json", "texts.csv", "documents.csv", "texts.png", "texts.svg"}
+FILES = {"results.json", "texts.csv", "documents.csv", "tokens.csv", "surprisal.csv", "page.html"}
+FILES |= {f"{name}.{kind}" for name in ("texts", "surprisal") for kind in ("png", "svg")}
 
 
 def sentence(seed: int, words: int = 30) -> str:
@@ -163,23 +182,39 @@ def test_trivial_texts_are_predictable_and_as_long_as_the_median() -> None:
     texts = [LevelText("own", f"{n}", "x" * length) for n, length in enumerate((10, 900, 9000))]
     built = build_trivial(texts)
     assert built == build_trivial(texts)
-    assert len({text.text for text in built}) == len({text.name for text in built}) == 8
+    assert len({text.text for text in built}) == len({text.name for text in built}) == len(built) == 24
     assert all(900 <= len(text.text) <= 1000 and text.built and text.user is None for text in built)
     found = {text.name: text.text.split("\n") for text in built}
     numbers = [int(line) for line in found["counting"]]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    down = [int(line) for line in found["counting down"]]
+    assert down == list(range(down[0], down[0] - len(down), -1))
     steps = np.diff([int(line) for line in found["steps"]])
     assert (steps == steps[0]).all()
     assert steps[0] > 1
     for line in found["binary"]:
         number, binary = line.split(" - ")
         assert int(binary, 2) == int(number)
+    for line in found["hexadecimal"]:
+        number, digits = line.split(" - ")
+        assert int(digits, 16) == int(number)
+    for line in found["sums"]:
+        first, second, total = map(int, re.findall(r"\d+", line))
+        assert first + second == total
+    for line in found["song"]:
+        before, after = map(int, re.findall(r"\d+", line))
+        assert before - 1 == after
+    assert {"101st", "102nd", "103rd", "104th", "111th", "112th", "113th"} < set(found["ordinals"])
     for line in found["times table"]:
         first, second, product = map(int, re.findall(r"\d+", line))
         assert first * second == product
     assert len(set(found["alphabet"])) == len(set(found["repeated sentence"])) == 1
     assert sorted(found["alphabet"][0].split()) == [chr(code) for code in range(97, 123)]
     assert len({line.split()[1] for line in found["dates"]}) == 7
+    assert len(set(found["squares of a board"])) == 64
+    assert len(set(found["days of the week"])) == 7
+    assert len({line.split()[0] for line in found["months"]}) == 12
+    assert found["alphabet backwards"][0] == found["alphabet"][0][::-1]
     assert built != build_trivial(texts, seed=1)
     # The length of a book is not needed, nor that of a word.
     assert max(len(text.text) for text in build_trivial([LevelText("own", "", "x" * 99_999)])) < 4100
@@ -209,7 +244,7 @@ def test_documents_are_drawn_from_each_level(tmp_path: Path) -> None:
     ]
     assert texts == load_levels(tmp_path, 4)
     assert texts != load_levels(tmp_path, 4, seed=1)
-    assert len(load_levels(tmp_path)) == 8 + 18 + 18
+    assert len(load_levels(tmp_path)) == 24 + 18 + 18
 
 
 # --- measuring
@@ -553,10 +588,10 @@ def test_a_base_and_an_adapter(runs: tuple[Path, Path], levels: Path) -> None:
     options: dict[str, Any] = {"levels": levels, "plain": True}
     run = reproduce_texts(layer, output=Path("run"), **options)
     options |= {"model": base / "model"}
-    both = reproduce_texts(adapter=layer / "adapter", output=Path("both"), window=64, **options)
+    both = reproduce_texts(adapters=[layer / "adapter"], output=Path("both"), window=64, **options)
     assert both["levels"] == run["levels"]
     assert both["recipe"] is None
-    whole = reproduce_texts(adapter=layer, output=Path("whole"), **options)
+    whole = reproduce_texts(adapters=[layer], output=Path("whole"), **options)
     assert whole["provenance"]["window"] == 2048
     assert whole["levels"] != run["levels"]
 
@@ -568,7 +603,7 @@ def test_the_users_own_texts_alone(runs: tuple[Path, Path], tmp_path: Path, comm
     assert "The claim that the phi of own stands above that of trivial and shuffled" in " ".join(out.split())
     results = results_of(Path("runs/reproduce-layer"))
     assert {name: level["texts"] for name, level in results["levels"].items()} == {
-        "trivial": 8,
+        "trivial": 24,
         "shuffled": 3,
         "own": 3,
     }
@@ -579,7 +614,7 @@ def test_the_users_own_texts_alone(runs: tuple[Path, Path], tmp_path: Path, comm
     assert exact["levels"]["own"]["surprisal"] == results["levels"]["own"]["surprisal"]
 
 
-def test_a_lens_that_observes_has_no_gap_and_one_layer(runs: tuple[Path, Path]) -> None:
+def test_a_lens_that_observes_has_no_gap(runs: tuple[Path, Path]) -> None:
     base, _ = load_run(runs[1])
     tokenizer, texts = load_tokenizer(runs[0] / "model"), [LevelText("own", "a", sentence(0))]
     texts = with_built(texts)
@@ -588,21 +623,18 @@ def test_a_lens_that_observes_has_no_gap_and_one_layer(runs: tuple[Path, Path]) 
     assert all(level["gap"] is None for level in results["levels"].values())
     assert results["levels"]["own"]["surprisal"]["mean"] > 0
     assert " none " in printed(texts_table(results))
-    several = philens.PHiConfig(layers=[0, 1], prior_heads=2, mode="observe")
-    with pytest.raises(ConfigError, match="texts measures one layer and this model has 2"):
-        score_texts(philens.attach(lens.detach(), several), tokenizer, texts)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("texts --levels x", "texts are measured in a language model; give --model, a run or a base model."),
-        (
-            "texts --model x",
-            "No texts were named; give --levels, a folder of texts of several levels, or of your own.",
-        ),
         ("texts --model x --levels nowhere", "nowhere does not exist; give a folder with texts"),
         ("texts --model x --levels . --documents 1", "documents must be at least 2, not 1."),
+        (
+            "texts --model x --levels . --tokens -1",
+            "tokens must be at least 1, or 0 for whole texts, not -1.",
+        ),
         ("texts --scale smoke", "There is no option --scale; the nearest valid one is --"),
         ("texts --train.steps 3", "There is no option --train.steps; the nearest valid one is --"),
         ("texts --model levels --levels levels", "No PHi layer was named for levels; give --adapter,"),
@@ -631,3 +663,255 @@ def test_models_that_cannot_be_measured(runs: tuple[Path, Path], levels: Path, c
     code, _, err = command("--model", runs[1], "--levels", levels, "--window", 5000)
     assert (code, err.count("\n")) == (2, 1)
     assert "A window of 5000 tokens is longer than the model's context of 2048" in err
+
+
+# --- several layers, and the course of a training
+
+
+@pytest.fixture(scope="module")
+def observing(runs: tuple[Path, Path]) -> Path:
+    """An adapter with two layers that observe, beside the run of one that is in the path."""
+    lens, _ = load_run(runs[1])
+    config = philens.PHiConfig(layers=[0, 1], prior_heads=2, mode="observe")
+    philens.attach(lens.detach(), config).save_pretrained(runs[1].parent / "several")
+    return runs[1].parent / "several"
+
+
+def test_each_insertion_point_is_measured(runs: tuple[Path, Path], observing: Path, levels: Path) -> None:
+    base = runs[0] / "model"
+    results = reproduce_texts(base, levels, Path("out"), [observing, runs[1]], plain=True)
+    first, second, third = results["points"]
+    assert [point["insertion_point"] for point in (first, second, third)] == [
+        "model.layers.0",
+        "model.layers.1",
+        "model.layers.0",
+    ]
+    assert [point["label"] for point in (first, second, third)] == [
+        "several after model.layers.0",
+        "several after model.layers.1",
+        "layer after model.layers.0",
+    ]
+    assert results["levels"] == third["levels"]
+    assert first["levels"]["prose"]["phi"] != second["levels"]["prose"]["phi"]
+    # The base's own surprisal is read once, and its gap only where a layer is in the path.
+    assert first["levels"]["prose"]["surprisal"] == third["levels"]["prose"]["surprisal"]
+    assert first["levels"]["prose"]["gap"] is None
+    alone = reproduce_texts(base, levels, Path("alone"), [runs[1]], plain=True)
+    assert "points" not in alone
+    assert alone["levels"] == results["levels"]
+    rows = rows_of(Path("out/texts/texts.csv"))
+    assert [row["label"] for row in rows[::3]] == [point["label"] for point in results["points"]]
+    assert Path("out/texts/course.png").exists()
+    assert results_of(Path("out"))["course"]["along"] is False
+    assert "several after" in printed(text_points_table(results), 120)
+
+
+def test_checkpoints_are_the_course_of_a_training(
+    runs: tuple[Path, Path], levels: Path, tmp_path: Path, command: Any
+) -> None:
+    run = tmp_path / "run"
+    lens, _ = load_run(runs[1])
+    for step in (2, 5):
+        lens.save_pretrained(run / f"checkpoint-{step}" / "adapter")
+        with torch.no_grad():
+            lens.phi[0].encoder.bias.mul_(0.5)
+    for folder in (run, run / "checkpoint-9"):
+        shutil.copytree(runs[1] / "adapter", folder / "adapter")
+    (run / "checkpoint-10.tmp").mkdir()
+    options = ("--model", runs[0] / "model", "--levels", levels, "--plain", "--output", "out")
+    code, out, err = command(*options, "--adapter", run, "--checkpoints")
+    assert (code, err) == (0, "")
+    results = results_of(Path("out"))
+    # The run's own adapter is that of step 9, its last checkpoint.
+    assert [point["label"] for point in results["points"]] == ["step 2", "step 5", "step 9"]
+    assert results["course"]["along"] is True
+    phi = [point["levels"]["prose"]["phi"]["mean"] for point in results["points"]]
+    assert len(set(phi)) == 3
+    assert results["levels"]["prose"]["phi"]["mean"] == phi[-1]
+    assert "phi of each level along the training" in out
+    assert {path.name for path in Path("out/texts").iterdir()} == FILES | {"course.png", "course.svg"}
+    assert command(*options, "--adapter", run)[0] == 0
+    assert "points" not in results_of(Path("out"))
+
+
+def point(label: str, phi: dict[str, float]) -> dict[str, Any]:
+    return {"label": label, **measure_texts(*made(PHI | phi, spread=0.05), resamples=200)}
+
+
+def test_since_when_a_level_is_above_another() -> None:
+    high, level = {"licenses": 30.0}, {"licenses": 6.5}
+    points = [point("a", {}), point("b", high), point("c", level), point("d", {})]
+    course = compare_points(points, along=True)
+    pairs = {(pair["first"], pair["second"]): pair for pair in course["pairs"]}
+    assert len(pairs) == 6
+    assert pairs["code", "licenses"]["above_since"] == pairs["code", "licenses"]["separated_since"] == "d"
+    assert pairs["literature", "licenses"]["above_since"] == "c"
+    assert pairs["code", "shuffled"]["above_since"] == "a"
+    falling = compare_points([point("a", {}), point("b", high)], along=True)["pairs"]
+    assert [pair["above_since"] for pair in falling if pair["second"] == "licenses"] == [None, None]
+    results = points[-1] | {"points": points, "course": course}
+    said = " ".join(printed(text_points_table(results), 100).split())
+    assert "code, licenses: above from d on, separate from d on." in said
+    figure = figure_levels_course(
+        results | {"points": [one | {"step": n} for n, one in enumerate(points)], "course": course}
+    )
+    drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
+    assert drawn["licenses"] == pytest.approx([one["levels"]["licenses"]["phi"]["mean"] for one in points])
+
+
+# --- texts cut, tokens of their own
+
+
+def test_texts_are_cut_to_their_first_tokens(runs: tuple[Path, Path], levels: Path, command: Any) -> None:
+    tokenizer = load_tokenizer(runs[0] / "model")
+    texts = [LevelText("own", "a", "caf\u00e9 and more"), LevelText("own", "b", "x")]
+    assert [text.text for text in cut_texts(tokenizer, texts, 6)] == ["caf\u00e9 ", "x"]
+    assert cut_texts(tokenizer, texts, 99) == texts
+    counts = {}
+    for tokens in (0, 7):
+        options = ("--model", runs[1], "--levels", levels, "--plain", "--tokens", tokens)
+        assert command(*options, "--output", "out")[0] == 0
+        results = results_of(Path("out"))
+        counts[tokens] = [text["tokens"] for text in results["texts"]]
+        assert results["tokens_read"] == (tokens or None)
+    assert set(counts[7]) == {7}
+    assert min(counts[0]) > 100
+
+
+def test_sinks_are_left_out_of_phi_and_counted() -> None:
+    texts, scores = made(texts=2)
+    scores[0].columns["phi"][3] = 1e6
+    scores[0].sinks[3] = True
+    results = measure_texts(texts, scores)
+    level = results["levels"]["predictable"]
+    assert (level["sinks"], results["levels"]["code"]["sinks"]) == (1, 0)
+    assert level["phi"]["mean"] < 10
+    assert level["tokens"] == len(scores[0]) + len(scores[1])
+    assert level["surprisal"]["mean"] == pytest.approx(
+        np.nanmean(np.concatenate([one.surprisal.astype(float) for one in scores[:2]]))
+    )
+    assert all(token["phi"] < 100 for token in results["tokens"]["predictable"]["highest"])
+    assert "1 attention sink left out of phi." in printed(texts_table(results))
+
+
+def counted(surprisal: Any, phi: Any, name: str = "a") -> CountedTokens:
+    columns = {"surprisal": np.asarray(surprisal, float), "phi": np.asarray(phi, float)}
+    scores = made_scores(columns["phi"], columns["surprisal"])
+    places = np.arange(len(columns["phi"]))
+    return CountedTokens(
+        LevelText("licences", name, "x"), scores, places, columns, np.zeros(len(places), bool)
+    )
+
+
+def test_runs_of_sure_tokens_are_recited() -> None:
+    surprisal = np.array([np.nan, *[0.05] * 10, 0.1, *[0.0] * 9, 3.0, *[0.09] * 12])
+    expected = np.zeros(33, bool)
+    expected[1:11] = expected[22:] = True
+    assert np.array_equal(recited(surprisal)[:33], expected)
+    assert not recited(np.full(9, 0.0)).any()
+    assert recited(np.full(10, 0.0)).all()
+    assert not recited(np.array([])).any()
+
+
+def test_recited_text_against_the_rest_of_the_same_text() -> None:
+    """Texts differ in level; the difference within each is 3 nats, and 1 nat to sure tokens outside runs."""
+    texts = [
+        counted(
+            [0.01] * 20 + [2.0] * 10 + [0.01] * 5 + [2.0],
+            [own + 5.0] * 20 + [own + 2.5] * 10 + [own + 4.0] * 5 + [own - 5.0],
+        )
+        for own in (0.0, 10.0, 50.0)
+    ]
+    texts.append(counted([2.0] * 30, [900.0] * 30))  # nothing in it is recited
+    found = measure_recitation(texts)
+    rest = (10 * 2.5 + 5 * 4.0 - 5.0) / 16
+    assert found["recited"]["mean"] == pytest.approx(5 + 20)
+    assert found["recited_less_rest"]["mean"] == pytest.approx(5 - rest)
+    assert found["recited_less_rest"]["ci95"] == pytest.approx([5 - rest] * 2)
+    assert found["recited_less_sure_rest"]["mean"] == pytest.approx(1.0)
+    assert (found["texts"], found["tokens"], found["recited_less_rest"]["texts"]) == (3, 60, 3)
+    assert found["share"] == pytest.approx(60 / (3 * 36 + 30))
+    low, high = found["recited"]["ci95"]
+    assert low < 25 < high
+    assert "recited less sure" in printed(recitation_table(found))
+    none = measure_recitation([counted([2.0] * 3, [1.0] * 3)])
+    assert (none["recited"], none["tokens"], none["recited_less_rest"]) == (None, 0, None)
+    assert "none" in printed(recitation_table(none))
+
+
+def test_phi_in_bins_of_surprisal() -> None:
+    texts = [
+        counted([np.nan, 0.0, 0.005, 0.01, 0.5, 7.0], [99, 1, 2, 3, 4, np.nan]),
+        counted([0.009, 1.0], [6, 5]),
+    ]
+    bins = phi_by_surprisal(texts)
+    assert [one["mean"] for one in bins] == [3.0, 3.0, 4.0, 5.0, None]
+    assert [one["tokens"] for one in bins] == [3, 1, 1, 1, 0]
+    assert [one["texts"] for one in bins] == [2, 1, 1, 1, 0]
+    assert bins[-1]["below"] is None
+
+
+def test_the_extreme_tokens_stand_in_their_text() -> None:
+    scores = [
+        TokenScores(
+            "abcdef",
+            np.zeros(6, np.int64),
+            np.stack([np.arange(6), np.arange(1, 7)], 1),
+            {"phi": np.float32([5, 1, 9, np.nan, 2, 3]), "surprisal": np.float32([np.nan, 1, 2, 3, 4, 5])},
+        ),
+        made_scores([7.0], [0.5]),
+    ]
+    texts = [
+        CountedTokens(
+            LevelText("code", f"text {n}", "x"),
+            one,
+            np.arange(len(one)),
+            {name: values.astype(float) for name, values in one.columns.items()},
+            one.sinks,
+        )
+        for n, one in enumerate(scores)
+    ]
+    found = extremes(texts, 2)
+    assert [(token["token"], token["phi"]) for token in found["highest"]] == [("c", 9.0), ("x", 7.0)]
+    assert [(token["token"], token["phi"]) for token in found["lowest"]] == [("b", 1.0), ("e", 2.0)]
+    first = found["highest"][0]
+    assert (first["before"], first["after"], first["document"], first["surprisal"]) == (
+        "ab",
+        "def",
+        "text 0",
+        2.0,
+    )
+    assert found["lowest"][1]["before"] == "abcd"
+
+
+def test_the_page_shows_extremes_and_whole_texts(runs: tuple[Path, Path], levels: Path) -> None:
+    fill(levels, {"script.json": {"level": "prose", "user": "Write", "assistant": "a <script> b " * 9}})
+    results = reproduce_texts(runs[1], levels, Path("out"))
+    page = Path("out/texts/page.html").read_text(encoding="utf-8")
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings[:2] == ["predictable: highest phi", "predictable: lowest phi"]
+    assert "prose: p0.json" in headings
+    assert "<script>" not in page
+    rows = rows_of(Path("out/texts/tokens.csv"))
+    assert len(rows) == 3 * 2 * 10
+    top = results["tokens"]["prose"]["highest"][0]
+    assert f"{top['phi']:.0f} nats, in {top['document']}" in page
+    assert max(text["phi"] for text in results["texts"]) < top["phi"]
+
+
+def test_the_figure_of_phi_at_equal_surprisal() -> None:
+    results = measure_texts(*made())
+    figure = figure_levels_by_surprisal(results)
+    figure.canvas.draw()
+    drawn = [container.lines[0].get_ydata() for container in figure.axes[0].containers]  # pyright: ignore
+    for values, level in zip(drawn, results["levels"].values(), strict=True):
+        expected = [one["mean"] for one in level["by_surprisal"]]
+        assert np.asarray(values, float) == pytest.approx(np.array(expected, float), nan_ok=True)
+
+
+def test_columns_of_one_of_several_layers() -> None:
+    scores = made_scores([1.0, 2.0], [3.0, 4.0])
+    scores.columns["phi@a"], scores.columns["phi@b"] = scores.columns.pop("phi"), np.float32([5, 6])
+    assert at_point(scores, "b").phi.tolist() == [5, 6]
+    assert at_point(scores, "a").columns.keys() == {"phi", "surprisal"}
+    assert at_point(scores, None) is scores

@@ -193,6 +193,32 @@ class _Finite(LogitsProcessor):
         return scores
 
 
+@contextlib.contextmanager
+def unmeasured(lens: "PHiModel") -> Iterator[None]:
+    """Within this context the base runs as with its layers, in evaluation, and nothing is measured.
+
+    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say; no prior predicts.
+    """
+    if lens.config.inference != "mean":  # what is drawn is the layer's affair
+        yield
+        return
+    numbers = range(len(lens.layers) * lens.enabled)
+    with lens.disabled(), contextlib.ExitStack() as stack:
+        for number in numbers:
+            hook = transform_output(lens._modules_at[number], partial(_above, lens, number))
+            stack.callback(hook.remove)
+        yield
+
+
+def _above(lens: "PHiModel", number: int, states: Tensor) -> Tensor:
+    """(B, T, D) what the blocks above a layer read in place of its block's output, without a prior."""
+    if lens._observing:
+        return states
+    layer = lens.layers[number]
+    sinks = layer.find_sinks(states)
+    return layer.pass_through(states, layer.encode(states, sinks)[0], sinks)
+
+
 class _Record:
     """What a base has at its insertion points and at its output head while it generates: all that scores are
     made of, if it reads each row once and token after token."""
@@ -225,11 +251,7 @@ class _Record:
 
     def _at_layer(self, number: int, states: Tensor) -> Tensor:
         self.states[number].append(states)
-        if self.lens._observing:
-            return states
-        layer = self.lens.layers[number]
-        sinks = layer.find_sinks(states)
-        return layer.pass_through(states, layer.encode(states, sinks)[0], sinks)
+        return _above(self.lens, number, states)
 
     def _at_head(self, module: nn.Module, args: Any) -> Any:
         self.at_head.append(args[0])

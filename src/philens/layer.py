@@ -224,9 +224,10 @@ class PHiLayer(nn.Module):
         norms = torch.linalg.vector_norm(states, dim=-1, dtype=precise)
         return (norms > self.sink_norm) & (self.sink_norm > 0)
 
-    def standardise(self, hidden_states: Tensor, sinks: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) what the encoder reads: by shift and scale, a sink's of the length that the
-        others have."""
+    def standardise(self, hidden_states: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (h - shift) / scale, which the encoder reads, a sink's of the length that the others
+        have; sinks (B, T) as `find_sinks`, which None calls."""
+        sinks = self.find_sinks(hidden_states) if sinks is None else sinks
         inverse = 1 / self.scale
         states = torch.addcmul(-self.shift * inverse, hidden_states.to(self.encoder.weight.dtype), inverse)
         length = torch.linalg.vector_norm(states.detach(), dim=-1, keepdim=True)
@@ -234,7 +235,6 @@ class PHiLayer(nn.Module):
 
     def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32; sinks as `find_sinks`."""
-        sinks = self.find_sinks(hidden_states) if sinks is None else sinks
         return self._statistics(self.encoder(self.standardise(hidden_states, sinks)))
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Values from files and command lines checked against type annotations, with errors in plain words."""
 
+import re
 import types
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
@@ -44,6 +45,13 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         return _convert(value, kind)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} must be {describe(kind)}, not {shown(value)}.") from None
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers named as `4,8,12` or, like a range of Python, as `4:28:4`; none for anything else."""
+    if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text):
+        return list(range(*map(int, text.split(":"))))
+    return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else []
 
 
 def shown(value: Any) -> str:

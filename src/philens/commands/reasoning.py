@@ -17,6 +17,7 @@ def solve(
     output: Path | None = None,
     split: str = "test",
     limit: int | None = None,
+    levels: str | None = None,
     prompt: str | None = None,
     shots: int = 0,
     temperature: float = 1.0,
@@ -34,13 +35,15 @@ def solve(
 
     Args:
         model: a folder, GGUF file or Hub id.
-        problems: gsm8k, math, arithmetic, a file or folder, or a data set on the Hub.
+        problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
         split: of the problems.
         limit: how many of them, drawn by the seed.
-        prompt: how problems are put: gsm8k, math, arithmetic (the problem alone), boxed, or a text file with
-            the instruction; by default that of the data set, else boxed.
+        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+            problems have none, how many steps. By default all.
+        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
+            file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         temperature: of sampling; 0 takes the likeliest tokens.
         top_p: draws among the likeliest tokens that together have this probability.
@@ -56,14 +59,15 @@ def solve(
     if model is None or problems is None:
         raise ConfigError("No model or no problems were named; give --model and --problems.")
     from philens.scoring.solve import solve
-    from philens.tasks.problems import find_prompt, load_problems
+    from philens.tasks.problems import find_prompt, load_problems, parse_levels
 
-    chosen = load_problems(problems, split, limit, seed)
+    only = parse_levels(levels)
+    chosen = load_problems(problems, split, limit, seed, only)
     solved = solve(
         model,
         chosen,
         output or Path("runs") / f"solve-{Path(model).name}",
-        prompt=find_prompt(problems, prompt, shots, seed),
+        prompt=find_prompt(problems, prompt, shots, seed, only),
         samples=samples,
         temperature=temperature,
         top_p=top_p,
@@ -87,7 +91,7 @@ def grade(
     """Try the grader on the problems' own solutions, or on solutions that are marked right or wrong.
 
     Args:
-        problems: gsm8k, math, arithmetic, a file or folder, or a data set on the Hub.
+        problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         solutions: a file of marked ones.
         split: of the problems.
         limit: how many of them.

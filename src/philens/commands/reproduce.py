@@ -78,11 +78,13 @@ def _reproduce_formal(
 
 
 def reproduce_texts(
-    model: str | None = None,
     levels: Path | None = None,
+    model: str | None = None,
     adapter: str | None = None,
+    checkpoints: bool = False,
     output: Path | None = None,
     documents: int | None = None,
+    tokens: int = 384,
     kl: Literal["exact", "official"] | None = None,
     plain: bool = False,
     window: int | None = None,
@@ -90,31 +92,77 @@ def reproduce_texts(
     """Code and prose have higher phi than boring text, in a language model that you have.
 
     Args:
+        levels: a folder of texts by level, or of your own; what is missing is built. By default texts that
+            philens brings, finds and builds.
         model: a finished run, or a base model, a folder or Hub id.
-        levels: a folder of texts by level, or of your own; what is missing is built.
-        adapter: the PHi layer, a folder or Hub id; by default the run's.
+        adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep; by default the
+            run's.
+        checkpoints: measure the checkpoints of these runs too.
         output: folder for results; by default runs/reproduce-MODEL.
         documents: texts measured of each level; by default all.
+        tokens: of each text that are read, from its beginning; 0 means all.
         kl: formula that phi is measured with; by default the one it was trained with.
         plain: score texts alone, not as the assistant's reply to a user.
         window: tokens read at once; by default the rows' length of the run.
     """
-    from philens.report.terminal import text_pairs_table, texts_table
+    from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
 
     if model is None:
         raise ConfigError("texts are measured in a language model; give --model, a run or a base model.")
-    if levels is None:
-        raise ConfigError(
-            "No texts were named; give --levels, a folder of texts of several levels, or of your own."
-        )
-    from philens.findings.reproduce import reproduce_texts
+    from philens.findings.reproduce_texts import reproduce_texts
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
-    results = reproduce_texts(model, levels, folder, adapter, documents, kl, plain, window)
+    adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
+    results = reproduce_texts(
+        model, levels, folder, adapters, checkpoints, documents, tokens, kl, plain, window
+    )
+    if "points" in results:
+        console().print(text_points_table(results))
     console().print(texts_table(results))
     if any(pair["claim"] for pair in results["pairs"]):
         console().print(text_pairs_table(results))
+    if (results["verbatim"] or {}).get("tokens"):
+        console().print(recitation_table(results["verbatim"]))
     say(f"Wrote {folder / 'texts'}.")
+
+
+def reproduce_results(
+    model: str | None = None,
+    adapter: str | None = None,
+    sentences: int = 40,
+    problems: str | None = None,
+    split: str = "test",
+    limit: int = 40,
+    kl: Literal["exact", "official"] | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> None:
+    """Phi is high where a result is worked out, though surprisal is not; our own finding.
+
+    Args:
+        model: a finished run, or a base model, a folder or Hub id.
+        adapter: the PHi layer, a folder or Hub id, or several, as A,B,C; by default the run's.
+        sentences: sentences of each kind, made by philens.
+        problems: gsm8k, or a file or folder like it, whose solutions are measured as well.
+        split: of the problems.
+        limit: how many of them.
+        kl: formula that phi is measured with; by default the one it was trained with.
+        seed: of the sentences.
+        output: folder for results; by default runs/reproduce-MODEL.
+    """
+    if model is None:
+        raise ConfigError("results are measured in a language model; give --model, a run or a base model.")
+    adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
+    if "" in adapters:
+        raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
+    from philens.findings.reproduce import reproduce_results
+    from philens.report.results import tables
+
+    folder = output or Path("runs") / f"reproduce-{Path(model).name}"
+    results = reproduce_results(model, folder, adapters, sentences, problems, split, limit, kl, seed)
+    for table in tables(results):
+        console().print(table)
+    say(f"Wrote {folder / 'results'}.")
 
 
 def reproduce_difficulty(
@@ -126,11 +174,13 @@ def reproduce_difficulty(
     problems: str | None = None,
     split: str = "test",
     limit: int | None = None,
+    levels: str | None = None,
     solutions: Path | None = None,
     prompt: str | None = None,
     shots: int = 0,
     by: Literal["level", "steps"] | None = None,
     kl: Literal["exact", "official"] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     seeds: int = 1,
     output: Path | None = None,
     **keys: Any,
@@ -145,19 +195,25 @@ def reproduce_difficulty(
             are trained.
         layers: where layers to be trained go in, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what they are trained by, a YAML file or name.
-        problems: gsm8k, math, arithmetic, a file or folder, or a data set on the Hub.
+        problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         split: of the problems.
         limit: how many of them.
+        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+            problems have none, how many steps. By default all.
         solutions: to measure instead of the problems' own, a file, or a folder of philens solve.
-        prompt: how problems are put: gsm8k, math, arithmetic (the problem alone), boxed, or a text file with
-            the instruction; by default that of the data set, else boxed.
+        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
+            file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
+        dtype: of the base model; auto is that of its files.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
+    from philens.tasks.problems import parse_levels
+
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
+    chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
     chosen |= {"problems": problems, "split": split, "limit": limit}
     _reproduce_reasoning(
         "difficulty",
@@ -182,6 +238,7 @@ def reproduce_correctness(
     problems: str | None = None,
     split: str = "test",
     limit: int | None = None,
+    levels: str | None = None,
     solutions: Path | None = None,
     prompt: str | None = None,
     shots: int = 0,
@@ -190,6 +247,7 @@ def reproduce_correctness(
     max_new_tokens: int | None = None,
     by: Literal["level", "steps"] | None = None,
     kl: Literal["exact", "official"] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     seeds: int = 1,
     output: Path | None = None,
     **keys: Any,
@@ -204,22 +262,28 @@ def reproduce_correctness(
             are trained.
         layers: where layers to be trained go in, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what they are trained by, a YAML file or name.
-        problems: gsm8k, math, arithmetic, a file or folder, or a data set on the Hub.
+        problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         split: of the problems.
         limit: how many of them.
+        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+            problems have none, how many steps. By default all.
         solutions: existing ones, a file, or a folder of philens solve; else they are sampled.
-        prompt: how problems are put: gsm8k, math, arithmetic (the problem alone), boxed, or a text file with
-            the instruction; by default that of the data set, else boxed.
+        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
+            file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         samples: solutions sampled of each problem.
         temperature: of sampling.
         max_new_tokens: of a solution.
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
+        dtype: of the base model; auto is that of its files.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
+    from philens.tasks.problems import parse_levels
+
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
+    chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
     chosen |= {"problems": problems, "split": split, "limit": limit, "samples": samples}
     chosen |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
     _reproduce_reasoning(

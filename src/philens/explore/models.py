@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,11 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 import philens
-from philens.adapter import CONFIG_FILE, load
+from philens.adapter import load
 from philens.errors import ConfigError, InputError, InsertionError
 from philens.insertion import find_blocks
 from philens.model import PHiModel
-from philens.scoring.run import load_lens
+from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import METRICS, score
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import tokenize_all
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 MOST_WRITTEN = 1_000
 _ERROR = "phi_standard_error"  # comes with phi
-_ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
 
 
 class Stopped(Exception):
@@ -138,8 +136,8 @@ class Explored:
         Raises:
             PhilensError: something is missing, damaged, or does not belong together.
         """
-        found = [one for given in adapters for one in (_adapters_in(given) or [given])]
-        found = found or _adapters_in(model)
+        found = [one for given in adapters for one in (adapters_in(given) or [given])]
+        found = found or adapters_in(model)
         first, tokenizer = load_lens(model, found[0] if found else None, revision, dtype, trust_remote_code)
         lenses = {Path(found[0] if found else model).name: first}
         for one in found[1:]:
@@ -305,15 +303,6 @@ def open_all(
 
 # Names of the shipped models.
 TEXT, FORMAL = "text model", "formal-language model"
-
-
-def _adapters_in(folder: str) -> list[str]:
-    """The adapters of a run folder or a sweep, in order: `adapter`, then `layer-N` by number."""
-    if (Path(folder) / CONFIG_FILE).exists() or not Path(folder).is_dir():
-        return []
-    found = [(match, path) for path in Path(folder).iterdir() if (match := _ADAPTER.fullmatch(path.name))]
-    found.sort(key=lambda item: (item[0][1] is not None, int(item[0][1] or 0)))
-    return [str(path) for _, path in found if path.is_dir()]
 
 
 def _trained_together(model: str) -> bool:

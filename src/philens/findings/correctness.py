@@ -28,6 +28,7 @@ from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
+    CONTROLS,
     GIVEN,
     PHI,
     Solutions,
@@ -51,7 +52,7 @@ RULES = (
     "highest_phi_sum",
     "highest_phi_max",
     "highest_phi_last_fifth",
-)
+)  # and the highest of each control
 COMBINED = ("phi_mean", "surprisal_mean", "entropy_mean", "log_tokens")
 LOGISTIC, WITHOUT_PHI = "logistic", "logistic_without_phi"
 SUBSETS = ("all", "counterintuitive", "intuitive", "balanced")
@@ -74,7 +75,7 @@ Mask = NDArray[np.bool_]
 def measure_correctness(
     table: "pd.DataFrame",
     *,
-    rules: Sequence[str] = RULES,
+    rules: Sequence[str] | None = None,
     by: str = "level",
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
@@ -96,7 +97,7 @@ def measure_correctness(
 
     Args:
         table: one row per solution, of `philens.scoring.solutions`.
-        rules: `highest_COLUMN` or `lowest_COLUMN`.
+        rules: `highest_COLUMN` or `lowest_COLUMN`; None means `RULES` and the highest of each control.
         by: column of the difficulty, `level` or `steps`.
         resamples: of the bootstrap over problems.
         seed: of the bootstrap and of the folds.
@@ -115,6 +116,8 @@ def measure_correctness(
         counts[name] = len(np.unique(problems[rows]))
     pairs = _pairs(solutions)
     counts["pairs"] = len(pairs[0])
+    if rules is None:
+        rules = (*RULES, *(f"highest_{name}" for name in solutions.controls))
     scores = {text: Rule.parse(text).scores(solutions.table) for text in rules}
     logistic = _logistic(solutions, seed) if counts["mixed"] > 1 else {}
     scores |= {name: found.scores for name, found in logistic.items()}
@@ -133,7 +136,7 @@ def measure_correctness(
             name: {"folds": found.folds, "weights": dict(zip(columns, found.weights.tolist(), strict=True))}
             for (name, found), columns in zip(logistic.items(), (COMBINED, COMBINED[1:]), strict=False)
         },
-        "partial": _partial(solutions, mixed, by, (*PHI, *BASELINES), **options),
+        "partial": _partial(solutions, mixed, by, (*PHI, *BASELINES, *solutions.controls), **options),
         "selection": _selection(solutions, scores, **options),
         "by": by,
         "levels": _levels(solutions, mixed, by, pairs, outcomes, subset, **options),
@@ -240,7 +243,7 @@ def _at_level(solutions: Solutions, by: str) -> list[Floats]:
 def _partial(
     solutions: Solutions, mixed: Mask, by: str | None, columns: Sequence[str], **options: Any
 ) -> dict[str, Any]:
-    """Correlations with being right: of phi given each of `GIVEN`, of the baselines given nothing."""
+    """Correlations with being right: of phi given each of `GIVEN`, of other columns given nothing."""
     kinds: dict[str, tuple[Solutions, dict[str, Any]]] = {"pooled": (solutions, {})}
     if by is not None:
         kinds["within_levels"] = solutions, {"fixed": _at_level(solutions, by)}
@@ -336,7 +339,7 @@ def partial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for level, found in {"all": results, **results["levels"]}.items():
         for kind, cell in found["partial"].items():
             counts = {"samples": cell["samples"], "problems": cell["problems"]}
-            for column in (name for name in (*PHI, *BASELINES) if name in cell):
+            for column in (name for name in (*PHI, *BASELINES, *CONTROLS) if name in cell):
                 for given, value in cell[column].items():
                     row = {"level": level, "kind": kind, "metric": column, "given": given}
                     rows.append(row | _row(value, "value", "correlation") | counts)

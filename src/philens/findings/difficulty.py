@@ -17,6 +17,7 @@ from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
+    CONTROLS,
     GIVEN,
     PHI,
     Solutions,
@@ -30,9 +31,9 @@ from philens.findings.statistics import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-QUANTITIES = (*PHI, *BASELINES)
+QUANTITIES = (*PHI, *BASELINES)  # and the controls
 # The numbers that the claim and sweeps rest on; the first is the paper's claim.
-HEADLINE = dict.fromkeys(["spearman", *(f"partial_given_{name}" for name in GIVEN[1:])], 0.0)
+HEADLINE = dict.fromkeys(["spearman", *(f"partial_given_{name}" for name in GIVEN[1:4])], 0.0)
 
 
 def measure_difficulty(
@@ -45,10 +46,10 @@ def measure_difficulty(
     """How phi of solutions goes with the difficulty of their problems.
 
     `counts` and `listed`: of `usable`, and solutions without a difficulty, which are left out. `levels`:
-    means of phi (nats per token; `phi_sum` and `phi_max` in nats), surprisal, entropy and tokens over the
-    solutions of each level. `spearman`: of each with difficulty. `partial`: of phi, given others (`GIVEN`).
-    `headline`: the numbers of `HEADLINE`, phi being the mean per token, each with the `side` of 0 that its
-    interval lies on. `holds`: phi grows with difficulty (`spearman`), with its interval.
+    means of phi (nats per token; `phi_sum` and `phi_max` in nats), surprisal, entropy, tokens and controls
+    over the solutions of each level. `spearman`: of each with difficulty. `partial`: of phi, given others
+    (`GIVEN`). `headline`: the numbers of `HEADLINE`, phi being the mean per token, each with the `side` of 0
+    that its interval lies on. `holds`: phi grows with difficulty (`spearman`), with its interval.
 
     Args:
         table: one row per solution, of `philens.scoring.solutions`.
@@ -61,13 +62,13 @@ def measure_difficulty(
     """
     solutions = _with_difficulty(table, by)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    difficulty = solutions[by]
+    difficulty, quantities = solutions[by], (*QUANTITIES, *solutions.controls)
     headline = claims(_headline(solutions, by, **options), HEADLINE)
     levels = {}
     for level in np.unique(difficulty):
         here = solutions.where(difficulty == level)
         levels[f"{level:g}"] = here.size() | {
-            name: statistics.mean(here[name], here.problems, **options).as_dict("mean") for name in QUANTITIES
+            name: statistics.mean(here[name], here.problems, **options).as_dict("mean") for name in quantities
         }
     return {
         "by": by,
@@ -79,7 +80,7 @@ def measure_difficulty(
         "levels": levels,
         "spearman": {
             name: statistics.spearman(solutions[name], difficulty, solutions.problems, **options).as_dict()
-            for name in QUANTITIES
+            for name in quantities
         },
         "partial": {
             name: correlate(solutions, name, difficulty, GIVEN[1:], rank=True, **options) for name in PHI
@@ -116,11 +117,10 @@ def _with_difficulty(table: "pd.DataFrame", by: str) -> Solutions:
 
 
 def _headline(solutions: Solutions, by: str, **options: Any) -> dict[str, Estimate]:
-    names = zip(HEADLINE, solutions.given().values(), strict=True)
-    phi, difficulty = solutions["phi_mean"], solutions[by]
+    phi, difficulty, held = solutions["phi_mean"], solutions[by], solutions.given()
     return {
-        name: statistics.correlation(phi, difficulty, solutions.problems, held, rank=True, **options)
-        for name, held in names
+        name: statistics.correlation(phi, difficulty, solutions.problems, held[given], rank=True, **options)
+        for name, given in zip(HEADLINE, GIVEN, strict=False)
     }
 
 
@@ -129,7 +129,7 @@ def difficulty_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for level, found in results["levels"].items():
         row = {results["by"]: level, "problems": found["problems"], "samples": found["samples"]}
-        for name in QUANTITIES:
+        for name in (*QUANTITIES, *(name for name in CONTROLS if name in found)):
             low, high = found[name]["ci95"]
             row |= {name: found[name]["mean"], f"{name}_low": low, f"{name}_high": high}
         rows.append(row)

@@ -18,20 +18,25 @@ import numpy as np
 from philens.errors import ConfigError
 from philens.files import write_atomically
 from philens.findings import combine_seeds, use_formula, write_finding
+from philens.findings.controls import untrained
 from philens.findings.correctness import measure_correctness, sweep_correctness
 from philens.findings.difficulty import measure_difficulty, sweep_difficulty
 from philens.findings.sweep import RUN_FOLDER, sweep
 from philens.scoring.run import load_lens
 from philens.scoring.score import provenance
-from philens.scoring.solutions import by_insertion_point, measure, reference_solutions
+from philens.scoring.solutions import METRICS, by_insertion_point, measure, reference_solutions
 from philens.scoring.solve import read_solutions, solve
 from philens.tasks.problems import find_prompt, load_problems
 from philens.training.recipe import load_recipe
 from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER
+from philens.wheels import WHEELS
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from philens.model import PHiModel
+    from philens.scoring.solve import Solution
+    from philens.tasks.problems import Problem, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +91,7 @@ class Choices:
         problems: `philens.tasks.problems.load_problems` says which there are.
         split: of the problems.
         limit: how many of them; None takes the scale's number of its own, and all of others.
+        levels: of the problems, and of solved ones in the prompt; None takes all.
         solutions: a file or folder of solutions; None takes the problems' own for `difficulty`, and samples
             some for `correctness`.
         prompt: name of `PROMPTS`; None takes that of the problems, or `boxed`.
@@ -95,7 +101,9 @@ class Choices:
         max_new_tokens: of a sampled solution, at most.
         by: what difficulty is, `level` or `steps`; None takes what the problems have.
         kl: formula that phi is measured with; None takes the one it was trained with.
-        seed: of training, of the draw of problems, of sampling and of the bootstrap; the first of several.
+        dtype: of the base model; `auto` is that of its files.
+        seed: of training, of the draw of problems, of sampling, of the untrained layer and of the bootstrap;
+            the first of several.
     """
 
     model: str | None = None
@@ -106,6 +114,7 @@ class Choices:
     problems: str | None = None
     split: str = "test"
     limit: int | None = None
+    levels: Sequence[int] | None = None
     solutions: Path | None = None
     prompt: str | None = None
     shots: int = 0
@@ -114,6 +123,7 @@ class Choices:
     max_new_tokens: int | None = None
     by: Literal["level", "steps"] | None = None
     kl: Literal["exact", "official"] | None = None
+    dtype: str = "auto"
     seed: int = 0
 
 
@@ -195,8 +205,8 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
 
     source = choices.problems or scale.source
     limit = choices.limit or (scale.problems if choices.problems is None else None)
-    problems = load_problems(source, choices.split, limit, choices.seed)
-    prompt = find_prompt(source, choices.prompt, choices.shots, choices.seed)
+    problems = load_problems(source, choices.split, limit, choices.seed, choices.levels)
+    prompt = find_prompt(source, choices.prompt, choices.shots, choices.seed, choices.levels)
     model = choices.model or scale.model or _train_base(scale, folder / "base", choices.seed)
     adapter = _adapter(model, folder / "sweep", scale, choices)
     if choices.solutions is not None:
@@ -212,11 +222,12 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
             samples=choices.samples or scale.samples,
             temperature=choices.temperature,
             max_new_tokens=choices.max_new_tokens or scale.max_new_tokens,
+            dtype=choices.dtype,
             seed=choices.seed,
         )
         logger.info("%s.", solved)
         solutions = read_solutions(solved.path, problems)
-    lens, tokenizer = load_lens(model, adapter)
+    lens, tokenizer = load_lens(model, adapter, dtype=choices.dtype)
     use_formula(lens, choices.kl)
     made_with = {
         "model": model,
@@ -225,17 +236,36 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         "split": choices.split,
         "prompt": asdict(prompt),
         "solutions": hashlib.sha256(json.dumps([asdict(one) for one in solutions]).encode()).hexdigest(),
+        "untrained_layer": {"seed": choices.seed},
         "provenance": provenance(lens, tokenizer),
     }
     made_with = json.loads(json.dumps(made_with))  # as it comes back from the file
     path = folder / f"{finding}.parquet"
     table = pd.read_parquet(path) if path.is_file() else None
     if table is None or table.attrs != made_with:
-        table = measure(lens, tokenizer, solutions, problems, prompt)
+        table = _with_controls(lens, tokenizer, solutions, problems, prompt, choices.seed)
         table.attrs = made_with
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, table.to_parquet)
     return table
+
+
+def _with_controls(
+    lens: "PHiModel",
+    tokenizer: Any,
+    solutions: Sequence["Solution"],
+    problems: Sequence["Problem"],
+    prompt: "Prompt",
+    seed: int,
+) -> "pd.DataFrame":
+    """What `measure` says of solutions, with the size of hidden states and phi of an untrained layer."""
+    import pandas as pd
+
+    table = measure(lens, tokenizer, solutions, problems, prompt, metrics=(*METRICS, "state_norm"))
+    with untrained(lens, seed):
+        fresh = measure(lens, tokenizer, solutions, problems, prompt, metrics=("phi",))
+    columns = {name: name.replace("phi", "phi_untrained", 1) for name in fresh if name.startswith("phi")}
+    return pd.concat([table, fresh[[*columns]].rename(columns=columns)], axis=1)
 
 
 def _train_base(scale: Scale, folder: Path, seed: int) -> str:
@@ -247,12 +277,12 @@ def _train_base(scale: Scale, folder: Path, seed: int) -> str:
 
 
 def _adapter(model: str, folder: Path, scale: Scale, choices: Choices) -> str | None:
-    """Where the PHi layers are; None: in the run that is the model. Trains those that nobody has."""
+    """Where the PHi layers are; None: in the run that is the model, or with philens. Trains missing ones."""
     given = choices.adapter
     if given is not None:
         swept = Path(given) / RUN_FOLDER / ADAPTER_FOLDER
         return str(swept) if swept.is_dir() else given
-    if (Path(model) / ADAPTER_FOLDER).is_dir():
+    if model in WHEELS or (Path(model) / ADAPTER_FOLDER).is_dir():
         return None
     layers, overrides = choices.layers or scale.layers, {**(choices.overrides or {}), "seed": choices.seed}
     if sweep(model, layers, folder, choices.recipe or scale.recipe, overrides) is None:

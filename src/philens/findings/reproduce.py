@@ -1,27 +1,41 @@
 """From a scale to a finding: train what is not trained yet, measure, write."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from philens.errors import ConfigError
+from philens.adapter import load
+from philens.errors import ConfigError, InputError
 from philens.findings import combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.places import score_places, written
+from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
-from philens.findings.texts import measure_texts, score_texts, text_rows
-from philens.insertion import text_config
 from philens.model import PHiModel
-from philens.progress import shown
 from philens.scoring.documents import TokenTable, score_documents
 from philens.scoring.run import load_lens
+from philens.scoring.score import score
 from philens.tasks.automata import TASKS, concatenate, generate
-from philens.tasks.levels import load_levels, without_users
+from philens.tasks.problems import find_prompt, load_problems
+from philens.tasks.results import (
+    SENTENCE_KINDS,
+    WORKED_EXAMPLE,
+    make_questions,
+    make_sentences,
+    mark_solutions,
+)
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import RECIPE_FILE, finished_model, load_run, versions
+from philens.training.run import finished_model, load_run, versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from philens.scoring.scores import TokenScores
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +50,8 @@ RECIPES = {
     ("paper", "transformer"): "transformer_pfa",
     ("paper", "lstm"): "lstm_pfa",
 }
+# One for each template that sentences of results are made by.
+FEWEST_SENTENCES = 6
 # Findings are measured on documents that neither training nor its evaluations read.
 MEASURING_SEED = 2**41
 
@@ -60,13 +76,10 @@ def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[s
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.report.figures import figure_complexity, figure_tasks, figure_texts
+    from philens.report.figures import figure_complexity, figure_tasks
 
     if finding == "tasks":
         tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
-    elif finding == "texts":
-        tables = {"texts": text_rows(results), "documents": results["texts"]}
-        figures = {"texts": figure_texts(results)}
     else:
         tables = {
             "complexity_curves": curve_rows(results),
@@ -93,7 +106,7 @@ def reproduce(
     holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
-        finding: `tasks` or `complexity`; `reproduce_texts` is for the third.
+        finding: `tasks` or `complexity`; the others are in modules of their own.
         scale: `smoke`, `small` or `paper`.
         output: folder of runs and results.
         architecture: `transformer` or `lstm`.
@@ -129,7 +142,7 @@ def reproduce(
             recipe = load_recipe(RECIPES[scale, architecture], overrides)
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
-        _prepare(lens, kl)
+        prepare(lens, kl)
         every.append(find(finding, lens, recipe, documents))
         runs.append(
             {
@@ -165,66 +178,104 @@ def trained(recipe: Recipe, folder: Path) -> PHiModel:
     return lens
 
 
-def reproduce_texts(
+def reproduce_results(
     model: str | Path,
-    levels: Path,
     output: Path,
-    adapter: str | Path | None = None,
-    documents: int | None = None,
+    adapters: Sequence[str] = (),
+    sentences: int = 40,
+    problems: str | None = None,
+    split: str = "test",
+    limit: int = 40,
     kl: Literal["exact", "official"] | None = None,
-    plain: bool = False,
-    window: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure phi and surprisal of texts of several levels in a language model, and write `output/texts`.
+    """Measure phi where a result is worked out and where a number only comes, and write `output/results`.
 
     Args:
         model: a finished run, or a base model, a folder or Hub id.
-        levels: folder of texts; `philens.tasks.levels.read_levels` says in which form. Trivial and shuffled
-            texts are built where it has none.
         output: folder of results.
-        adapter: the PHi layer; None takes the run's.
-        documents: texts of each level at most, drawn at random; None means all.
+        adapters: PHi layers, folders or Hub ids, each measured on the same texts; without any, the run's.
+        sentences: of each kind that are made, and questions of each kind that the model answers.
+        problems: with solutions in which results are marked, as `load_problems` takes them (GSM8K).
+        split: of the problems.
+        limit: how many of them.
         kl: formula that phi is measured with, whatever it was trained with.
-        plain: score texts alone, also where they have a user's message and the tokenizer a chat template.
-        window: tokens read at once; None means the length of the rows that a run was trained on, else the
-            model's context.
-        seed: of what is built, drawn and resampled.
+        seed: of what is made, drawn and resampled, and of the untrained layers.
 
     Raises:
-        PhilensError: texts, model or layer are missing, damaged or do not fit.
+        PhilensError: problems, model or layers are missing, damaged or do not fit.
     """
-    if documents is not None and documents < 2:
-        raise ConfigError(f"documents must be at least 2, not {documents}.")
-    texts = load_levels(levels, documents, seed)
-    if plain:
-        texts = without_users(texts)
-    lens, tokenizer = load_lens(str(model), None if adapter is None else str(adapter))
-    has_recipe = adapter is None and (Path(model) / RECIPE_FILE).is_file()
-    recipe = load_recipe(Path(model) / RECIPE_FILE) if has_recipe else None
-    _prepare(lens, kl)
-    if window is None and recipe is not None:
-        limit = getattr(text_config(lens.base), "max_position_embeddings", None)
-        window = min(recipe.data.length, limit or recipe.data.length)
-    found = list(shown(score_texts(lens, tokenizer, texts, window), "scoring", len(texts)))
-    results = measure_texts(texts, found, seed=seed)
-    provenance = {key: value for key, value in found[0].provenance.items() if key != "name"}
+    if sentences < FEWEST_SENTENCES:
+        raise ConfigError(
+            f"sentences must be at least {FEWEST_SENTENCES}, one for each template, not {sentences}."
+        )
+    texts = make_sentences(sentences, seed)
+    if problems is not None:
+        known = problems if problems == "gsm8k" else None
+        marked = mark_solutions(load_problems(problems, split, limit, seed), find_prompt(known or "gsm8k"))
+        if not marked:
+            raise InputError(
+                f"No solution of {problems} says where a result was calculated (<<48/2=24>>); give GSM8K's."
+            )
+        texts += marked
+    lens, tokenizer, base_of = None, None, None
+    layers, tables, examples = [], [], []
+    for adapter in adapters or [None]:
+        if lens is None:
+            lens, tokenizer = load_lens(str(model), adapter)
+            texts += written(lens, tokenizer, make_questions(sentences, seed))
+        else:
+            lens = load(lens.detach(), str(adapter))
+        prepare(lens, kl)
+        for point, table in score_places(lens, tokenizer, texts, base_of, seed).items():
+            base_of = table if base_of is None else base_of
+            named = {"adapter": adapter or "", "insertion_point": point}
+            layers.append(named | measure_results(table, seed=seed))
+            tables.append(table.assign(**named))
+        examples = examples or score(
+            lens,
+            tokenizer,
+            [WORKED_EXAMPLE, *(text.text for text in texts[: len(SENTENCE_KINDS) * sentences : sentences])],
+            metrics=["phi", "surprisal"],
+            names=["a sum worked out", *SENTENCE_KINDS],
+        )
     run = {
-        "finding": "texts",
+        "finding": "results",
         "model": str(model),
-        "adapter": None if adapter is None else str(adapter),
-        "form": "chat" if found[0].spans else "text",
+        "sentences": sentences,
+        "problems": problems,
         "seed": seed,
-        "kl": lens.config.kl,
+        "kl": lens.config.kl,  # pyright: ignore[reportOptionalMemberAccess]
         "versions": versions(),
-        "provenance": provenance,
-        "recipe": None if recipe is None else asdict(recipe),
+        "provenance": {key: value for key, value in examples[0].provenance.items() if key != "name"},
     }
-    write("texts", output / "texts", results, run)
-    return run | results
+    _write_results(output / "results", layers, tables, examples, run)
+    return {**run, "layers": layers}
 
 
-def _prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
+def _write_results(
+    folder: Path,
+    layers: Sequence[dict[str, Any]],
+    tables: "Sequence[pd.DataFrame]",
+    examples: "Sequence[TokenScores]",
+    run: dict[str, Any],
+) -> None:
+    """Tables of all layers, a figure of each, examples as a page and the first as a picture."""
+    import pandas as pd
+
+    from philens.report.page import write_scores_page
+    from philens.report.results_figures import figure_results, figure_tokens
+
+    figures = {"worked_sum": figure_tokens(examples[0])}
+    for number, (layer, table) in enumerate(zip(layers, tables, strict=True), 1):
+        places = {str(kind): rows["phi"].to_numpy() for kind, rows in table.groupby("kind")}
+        figures["results" if number == 1 else f"results-{number}"] = figure_results(layer, places)
+    rows = {"kinds": kind_rows(layers), "contrasts": contrast_rows(layers), "effects": effect_rows(layers)}
+    write_finding(folder, {"layers": layers}, rows | {"places": pd.concat(tables)}, figures, run)
+    write_scores_page(folder / "examples.html", examples, title="Where a result is worked out")
+
+
+def prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:
     """Measure with this formula, where computing is fastest."""
     use_formula(lens, kl)
     if torch.accelerator.is_available():

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 PHI = ("phi_mean", "phi_sum", "phi_max", "phi_last_fifth")
 BASELINES = ("surprisal_mean", "entropy_mean", "tokens")
-# What is held fixed in a partial correlation. Length is the number of tokens and its logarithm, both at once.
-GIVEN = ("nothing", "surprisal", "length", "surprisal_and_length")
+# What phi of a layer that was never trained says, and the size of the hidden state as the layer reads it; a
+# table may lack them.
+CONTROLS = ("phi_untrained_mean", "state_norm_mean")
+# What is held fixed in a partial correlation. Length is the number of tokens and its logarithm, both at once;
+# all else is surprisal, entropy, length and the controls, for tables that have these.
+GIVEN = ("nothing", "surprisal", "length", "surprisal_and_length", "all_else")
 # Ends of an interval at a high level are far out: there are as many more resamples, up to so many times.
 _MORE_RESAMPLES = 10
 
@@ -54,10 +58,19 @@ class Solutions:
         """How many problems and samples there are."""
         return {"problems": len(np.unique(self.problems)), "samples": len(self)}
 
+    @property
+    def controls(self) -> list[str]:
+        """Those of `CONTROLS` that the table has."""
+        return [name for name in CONTROLS if name in self.table]
+
     def given(self) -> dict[str, list[Floats]]:
         """The variables held fixed, (N,) each, by the names of `GIVEN`."""
         surprisal, length = [self["surprisal_mean"]], [self["tokens"], np.log(self["tokens"])]
-        return dict(zip(GIVEN, ([], surprisal, length, surprisal + length), strict=True))
+        held = dict(zip(GIVEN, ([], surprisal, length, surprisal + length), strict=False))
+        if self.controls:
+            others = [self[name] for name in ("entropy_mean", *self.controls)]
+            held[GIVEN[-1]] = surprisal + length + others
+        return held
 
 
 def usable(table: "pd.DataFrame", columns: Sequence[str] = ()) -> Solutions:
@@ -118,6 +131,7 @@ def correlate(
             solutions[column], target, solutions.problems, [*held[name], *fixed], **options
         ).as_dict()
         for name in given
+        if name in held
     }
 
 

@@ -128,7 +128,8 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """First minus second, from disjoint documents, each resampled on its own (use different seeds)."""
+    """First minus second, of disjoint documents resampled on their own (use different seeds), or of the same
+    ones (use the same seed, and they are resampled together)."""
     return _combined(first, second, np.subtract)
 
 
@@ -146,6 +147,74 @@ def _combined(first: Estimate, second: Estimate, combine: Callable[[Floats, Floa
         dropped=first.dropped + second.dropped,
         samples=samples,
     )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How much higher a value is in one group of rows than in another."""
+
+    difference: Estimate  # of the means
+    d: Estimate  # the same in pooled standard deviations: Cohen's d
+
+
+def contrast(
+    values: ArrayLike,
+    group: ArrayLike,
+    documents: ArrayLike,
+    *,
+    resamples: int = RESAMPLES,
+    seed: Seed = 0,
+) -> Contrast:
+    """`values` (N,) where `group` (N,) is true against those where it is not, clustered by `documents` (N,).
+
+    A document may have rows in both groups, and is resampled whole. Cohen's d divides by the standard
+    deviation of rows pooled over both groups; it is NaN where that is 0.
+    """
+    (column, chosen), clusters, dropped = _complete([values, np.asarray(group, dtype=bool)], documents)
+    column = column - (column.mean() if len(column) else 0.0)  # against rounding; nothing depends on it
+    powers = np.stack([np.ones_like(column), column, column**2], axis=1)
+    moments = _sums_by_cluster(
+        np.concatenate([powers * chosen[:, None], powers * (1 - chosen[:, None])], axis=1), clusters
+    )
+
+    def means(sums: Floats) -> Floats:
+        return _divide(sums[:, 1], sums[:, 0]) - _divide(sums[:, 4], sums[:, 3])
+
+    def scaled(sums: Floats) -> Floats:
+        squares = sum(sums[:, k + 2] - _divide(sums[:, k + 1] ** 2, sums[:, k]) for k in (0, 3))
+        pooled = _divide(np.maximum(squares, 0.0), sums[:, 0] + sums[:, 3] - 2)
+        return _divide(means(sums), np.sqrt(np.where(pooled > 0, pooled, np.nan)))
+
+    difference, d = (
+        _estimate(statistic, moments, len(column), dropped, resamples, seed) for statistic in (means, scaled)
+    )
+    return Contrast(difference, d)
+
+
+def auroc(
+    scores: ArrayLike,
+    positive: ArrayLike,
+    documents: ArrayLike,
+    *,
+    resamples: int = RESAMPLES,
+    seed: Seed = 0,
+) -> Estimate:
+    """The chance that `scores` (N,) is higher in a row where `positive` (N,) is true than in one where it is
+    not.
+
+    Equal scores count half; 0.5 says nothing and 1 parts them all. Clustered by `documents` (N,), NaN where
+    one of the groups is empty. Time and memory go with the product of the sizes of the groups.
+    """
+    (column, chosen), clusters, dropped = _complete([scores, np.asarray(positive, dtype=bool)], documents)
+    above, below = np.flatnonzero(chosen), np.flatnonzero(chosen == 0)
+    wins = (np.sign(column[above, None] - column[None, below]) + 1) / 2
+    count = int(clusters.max(initial=-1)) + 1
+
+    def statistic(weights: Floats) -> Floats:
+        ours, theirs = weights[:, clusters[above]], weights[:, clusters[below]]
+        return _divide(((ours @ wins) * theirs).sum(1), ours.sum(1) * theirs.sum(1))
+
+    return _estimate(statistic, np.eye(count), len(column), dropped, resamples, seed)
 
 
 def correlation(
@@ -176,17 +245,51 @@ def correlation(
     columns = [_standardise(column) for column in columns]
     if within:
         columns = [_centre(column, clusters) for column in columns]
+    moments, matrices = _cross_moments(columns, clusters)
+    statistic = lambda sums: _partial_correlation(*_residuals(matrices(sums)))  # noqa: E731
+    return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
+
+
+def slope(
+    x: ArrayLike,
+    y: ArrayLike,
+    documents: ArrayLike,
+    covariates: Sequence[ArrayLike] = (),
+    *,
+    resamples: int = RESAMPLES,
+    seed: Seed = 0,
+) -> Estimate:
+    """How much `y` (N,) grows as `x` (N,) grows by 1, in a linear regression on `x`, `covariates` (each
+    (N,)) and a constant, clustered by `documents` (N,).
+
+    Where `x` says which of two groups a row is in (0 or 1), this is the difference between them at equal
+    covariates. NaN where `x`, or what the covariates leave of it, does not vary.
+    """
+    columns, clusters, dropped = _complete([x, y, *covariates], documents)
+    size = [float(column.std()) if len(column) else 0.0 for column in columns[:2]]
+    moments, matrices = _cross_moments([_standardise(column) for column in columns], clusters)
+
+    def statistic(sums: Floats) -> Floats:
+        first, _, across = _residuals(matrices(sums))
+        return _divide(across * size[1], np.where(first > _NO_VARIANCE, first, 0.0) * size[0])
+
+    return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
+
+
+def _cross_moments(
+    columns: Sequence[Floats], clusters: NDArray[np.int64]
+) -> tuple[Floats, Callable[[Floats], Floats]]:
+    """Each cluster's sums of products of (1, columns...), and what makes matrices (R, P, P) of them."""
     data = np.stack([np.ones(len(clusters)), *columns], axis=1)
     size = data.shape[1]
     left, right = np.triu_indices(size)
-    moments = _sums_by_cluster(data[:, left] * data[:, right], clusters)
 
-    def statistic(sums: Floats) -> Floats:
-        matrices = np.empty((len(sums), size, size))
-        matrices[:, left, right] = matrices[:, right, left] = sums
-        return _partial_correlation(matrices)
+    def matrices(sums: Floats) -> Floats:
+        found = np.empty((len(sums), size, size))
+        found[:, left, right] = found[:, right, left] = sums
+        return found
 
-    return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
+    return _sums_by_cluster(data[:, left] * data[:, right], clusters), matrices
 
 
 def spearman(
@@ -398,24 +501,29 @@ def _drawn(documents: int, resamples: int, seed: int | tuple[int, ...]) -> NDArr
     return np.concatenate(parts)
 
 
-def _partial_correlation(moments: Floats) -> Floats:
-    """Correlations (R,) from cross-moments (R, P, P) of (1, x, y, covariates...)."""
+def _residuals(moments: Floats) -> tuple[Floats, Floats, Floats]:
+    """Variance of x, of y and their covariance (R,) each, from cross-moments (R, P, P) of (1, x, y,
+    covariates...), of what linear regression on the covariates leaves of them."""
     with np.errstate(invalid="ignore", divide="ignore"):
         scaled = moments / moments[:, :1, :1]
     centre = scaled[:, 0, 1:]
     covariance = scaled[:, 1:, 1:] - centre[:, :, None] * centre[:, None, :]
     if not np.isfinite(covariance).all():  # no rows at all
-        return np.full(len(moments), np.nan)
+        return (np.full(len(moments), np.nan),) * 3
     residual = covariance[:, :2, :2]
     if covariance.shape[1] > 2:
         across = covariance[:, :2, 2:]
         # The pseudo-inverse lets a covariate that repeats another, or is constant, count for nothing.
         inverse = np.linalg.pinv(covariance[:, 2:, 2:], rcond=_NO_VARIANCE, hermitian=True)
         residual = residual - across @ inverse @ across.transpose(0, 2, 1)
-    first, second = residual[:, 0, 0], residual[:, 1, 1]
+    return residual[:, 0, 0], residual[:, 1, 1], residual[:, 0, 1]
+
+
+def _partial_correlation(first: Floats, second: Floats, across: Floats) -> Floats:
+    """Correlations (R,) from variances and covariance."""
     varies = (first > _NO_VARIANCE) & (second > _NO_VARIANCE)
     scale = np.sqrt(np.where(varies, first * second, 1.0))
-    return np.where(varies, np.clip(residual[:, 0, 1] / scale, -1.0, 1.0), np.nan)
+    return np.where(varies, np.clip(across / scale, -1.0, 1.0), np.nan)
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:

@@ -5,7 +5,6 @@ Their gradients are clipped together; else each is trained as it would be alone.
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from philens.findings import write_finding
 from philens.model import PHiModel, attach
 from philens.training.recipe import load_recipe
 from philens.training.run import read_metrics, versions
+from philens.typed import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,7 @@ def parse_layers(text: str) -> list[int]:
     Raises:
         ConfigError: anything else, or none.
     """
-    if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text):
-        layers = list(range(*map(int, text.split(":"))))
-    elif re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        layers = [int(number) for number in text.split(",")]
-    else:
-        layers = []
+    layers = numbers(text)
     if not layers:
         raise ConfigError(
             f"layers must name blocks as 4,8,12 or 4:28:4 (from, to before, step), not {text!r}."

@@ -5,17 +5,28 @@ knows by heart (licences) and shuffled words do not, although shuffled words are
 
 Tokens that count are those of the text itself: of a chat the assistant's, else all that stand for
 characters, so not a BOS token. A text's first token has a phi; unless something stands before it, no
-surprisal. Intervals resample texts, never tokens or pieces of a text, which are not independent.
+surprisal. Attention sinks have no part in phi, and their number is told. Intervals resample texts, never
+tokens or pieces of a text, which are not independent.
+
+A *point* is a layer whose phi is measured: an adapter and an insertion point. Of several, such as the
+checkpoints of a run, results are those of the last with all of them beside it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import ConfigError, InputError
+from philens.errors import InputError
 from philens.findings import statistics
+from philens.findings.text_tokens import (
+    CountedTokens,
+    extremes,
+    measure_recitation,
+    phi_by_surprisal,
+)
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
 
 if TYPE_CHECKING:
@@ -37,22 +48,35 @@ QUANTITIES = ("phi", "surprisal", "surprisal_with_layer", "gap", "phi_later")
 Floats = NDArray[np.float64]
 
 
+def cut_texts(tokenizer: Any, texts: Sequence[LevelText], tokens: int) -> list[LevelText]:
+    """The texts without what follows their first `tokens` tokens, so that no level is one of longer texts.
+
+    Raises:
+        InputError: what `philens.score` raises of a tokenizer and of texts.
+    """
+    from philens.scoring.texts import check_tokenizer, tokenize_all
+
+    check_tokenizer(tokenizer)
+    found = tokenize_all(tokenizer, [text.text for text in texts], [text.name for text in texts])
+    ends = [one.offsets[one.leading :][:tokens, 1].max() for one in found]
+    return [replace(text, text=text.text[:end]) for text, end in zip(texts, ends, strict=True)]
+
+
 def score_texts(
-    lens: "PHiModel", tokenizer: Any, texts: Sequence[LevelText], window: int | None = None
+    lens: "PHiModel",
+    tokenizer: Any,
+    texts: Sequence[LevelText],
+    window: int | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> "Iterator[TokenScores]":
     """Scores of the texts, in order; those with a user's message as chats where the tokenizer has a template.
 
     Raises:
-        ConfigError: a lens with several layers.
         InputError: texts of which some have a user's message and some have none, in a chat model; or what
             `philens.score` raises.
     """
     from philens.scoring.score import iter_scores
 
-    if lens.config.layers is not None:
-        raise ConfigError(
-            f"texts measures one layer and this model has {len(lens.layers)}; train one with phi.layer."
-        )
     as_chats = [bool(getattr(tokenizer, "chat_template", None)) and text.user is not None for text in texts]
     if any(as_chats) and not all(as_chats):
         name = texts[as_chats.index(False)].name
@@ -61,7 +85,8 @@ def score_texts(
             "with --plain."
         )
     contents = [_chat(text) if as_chat else text.text for text, as_chat in zip(texts, as_chats, strict=True)]
-    return iter_scores(lens, tokenizer, contents, window=window, names=[text.name for text in texts])
+    names = [text.name for text in texts]
+    return iter_scores(lens, tokenizer, contents, window=window, names=names, metrics=metrics)
 
 
 def _chat(text: LevelText) -> list[dict[str, str]]:
@@ -81,12 +106,14 @@ def measure_texts(
     """Means of each level with 95 % intervals over texts, nats per token, and what they say of the claim.
 
     `levels`, in the paper's order, have phi, surprisal of the untouched base, surprisal with the layer, their
-    gap (None for a lens that observes) and `phi_later` (without each text's first 16 tokens). `texts` has the
-    same means of every text. `pairs`, any two levels: difference and ratio of the first one's phi to the
-    second one's, whether their intervals are `separated`, and whether the paper's `claim` is about them.
-    `phi_order` and `surprisal_order` name levels from high to low. `holds` says that code and prose (and
-    one's `own` texts) lie above trivial, memorised and shuffled ones, as far as they are here, separated, and
-    that surprisal puts these in another order.
+    gap (None for a lens that observes), `phi_later` (without each text's first 16 tokens), how many `sinks`
+    were left out of phi, and phi `by_surprisal`. `texts` has the same means of every text. `pairs`, any two
+    levels: difference and ratio of the first one's phi to the second one's, whether their intervals are
+    `separated`, and whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels
+    from high to low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised
+    and shuffled ones, as far as they are here, separated, and that surprisal puts these in another order.
+    `verbatim` is about memorised text where it is recited, None if there is none, and `tokens` names the
+    extremes of each level (`philens.findings.text_tokens`).
 
     Args:
         texts: of two levels or more.
@@ -95,18 +122,16 @@ def measure_texts(
     Raises:
         InputError: a chat whose template left out the assistant's words.
     """
-    columns: list[dict[str, Floats]] = [
-        _counted(text, found) for text, found in zip(texts, scores, strict=True)
-    ]
+    counted = [_counted(text, found) for text, found in zip(texts, scores, strict=True)]
     levels = in_order(text.level for text in texts)
+    of_level = {level: [found for found in counted if found.text.level == level] for level in levels}
     estimates: dict[str, dict[str, statistics.Estimate]] = {}
-    for number, level in enumerate(levels):
-        chosen = [found for text, found in zip(texts, columns, strict=True) if text.level == level]
-        document = np.repeat(np.arange(len(chosen)), [len(found["phi"]) for found in chosen])
+    for number, (level, chosen) in enumerate(of_level.items()):
+        document = np.repeat(np.arange(len(chosen)), [len(found) for found in chosen])
         # A seed for each level: equal ones would resample two levels in step.
         estimates[level] = {
             name: statistics.mean(
-                np.concatenate([found[name] for found in chosen]),
+                np.concatenate([found.columns[name] for found in chosen]),
                 document,
                 resamples=resamples,
                 seed=(seed, number),
@@ -124,15 +149,18 @@ def measure_texts(
     by_phi, by_surprisal = (
         [level for level in order if level in compared] for order in (phi_order, surprisal_order)
     )
+    memorised = [one for one in counted if role(one.text.level) == "memorised"]
     return {
         "levels": {
             level: {
                 "role": role(level),
-                "built": all(text.built for text in texts if text.level == level),
-                "texts": found["phi"].documents,
-                "tokens": found["phi"].rows,
+                "built": all(one.text.built for one in of_level[level]),
+                "texts": len(of_level[level]),
+                "tokens": sum(map(len, of_level[level])),
+                "sinks": sum(int(one.sinks.sum()) for one in of_level[level]),
                 "tokens_without_surprisal": found["surprisal"].dropped,
                 **{name: _as_dict(found[name]) for name in QUANTITIES},
+                "by_surprisal": phi_by_surprisal(of_level[level], resamples=resamples, seed=seed),
             }
             for level, found in estimates.items()
         },
@@ -143,49 +171,127 @@ def measure_texts(
         "holds": bool(claimed)
         and by_phi != by_surprisal
         and all(pair["separated"] and pair["difference"]["value"] > 0 for pair in claimed),
+        "verbatim": measure_recitation(memorised, resamples=resamples, seed=seed) if memorised else None,
+        "tokens": {level: extremes(found) for level, found in of_level.items()},
         "texts": [
-            {"level": text.level, "document": text.name, "built": text.built, "tokens": len(found["phi"])}
-            | {name: _mean(found[name]) for name in QUANTITIES}
-            for text, found in sorted(
-                zip(texts, columns, strict=True), key=lambda item: levels.index(item[0].level)
-            )
+            {"level": level, "document": one.text.name, "built": one.text.built, "tokens": len(one)}
+            | {"sinks": int(one.sinks.sum())}
+            | {name: _mean(one.columns[name]) for name in QUANTITIES}
+            for level, found in of_level.items()
+            for one in found
         ],
     }
 
 
 def text_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The levels of `measure_texts` as rows for a CSV file."""
-    rows = []
+    """The levels of `measure_texts` as rows for a CSV file, at each point if there are several."""
+    return [
+        {**_where(point), **row} for point in results.get("points", [results]) for row in _level_rows(point)
+    ]
+
+
+def token_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The extreme tokens of `measure_texts` as rows for a CSV file."""
+    return [
+        {"level": level, "end": end, "rank": rank, **token}
+        for level, ends in results["tokens"].items()
+        for end, tokens in ends.items()
+        for rank, token in enumerate(tokens, start=1)
+    ]
+
+
+def surprisal_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Phi by level and bin of surprisal as rows for a CSV file."""
+    return [
+        {"level": name, **{key: one[key] for key in ("from", "below", "texts", "tokens")}}
+        | {"phi": one["mean"], "phi_low": one["ci95"][0], "phi_high": one["ci95"][1]}
+        for name, level in results["levels"].items()
+        for one in level["by_surprisal"]
+    ]
+
+
+def _where(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: point[key] for key in ("label", "adapter", "insertion_point", "step") if "label" in point}
+
+
+def _level_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, level in results["levels"].items():
-        row = {"level": name, **{key: level[key] for key in ("role", "built", "texts", "tokens")}}
+        row = {"level": name, **{key: level[key] for key in ("role", "built", "texts", "tokens", "sinks")}}
         for key in QUANTITIES:
             found = level[key] or {"mean": None, "ci95": [None, None]}
             row |= {key: found["mean"], f"{key}_low": found["ci95"][0], f"{key}_high": found["ci95"][1]}
-        rows.append(row)
-    return rows
+        yield row
 
 
-def _counted(text: LevelText, scores: "TokenScores") -> dict[str, Floats]:
-    """The columns of the tokens that count, (T,) each."""
+def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
+    """The tokens that count, and their columns."""
     starts, ends = scores.offsets.T
     counts = ends > starts
     if scores.spans:
         reply = next(span for span in scores.spans if span.name == "assistant")
         counts &= (ends > reply.start) & (starts < reply.end)
-    counts &= scores.counts("phi")
     if not counts.any():
         raise InputError(f"The chat template leaves out {text.name}; score texts alone (--plain).")
-    phi, surprisal = (column[counts].astype(np.float64) for column in (scores.phi, scores.surprisal))
-    missing = np.full(len(phi), np.nan)
-    with_layer = scores.columns.get("surprisal_with_layer")
-    with_layer = missing if with_layer is None else with_layer[counts].astype(np.float64)
-    return {
+    found = {name: column[counts].astype(np.float64) for name, column in scores.without_sinks().items()}
+    phi, surprisal = found["phi"], found["surprisal"]
+    with_layer = found.get("surprisal_with_layer", np.full(len(phi), np.nan))
+    columns = {
         "phi": phi,
         "surprisal": surprisal,
         "surprisal_with_layer": with_layer,
         "gap": with_layer - surprisal,
         "phi_later": np.where(np.arange(len(phi)) < EARLY, np.nan, phi),
     }
+    return CountedTokens(text, scores, np.flatnonzero(counts), columns, scores.sinks[counts])
+
+
+def at_point(scores: "TokenScores", path: str | None) -> "TokenScores":
+    """Scores with the columns of one of several layers, under their plain names."""
+    if path is None:
+        return scores
+    names = {name: name.partition("@") for name in scores.columns}
+    columns = {plain: scores.columns[name] for name, (plain, _, at) in names.items() if at in ("", path)}
+    return replace(scores, columns=columns)
+
+
+def compare_points(points: Sequence[Mapping[str, Any]], along: bool) -> dict[str, Any]:
+    """For each pair that the claim is about, since which of several points it is as the paper says.
+
+    Args:
+        points: each with its `label` and results of `measure_texts`, in order.
+        along: whether they are steps of one training.
+
+    Returns:
+        `along`, and `pairs` with `first`, `second`, `above_since` and `separated_since`: the label of the
+        first point from which on, to the last, the first level's phi is higher, or higher with separate
+        intervals; None where it is not so at the last point.
+    """
+    pairs = []
+    for number, pair in enumerate(points[-1]["pairs"]):
+        if not pair["claim"]:
+            continue
+        above, separated = [], []
+        for point in points:
+            found = point["pairs"][number]
+            above.append((found["difference"]["value"] or 0) > 0)
+            separated.append(above[-1] and found["separated"])
+        pairs.append(
+            {
+                "first": pair["first"],
+                "second": pair["second"],
+                "above_since": _since(points, above),
+                "separated_since": _since(points, separated),
+            }
+        )
+    return {"along": along, "pairs": pairs}
+
+
+def _since(points: Sequence[Mapping[str, Any]], holds: Sequence[bool]) -> str | None:
+    """The label of the point from which on it holds to the end."""
+    first = len(holds)
+    while first and holds[first - 1]:
+        first -= 1
+    return None if first == len(holds) else points[first]["label"]
 
 
 def _pairs(levels: Sequence[str]) -> Iterator[tuple[str, str]]:

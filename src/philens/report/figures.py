@@ -59,8 +59,8 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
         colour, marker = TASK_STYLES.get(name, _OTHER_STYLE)
         scatter.errorbar(
             *point,
-            xerr=_error(tasks[name]["surprisal"]),
-            yerr=_error(tasks[name]["phi"]),
+            xerr=error_of(tasks[name]["surprisal"]),
+            yerr=error_of(tasks[name]["phi"]),
             fmt=marker,
             color=colour,
             markersize=6,
@@ -77,7 +77,7 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
         bars.barh(
             place,
             tasks[name]["phi"]["mean"],
-            xerr=_error(tasks[name]["phi"]),
+            xerr=error_of(tasks[name]["phi"]),
             color=colour,
             alpha=0.75 if faint else 1.0,
             capsize=3,
@@ -138,7 +138,7 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
                 continue
             places.append(-group - (number - (len(kinds) - 1) / 2) * height)
             values.append(found["value"])
-            errors.append(_error(found, "value"))
+            errors.append(error_of(found, "value"))
         bars.barh(
             places,
             values,
@@ -177,7 +177,7 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
             axes.plot(values, rows, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
             if level[quantity] is not None:
                 style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.6, "capsize": 6}
-                style |= {"xerr": _error(level[quantity])}
+                style |= {"xerr": error_of(level[quantity])}
                 axes.errorbar(level[quantity]["mean"], row - 0.1, **style)
         axes.set(xlabel=label)
         axes.margins(x=0.06)
@@ -195,6 +195,74 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
         label.set_parse_math(False)  # a level's name may hold dollar signs
     panels[1].set_title("95 % intervals over texts; dots: texts", fontsize=FONT - 1, loc="right")
     set_fonts(figure)
+    return figure
+
+
+def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at equal surprisal, and of memorised text where it is recited and where it is not."""
+    figure = new_figure(height=3.9)
+    bins, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    labels: list[str] = []
+    for number, (name, level) in enumerate(results["levels"].items()):
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        found = level["by_surprisal"]
+        labels = [
+            f"{one['from']:g} to {one['below']:g}"
+            if one["below"] is not None
+            else f"{one['from']:g} and more"
+            for one in found
+        ]
+        places = np.arange(len(found)) + (number - (len(results["levels"]) - 1) / 2) * 0.11
+        means = np.array([one["mean"] for one in found], dtype=float)
+        errors = np.concatenate([error_of(one) for one in found], axis=1)
+        style = {"color": colour, "fmt": marker, "markersize": 5, "linestyle": "-", "linewidth": 0.8}
+        bins.errorbar(places, means, yerr=errors, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
+    bins.set_xticks(range(len(labels)), labels)
+    bins.set(xlabel="surprisal of the token (nats)", ylabel=PHI_LABEL)
+    bins.set_ylim(bottom=0)
+    bins.set_title("phi at equal surprisal", fontsize=FONT + 1, loc="left")
+    bins.legend(fontsize=FONT - 1, frameon=False, ncols=2)
+    verbatim = results["verbatim"] or {}
+    rows = {"recited": "recited", "sure_rest": "sure, in\nthe rest", "rest": "the rest"}
+    for row, key in enumerate(rows):
+        if verbatim.get(key):
+            colour = _LEVEL_STYLES["memorised"][0] if key == "recited" else "#8A8A8A"
+            bars.barh(row, verbatim[key]["mean"], xerr=error_of(verbatim[key]), color=colour, height=0.6)
+    bars.set_yticks(range(len(rows)), list(rows.values()))
+    bars.set_ylim(len(rows) - 0.5, -0.5)
+    bars.set(xlabel=PHI_LABEL)
+    bars.set_title("memorised text", fontsize=FONT + 1, loc="left")
+    set_fonts(figure)
+    return figure
+
+
+def figure_levels_course(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at each point: along the steps of a training, else side by side."""
+    points, along = results["points"], results["course"]["along"]
+    places = [point["step"] for point in points] if along else list(range(len(points)))
+    figure = new_figure(height=3.9)
+    axes = figure.subplots()
+    for name, level in results["levels"].items():
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        found = [point["levels"][name]["phi"] or {"mean": None, "ci95": [None, None]} for point in points]
+        means = np.array([one["mean"] for one in found], dtype=float)
+        low, high = np.array([one["ci95"] for one in found], dtype=float).T
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": name.replace("$", r"\$")}
+        axes.plot(places, means, linewidth=1.3 if along else 0, **style)
+        if along:
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(places, low, high, color=colour, linewidth=1.2)
+    if not along:
+        axes.set_xticks(places, [point["label"] for point in points])
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
+    axes.set(xlabel="step" if along else "", ylabel=PHI_LABEL)
+    title = "phi of each level along the training" if along else "phi of each level"
+    axes.set_title(f"{title}, 95 % intervals over texts", fontsize=FONT + 1, loc="left")
+    axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    set_fonts(figure)
+    _log_if_wide(axes)
     return figure
 
 
@@ -304,7 +372,7 @@ def _short_label(task: str) -> str:
     return task_label(task).replace(" ", "\n", 1)
 
 
-def _error(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
+def error_of(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
     """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
     value, bounds = estimate[name], estimate["ci95"]
     if value is None or None in bounds:

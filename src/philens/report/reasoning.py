@@ -20,7 +20,7 @@ from philens.findings.correctness import (
     selection_rows,
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
-from philens.findings.solutions import BASELINES, GIVEN, PHI, point_rows
+from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI, point_rows
 from philens.report.terminal import count_of, counts_text, estimate_text, new_table, number_text
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ LABELS = {
     "phi_mean": "phi",
     "surprisal_mean": "surprisal",
     "entropy_mean": "entropy",
+    "phi_untrained_mean": "phi, untrained layer",
+    "state_norm_mean": "size of the state",
+    "highest_phi_untrained_mean": "highest phi, untrained",
+    "highest_state_norm_mean": "largest state",
     "surprisal_and_length": "both",
     "within_levels": "same level",
     "within_problems": "same problem",
@@ -177,17 +181,16 @@ def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> 
     table = new_table(
         _title("Correlation with being right", of),
         "Given others as the columns say, with 95 % intervals over problems. Solutions of different problems "
-        "differ in difficulty too; those of the same level or problem do not, or less.",
+        "differ in difficulty too; those of the same level or problem do not, or less."
+        + _ALL_ELSE
+        * ("all_else" in results["partial"]["pooled"]["phi_mean"]),
     )
-    table.add_column("")
-    for given in GIVEN:
-        table.add_column(f"given\n{label(given)}", justify="right", no_wrap=True)
+    _add_given(table)
     for kind, found in results["partial"].items():
         table.add_row(Text(label(kind), style="bold"))
-        rows = [name for name in (*PHI, *BASELINES) if name in found]
+        rows = [name for name in (*PHI, *BASELINES, *CONTROLS) if name in found]
         for name in rows:
-            cells = [_cell(found[name].get(given), "value", 1, 2) for given in GIVEN]
-            table.add_row(label(name), *cells, end_section=name == rows[-1])
+            _add_correlations(table, name, found[name], end_section=name == rows[-1])
     return table
 
 
@@ -221,7 +224,8 @@ def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
         + _few(results["levels"], lambda found: found["problems"]),
     )
     table.add_column(f"{results['by']}\nproblems", no_wrap=True)
-    names = ("phi_mean", "phi_sum", *BASELINES)
+    first = next(iter(results["levels"].values()))
+    names = ("phi_mean", "phi_sum", *BASELINES, *(name for name in CONTROLS if name in first))
     for name in names:
         table.add_column(label(name), justify="right", no_wrap=True)
     for level, found in results["levels"].items():
@@ -235,16 +239,35 @@ def difficulty_correlations_table(results: Mapping[str, Any], of: str = "") -> T
     """Spearman's correlations of metrics with difficulty, alone and given others."""
     table = new_table(
         _title(f"Spearman's correlation with {results['by']}", of),
-        "Given others as the columns say (of ranks), with 95 % intervals over problems.",
+        "Given others as the columns say (of ranks), with 95 % intervals over problems."
+        + _ALL_ELSE * ("all_else" in results["partial"]["phi_mean"]),
     )
-    table.add_column("")
-    for given in GIVEN:
-        table.add_column(f"given\n{label(given)}", justify="right", no_wrap=True)
+    _add_given(table)
     for name, alone in results["spearman"].items():
-        held = results["partial"].get(name, {})
-        cells = [alone, *(held.get(given) for given in GIVEN[1:])]
-        table.add_row(label(name), *(_cell(cell, "value", 1, 2) for cell in cells))
+        _add_correlations(table, name, {GIVEN[0]: alone, **results["partial"].get(name, {})})
     return table
+
+
+_ALL_ELSE = (
+    "\nAll else: surprisal, entropy, length, phi of a layer that was never trained, and the size of the "
+    "hidden state."
+)
+
+
+def _add_given(table: Table) -> None:
+    table.add_column("")
+    for given in GIVEN[:-1]:
+        table.add_column(f"given\n{label(given)}", justify="right", no_wrap=True)
+
+
+def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_section: bool = False) -> None:
+    """A row, and one more below phi with all else held fixed."""
+    below = name == PHI[0] and GIVEN[-1] in found
+    cells = [_cell(found.get(given), "value", 1, 2) for given in GIVEN[:-1]]
+    table.add_row(label(name), *cells, end_section=end_section and not below)
+    if below:
+        cell = _cell(found[GIVEN[-1]], "value", 1, 2)
+        table.add_row(f"{label(name)}, given all else", cell, end_section=end_section)
 
 
 def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:

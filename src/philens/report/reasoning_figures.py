@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from philens.findings.solutions import BASELINES, GIVEN, PHI
+from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI
 from philens.report.figures import FONT, PHI_LABEL, SURPRISAL_LABEL, new_figure, set_fonts
 from philens.report.reasoning import headline_names, label
 
@@ -81,8 +81,8 @@ def figure_correctness(results: Sequence[Mapping[str, Any]], of: str = "") -> Fi
 
 
 def figure_difficulty(results: Sequence[Mapping[str, Any]], of: str = "") -> Figure:
-    """phi and surprisal by level, and the correlations of phi, of what is left of it, and of baselines."""
-    figure = new_figure(height=3.7)
+    """phi and surprisal by level, and the correlations of phi, of what is left of it, and of the others."""
+    figure = new_figure(height=3.9)
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 5))
     levels = _levels(results)
     places = np.arange(len(levels))
@@ -97,10 +97,16 @@ def figure_difficulty(results: Sequence[Mapping[str, Any]], of: str = "") -> Fig
     left.set_title(of, fontsize=FONT + 1, loc="left")
     bars = [("phi", ("spearman", "phi_mean"), _PHI_COLOUR, "o")]
     bars += [
-        (f"phi given {label(given)}", ("partial", "phi_mean", given), _PHI_COLOUR, "o") for given in GIVEN[1:]
+        (f"phi given {label(given)}", ("partial", "phi_mean", given), _PHI_COLOUR, "o")
+        for given in GIVEN[1:]
+        if given in results[0]["partial"]["phi_mean"]
     ]
     bars += [(f"phi {name[4:].replace('_', ' ')}", ("spearman", name), _PHI_COLOUR, "o") for name in PHI[1:]]
-    bars += [(label(name), ("spearman", name), _BASELINE_COLOUR, "s") for name in BASELINES]
+    bars += [
+        (label(name), ("spearman", name), _BASELINE_COLOUR, "s")
+        for name in (*BASELINES, *CONTROLS)
+        if name in results[0]["spearman"]
+    ]
     for row, (_, path, colour, marker) in enumerate(bars):
         found = [[_at(one, *path)] for one in results]
         _draw(right, np.array([-row]), found, "value", 1, colour, marker, None, linestyle="", flat=True)

@@ -79,6 +79,8 @@ def texts_table(results: Mapping[str, Any]) -> Table:
         "Paper: Llama 3.2 3B, phi / surprisal; orders can be compared, values can't.",
         _verdict_on_texts(results),
     ]
+    if sinks := sum(level["sinks"] for level in levels.values()):
+        caption.append(f"{count_of(sinks, 'attention sink')} left out of phi.")
     few = [name for name, level in levels.items() if level["texts"] < FEW_TEXTS]
     if few:
         caption.append(f"Fewer than {FEW_TEXTS} texts, so that an interval says little: {_listed(few)}.")
@@ -118,6 +120,64 @@ def text_pairs_table(results: Mapping[str, Any]) -> Table:
                 verdict = "above" if pair["difference"]["value"] > 0 else "below"
             cells = [Text(cell.replace(" [", "\n[")) for cell in found]
             table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells, verdict)
+    return table
+
+
+def recitation_table(verbatim: Mapping[str, Any]) -> Table:
+    """Phi of memorised text where it is recited, against the rest of it."""
+    share = f"{verbatim['share']:.0%} of the tokens, in {count_of(verbatim['texts'], 'text')}"
+    table = new_table(
+        "phi of memorised text where it is recited",
+        f"Recited: runs of {verbatim['run']} tokens or more, each with a surprisal below "
+        f"{verbatim['surprisal_below']:g} nats ({share}).\n"
+        "Sure: tokens below that in the rest. Differences are within a text; 95 % intervals over texts.",
+    )
+    table.add_column("tokens", no_wrap=True)
+    for heading in ("phi", "texts"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for key, label in _RECITATION.items():
+        found = verbatim[key]
+        cells = ("none", "0")
+        if found is not None:
+            cells = (estimate_text(found["mean"], found["ci95"]), f"{found['texts']:,}")
+        table.add_row(label, *cells, end_section=key == "sure_rest")
+    return table
+
+
+_RECITATION = {
+    "recited": "recited",
+    "rest": "the rest",
+    "sure_rest": "sure, in the rest",
+    "recited_less_rest": "recited less the rest",
+    "recited_less_sure_rest": "recited less sure",
+}
+
+
+def text_points_table(results: Mapping[str, Any]) -> Table:
+    """Phi of each level at several points, and how many of the claimed pairs are as the paper has them."""
+    points, course = results["points"], results["course"]
+    caption = [
+        "phi, nats per token; pairs: of those that the paper's claim is about, above with separate intervals."
+    ]
+    for pair in course["pairs"] if course["along"] else ():
+        since = pair["above_since"]
+        told = "not above at the end" if since is None else f"above from {since} on"
+        if pair["separated_since"]:
+            told += f", separate from {pair['separated_since']} on"
+        caption.append(f"{pair['first']}, {pair['second']}: {told}.")
+    table = new_table(
+        "phi of each level along the training" if course["along"] else "phi of each level", "\n".join(caption)
+    )
+    table.add_column("")
+    levels = list(results["levels"])
+    for level in levels:
+        table.add_column(Text(level), justify="right")
+    table.add_column("pairs", justify="right")
+    for point in points:
+        claimed = [pair for pair in point["pairs"] if pair["claim"]]
+        above = sum(pair["separated"] and pair["difference"]["value"] > 0 for pair in claimed)
+        means = [number_text((point["levels"][level]["phi"] or {}).get("mean"), 1) for level in levels]
+        table.add_row(Text(point["label"]), *means, f"{above} of {len(claimed)}" if claimed else "")
     return table
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from philens.adapter import fingerprint
 from philens.errors import AdapterError, ConfigError, InputError
 from philens.extras import require
 from philens.files import read_json
-from philens.generation import new_cache
+from philens.generation import new_cache, unmeasured
 from philens.hub import find, is_folder, load_pretrained, reason
 from philens.insertion import cache_argument
 from philens.model import PHiModel
@@ -172,8 +172,8 @@ class TransformersEngine:
     def draw(self, prompts: Sequence[list[int]], limits: Sequence[int], seed: int) -> list[Drawn]:
         """As `Engine.draw`.
 
-        Rows that have ended are left out as soon as they are half of the batch, so that a few long replies do
-        not hold up all the others.
+        A prompt that several rows begin with is read once. Rows that have ended are left out as soon as they
+        are half of the batch, so that a few long replies do not hold up all the others.
 
         Raises:
             InputError: not enough memory, or the model's predictions are no numbers.
@@ -186,9 +186,11 @@ class TransformersEngine:
         drawn: list[Drawn] = [([], []) for _ in prompts]
         rows, done = list(range(len(prompts))), 0
         try:
-            with torch.random.fork_rng(), _settings_aside(self.base):
-                torch.manual_seed(seed)
+            with torch.random.fork_rng(), _settings_aside(self.base), self._layers():
                 cache = self._new_cache()
+                if cache and width > 1:
+                    self._read_once(prompts, input_ids, mask, cache)
+                torch.manual_seed(seed)
                 while rows:
                     steps = min(limits[row] for row in rows) - done
                     log, ending = _Log(mask), _Ending(self, len(rows), width)
@@ -219,6 +221,26 @@ class TransformersEngine:
         name = cache_argument(self.base)
         return {} if name is None else {name: new_cache(self.base)}
 
+    def _layers(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.lens is None else unmeasured(self.lens)
+
+    def _read_once(
+        self, prompts: Sequence[list[int]], input_ids: Tensor, mask: Tensor, cache: dict[str, Any]
+    ) -> None:
+        """Fill a cache with all but the last column of (B, T) rows; equal ones are read together."""
+        numbers: dict[tuple[int, ...], int] = {}
+        places = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+        if len(numbers) == len(prompts):
+            return
+        first = torch.tensor([places.index(number) for number in range(len(numbers))], device=self._device)
+        self.base.generate(
+            input_ids=input_ids[first, :-1],
+            attention_mask=mask[first, :-1],
+            generation_config=GenerationConfig(max_new_tokens=1, pad_token_id=0, do_sample=False),
+            **cache,
+        )
+        next(iter(cache.values())).reorder_cache(torch.tensor(places, device=self._device))
+
     def _go_on(
         self,
         input_ids: Tensor,
@@ -235,8 +257,6 @@ class TransformersEngine:
             "stopping_criteria": StoppingCriteriaList([ending]),
             **cache,
         }
-        if self.lens is not None:
-            return self.lens.generate(input_ids, mask, **options).sequences
         return self.base.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
@@ -353,18 +373,18 @@ class _Log:
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask  # (B, T), 0 on padding, which is on the left
         self._columns: list[Tensor] = []
-        self._expected: Tensor | None = None
+        self._scores: Tensor | None = None  # (B, V) of the token that is drawn next
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._note(input_ids)
-        self._expected = expected = scores.float().log_softmax(-1)
-        if (broken := expected.isnan().any(-1)).any():
-            raise Overflowed(first_row(input_ids, self._mask, broken))
+        self._scores, self._total = scores, scores.float().logsumexp(-1, keepdim=True)
+        if not (finite := self._total[:, 0].isfinite()).all():
+            raise Overflowed(first_row(input_ids, self._mask, ~finite))
         return scores
 
     def _note(self, sequences: Tensor) -> None:
-        if self._expected is not None:
-            self._columns.append(self._expected.gather(1, sequences[:, -1:]))
+        if self._scores is not None:
+            self._columns.append(self._scores.gather(1, sequences[:, -1:]).float() - self._total)
 
     def of(self, sequences: Tensor) -> Tensor:
         """(B, n) of what came last, n tokens, in these finished rows."""

@@ -1,5 +1,6 @@
 """A corpus scored: shown in the terminal, written into a folder of shards, or onto a page."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,26 @@ def load_lens(
     if (accelerator := device()) is not None:
         lens.to(accelerator)
     return Opened(lens, tokenizer)
+
+
+_ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
+
+
+def adapters_in(folder: str | Path, checkpoints: bool = False) -> list[str]:
+    """The adapters of a run folder or a sweep, in order: those of checkpoints if asked for, by their steps,
+    `adapter`, then `layer-N` by number. None where it is an adapter itself, or no folder."""
+    from philens.adapter import CONFIG_FILE
+    from philens.training.run import ADAPTER_FOLDER, find_checkpoints
+
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).exists() or not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _ADAPTER.fullmatch(path.name))]
+    found.sort(key=lambda item: (item[0][1] is not None, int(item[0][1] or 0)))
+    own = [path for _, path in found]
+    if checkpoints:
+        own = [path / ADAPTER_FOLDER for path in find_checkpoints(folder)] + own
+    return [str(path) for path in own if path.is_dir()]
 
 
 @dataclass

@@ -34,10 +34,11 @@ METRICS = (
     "logit_lens_divergence",
     "settling_depth",
     "step_length",
+    "state_norm",
 )
 _OF_PREDICTIONS = frozenset({"surprisal", "entropy", "margin"})
 _OF_BLOCKS = frozenset({"logit_lens_divergence", "settling_depth"})
-_OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length"})
+_OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length", "state_norm"})
 _NORM = "norm"  # beside step_length, not a column
 _SINK = "sink"  # beside phi, likewise
 # Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
@@ -382,13 +383,15 @@ def _read_batch(
         found["surprisal_with_layer"] = predictions(again, input_ids, places, {"surprisal"})["surprisal"]
         del again
     found |= predictions(output, input_ids, places, wanted & _OF_PREDICTIONS)
-    for suffix, layer in zip(suffixes, layers, strict=False):
+    for suffix, layer, reader in zip(suffixes, layers, lens.layers, strict=False):
         of_tokens: dict[str, Tensor | None] = {}
         if "phi" in wanted:
             of_tokens |= {"phi": layer.phi, "phi_standard_error": layer.phi_standard_error}
             of_tokens[_SINK] = layer.sinks
         if "step_length" in wanted:
             of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
+        if "state_norm" in wanted:
+            of_tokens["state_norm"] = reader.standardise(layer.observed, layer.sinks).float().norm(dim=-1)
         found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
         if logit_lens is not None and "logit_lens_divergence" in wanted:
             early = logit_lens.read(layer.observed, input_ids)

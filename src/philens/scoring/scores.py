@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 # Of the columns that are not in nats.
-UNITS = {"settling_depth": "blocks", "step_length": ""}
+UNITS = {"settling_depth": "blocks", "step_length": "", "state_norm": ""}
 # Columns whose means and sums leave out attention sinks, whose hidden states are like no other token's.
 _WITHOUT_SINKS = {"phi", "phi_standard_error"}
 # A longer text's figure has token numbers, not tokens, below it.

@@ -225,8 +225,6 @@ def iter_replies(
     from philens.scoring.score import check_metrics, iter_scores
 
     check_tokenizer(tokenizer)
-    joining = copy.copy(tokenizer)
-    joining.chat_template = _AS_THEY_ARE
     # Where each reply starts and ends in the text that is read; None for an empty one, which is not.
     places: deque[tuple[int, int] | None] = deque()
     ending = end_marks(tokenizer)
@@ -238,18 +236,14 @@ def iter_replies(
             if not reply:
                 places.append(None)
                 continue
-            before = render_prompt(tokenizer, prompt, f"the prompt of {name}")
-            places.append((len(before), len(before) + len(ending.sub("", reply))))
-            if isinstance(prompt, str) or not tokenizer.chat_template:
-                yield before + reply, name
-            else:  # what a template writes brings its own special tokens
-                parts = (("prompt", before), ("reply", reply))
-                yield [{"role": role, "content": content} for role, content in parts], name
+            text, start = after_prompt(tokenizer, prompt, reply, f"the prompt of {name}")
+            places.append((start, start + len(ending.sub("", reply))))
+            yield text, name
 
     contents, labels = tee(texts())
     scored = iter_scores(
         lens,
-        joining,
+        joining(tokenizer),
         (content for content, _ in contents),
         metrics=metrics,
         batch_tokens=batch_tokens,
@@ -268,6 +262,27 @@ def iter_replies(
         yield from ({"tokens": 0} for _ in places)
 
     return rows()
+
+
+def joining(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that reads what `after_prompt` gives."""
+    copied = copy.copy(tokenizer)
+    copied.chat_template = _AS_THEY_ARE
+    return copied
+
+
+def after_prompt(tokenizer: Any, prompt: Text, reply: str, where: str = "the prompt") -> tuple[Text, int]:
+    """A reply after its prompt, for `joining(tokenizer)` to read, and the character where the reply starts.
+
+    Raises:
+        InputError: as `render_prompt`.
+    """
+    before = render_prompt(tokenizer, prompt, where)
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return before + reply, len(before)
+    # What a template writes brings its own special tokens.
+    parts = (("prompt", before), ("reply", reply))
+    return [{"role": role, "content": content} for role, content in parts], len(before)
 
 
 def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> str:

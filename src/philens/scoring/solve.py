@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,7 +173,7 @@ def solve(
         "revision": revision,
         "dtype": dtype,
         "engine": engine,
-        "problems": f"{len(problems)} with hash {_digest([asdict(problem) for problem in problems])}",
+        "problems": f"{len(problems)} with hash {_digest(list(map(_identity, problems)))}",
         "prompt": f"{prompt.instruction[:40]!r} with hash {_digest(asdict(prompt))}",
         "samples": samples,
         "temperature": temperature,
@@ -303,6 +303,10 @@ def _check_problems(problems: Sequence[Problem]) -> None:
     identity, count = Counter(problem.id for problem in problems).most_common(1)[0]
     if count > 1:
         raise InputError(f"{count} problems have the id {identity!r}; give each its own.")
+
+
+def _identity(problem: Problem) -> dict[str, Any]:
+    return {item.name: getattr(problem, item.name) for item in fields(problem) if item.compare}
 
 
 def _digest(value: Any) -> str:

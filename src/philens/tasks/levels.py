@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from itertools import count
+from itertools import count, cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from philens.errors import InputError
 from philens.hub import reason
-from philens.tasks.sources import TEXTS
+from philens.tasks.licences import find_licences
+from philens.tasks.sources import SHIPPED_TEXTS, TEXTS
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ ROLES = {
     "own": ("own",),
 }
 BORING, INTERESTING = ("trivial", "memorised", "shuffled"), ("code", "prose", "own")
+# Licences taken at most, and how many works of a level are enough to say something about it.
+LICENCES, LEAST = 24, 20
 _FIELDS = {"level", "text", "assistant", "user"}
 _RECORDS = (".json", ".jsonl", ".ndjson")
 # Built trivial texts are as long as half of the others, within these characters.
@@ -65,19 +68,20 @@ def in_order(levels: Iterable[str]) -> list[str]:
 
 
 def load_levels(
-    folder: str | os.PathLike[str], documents: int | None = None, seed: int = 0
+    folder: str | os.PathLike[str] | None = None, documents: int | None = None, seed: int = 0
 ) -> list[LevelText]:
-    """The texts in a folder, with trivial and shuffled ones built where it has none, in order of levels.
+    """Texts of several levels, with trivial and shuffled ones built where there are none, in order of levels.
 
     Args:
-        folder: as for `read_levels`.
+        folder: as for `read_levels`; None takes the texts that come with philens and on this machine, of all
+            of the paper's levels (`own_levels`).
         documents: texts of each level at most, drawn at random; None means all.
         seed: of what is built and drawn.
 
     Raises:
         InputError: a folder without texts, or with nothing that they could be compared with.
     """
-    texts = with_built(read_levels(folder), seed)
+    texts = own_levels(seed) if folder is None else with_built(read_levels(folder), seed)
     chosen = []
     for number, level in enumerate(in_order(text.level for text in texts)):
         found = [text for text in texts if text.level == level]
@@ -86,6 +90,35 @@ def load_levels(
             found = [found[i] for i in sorted(random.choice(len(found), documents, replace=False))]
         chosen += found
     return chosen
+
+
+def own_levels(seed: int = 0) -> list[LevelText]:
+    """Texts of the paper's five levels, without a folder and without a network; all have a user's message.
+
+    Prose and code were written for philens in November 2026 and come with it, 20 each: no model made before
+    can have read them. Licences are those on this machine, at most `LICENCES`, each work once; trivial texts
+    are built, and shuffled ones from the words of prose and code.
+    """
+    prompts = json.loads((SHIPPED_TEXTS / "prompts.json").read_text(encoding="utf-8"))
+    written = [
+        LevelText(
+            (path := Path(name)).parts[0],
+            path.stem if Path(path.stem).suffix else path.stem.replace("_", " "),
+            (SHIPPED_TEXTS / path).read_text(encoding="utf-8").rstrip("\n"),
+            prompt,
+        )
+        for name, prompt in prompts.items()
+    ]
+    licences = [
+        LevelText("memorised", name, text, f"Write the text of this licence: {name}")
+        for name, text in find_licences(SHIPPED_TEXTS / "LICENSE", LICENCES)
+    ]
+    if len(licences) < LEAST:
+        many = "licence" if len(licences) == 1 else "licences"
+        logger.info("Found %d different %s on this machine, fewer than %d.", len(licences), many, LEAST)
+    # Of every second one: half of them as long as prose, half as code.
+    shuffled = build_shuffled(written, seed)[::2]
+    return [*build_trivial(written, seed), *licences, *shuffled, *written]
 
 
 def read_levels(folder: str | os.PathLike[str]) -> list[LevelText]:
@@ -202,49 +235,114 @@ def build_shuffled(texts: Sequence[LevelText], seed: int = 0) -> list[LevelText]
 
 
 def build_trivial(texts: Sequence[LevelText], seed: int = 0) -> list[LevelText]:
-    """Eight texts that go on and on: counting, times tables, the alphabet, repetitions.
+    """Two dozen texts that go on and on: countings, tables, alphabets, dates, repetitions, patterns.
 
     They are as long as the median of `texts`, between 500 and 4,000 characters, and end at a line's end. They
     have a user's message if all of `texts` have one.
     """
     length = int(np.clip(np.median([len(text.text) for text in texts]), *_TRIVIAL_LENGTH))
-    random = np.random.default_rng([seed, 1])
-    first, step, factor, shift, day, number, word = (
-        int(random.integers(low, high))
-        for low, high in ((1, 50), (2, 10), (3, 20), (0, 26), (0, 365), (1, 64), (0, 8))
-    )
-    letters = "".join(chr(97 + (i + shift) % 26) for i in range(26))
-    named = ("apple", "house", "river", "stone", "green", "table", "water", "light")[word]
-    start = date(2024, 1, 1) + timedelta(days=day)
-    lines: dict[str, tuple[str, Iterator[str]]] = {
-        "counting": (f"Count from {first} on", (str(i) for i in count(first))),
-        "steps": (f"Count from {first} on in steps of {step}", (str(i) for i in count(first, step))),
-        "times table": (
-            f"Write the times table of {factor}",
-            (f"{i} x {factor} = {i * factor}" for i in count(1)),
-        ),
-        "binary": (f"Write the numbers from {number} on in binary", (f"{i} - {i:b}" for i in count(number))),
-        "alphabet": ("Write the alphabet again and again", (" ".join(letters) for _ in count())),
-        "dates": (
-            f"List the dates from {start} on with their days of the week",
-            (
-                f"{one:%Y-%m-%d} {_DAYS[one.weekday()]}"
-                for one in (start + timedelta(days=i) for i in count())
-            ),
-        ),
-        "repeated word": (f"Write {named} again and again", (" ".join([named] * 12) for _ in count())),
-        "repeated sentence": (
-            "Write the same sentence again and again",
-            (f"This is the same {named} as on the line before." for _ in count()),
-        ),
-    }
     are_replies = _are_replies(texts)
     return [
         LevelText("trivial", name, _first_lines(found, length), prompt if are_replies else None, built=True)
-        for name, (prompt, found) in lines.items()
+        for name, prompt, found in _endless(np.random.default_rng([seed, 1]))
     ]
 
 
+def _endless(random: np.random.Generator) -> Iterator[tuple[str, str, Iterator[str]]]:
+    """Name, what a user asks for, and lines without end, of each kind of trivial text."""
+
+    def draw(low: int, high: int) -> int:
+        return int(random.integers(low, high))
+
+    first, step, factor, other = draw(1, 50), draw(2, 10), draw(3, 20), draw(3, 10)
+    yield "counting", f"Count from {first} on", map(str, count(first))
+    yield "steps", f"Count from {first} on in steps of {step}", map(str, count(first, step))
+    high = draw(5000, 9999)
+    yield "counting down", f"Count down from {high}", map(str, count(high, -1))
+    yield (
+        "times table",
+        f"Write the times table of {factor}",
+        (f"{i} x {factor} = {i * factor}" for i in count(1)),
+    )
+    yield (
+        "grid of products",
+        "Write a table of products",
+        (" ".join(str(i * j) for j in range(1, 11)) for i in count(other)),
+    )
+    yield "sums", f"Add {other} to every number", (f"{i} + {other} = {i + other}" for i in count(first))
+    number = draw(1, 64)
+    yield "binary", f"Write the numbers from {number} on in binary", (f"{i} - {i:b}" for i in count(number))
+    yield (
+        "hexadecimal",
+        f"Write the numbers from {number} on in hexadecimal",
+        (f"{i} - {i:x}" for i in count(number)),
+    )
+    yield "ordinals", f"Write the ordinals from {first} on", (f"{i}{_ending(i)}" for i in count(first))
+    yield "squares of a board", "List the squares of a chessboard, again and again", cycle(_BOARD)
+
+    shift = draw(0, 26)
+    letters = "".join(chr(97 + (i + shift) % 26) for i in range(26))
+    yield "alphabet", "Write the alphabet again and again", repeat(" ".join(letters))
+    yield "alphabet backwards", "Write the alphabet backwards", repeat(" ".join(letters[::-1]))
+    triples = [f"{letter}{letter.upper()}{letter}" for letter in letters]
+    yield "letters in threes", "Write each letter three times", cycle(triples)
+
+    start = date(2024, 1, 1) + timedelta(days=draw(0, 365))
+    days = (start + timedelta(days=i) for i in count())
+    yield (
+        "dates",
+        f"List the dates from {start} on with their days of the week",
+        (f"{day:%Y-%m-%d} {_DAYS[day.weekday()]}" for day in days),
+    )
+    yield "days of the week", "List the days of the week, again and again", cycle(_DAYS)
+    year = draw(1900, 2020)
+    yield (
+        "months",
+        f"List the months from {year} on",
+        (f"{month} {i}" for i in count(year) for month in _MONTHS),
+    )
+    minutes = draw(5, 30)
+    yield (
+        "times of the day",
+        f"List times of the day, every {minutes} minutes",
+        (f"{i // 60 % 24:02}:{i % 60:02}" for i in count(0, minutes)),
+    )
+
+    named, colour = _WORDS[draw(0, len(_WORDS))], _COLOURS[draw(0, len(_COLOURS))]
+    yield "repeated word", f"Write {named} again and again", repeat(" ".join([named] * 12))
+    yield (
+        "repeated sentence",
+        "Write the same sentence again and again",
+        repeat(f"This is the same {named} as on the line before."),
+    )
+    yield (
+        "song",
+        "Write a song that counts down",
+        (f"{i} {colour} birds sat on a wall; one flew away and {i - 1} were left." for i in count(900, -1)),
+    )
+    yield "words in turn", "Write the same words in turn", cycle(_WORDS)
+    yield (
+        "rows of a table",
+        "Write a table in which nothing happens",
+        (f"{i},{colour},{named},0.00,ok" for i in count(number)),
+    )
+    yield "file names", "List file names", (f"{named}_{i:04}.txt" for i in count(first))
+    yield "triangles", "Draw triangles of stars", cycle("*" * width for width in range(1, 9))
+
+
+def _ending(number: int) -> str:
+    if number // 10 % 10 == 1:
+        return "th"
+    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+
+
+_WORDS = ("apple", "house", "river", "stone", "garden", "table", "water", "light")
+_COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+_BOARD = [f"{column}{row}" for row in range(1, 9) for column in "abcdefgh"]
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July", "August"),
+    *("September", "October", "November", "December"),
+)
 # Not by strftime, whose names follow the user's language.
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 

@@ -3,14 +3,16 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 from philens.errors import ConfigError, InputError
-from philens.typed import listed
+from philens.typed import listed, numbers
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Problem:
             author wrote none.
         kind: how answers are compared: `number`, or `math` for anything written in LaTeX.
         subject: field of mathematics.
+        results: of GSM8K, characters of the solution that followed a calculator annotation, where the result
+            that its author calculated begins. No part of what a problem is: it does not count when two are
+            compared.
     """
 
     id: str
@@ -41,6 +46,7 @@ class Problem:
     steps: int | None = None
     kind: Literal["number", "math"] = "math"
     subject: str | None = None
+    results: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,25 @@ PROMPTS = {
         "form: Therefore, the final answer is: $\\boxed{[a number or expression]}$.\n\n{problem}"
     ),
     "arithmetic": Prompt(""),
+    "sums": Prompt("", ending="The answer is {answer}."),
     "boxed": Prompt(
         "Solve the following problem step by step and put the final answer in \\boxed{}.",
         ending="The final answer is \\boxed{{answer}}.",
     ),
 }
-"""For GSM8K and MATH; the problem alone; and `boxed` for problems of any kind."""
+"""For GSM8K and MATH; the problem alone, twice; and `boxed` for problems of any kind."""
+
+MADE_HERE = ("arithmetic", "sums")
+"""Sources that are modules of `philens.tasks` with a function `problems(split, count, seed)`."""
 
 
-def find_prompt(source: str, name: str | None = None, shots: int = 0, seed: int = 0) -> Prompt:
+def find_prompt(
+    source: str,
+    name: str | None = None,
+    shots: int = 0,
+    seed: int = 0,
+    levels: Sequence[int] | None = None,
+) -> Prompt:
     """The prompt for problems of a source.
 
     Args:
@@ -89,6 +105,7 @@ def find_prompt(source: str, name: str | None = None, shots: int = 0, seed: int 
         name: of `PROMPTS`, or a text file with the instruction, which may have `{problem}` in it; None takes
             the source's, or `boxed` for one without its own.
         shots: so many solved training problems of the source come before, drawn by `seed`.
+        levels: of these; None means of any.
 
     Raises:
         ConfigError: there is no such prompt.
@@ -101,7 +118,7 @@ def find_prompt(source: str, name: str | None = None, shots: int = 0, seed: int 
         prompt = Prompt(Path(name).read_text(encoding="utf-8").strip())
     else:
         raise ConfigError(f"There is no prompt {name!r}; give a text file or one of {', '.join(PROMPTS)}.")
-    examples = tuple(load_problems(source, "train", shots, seed)) if shots else ()
+    examples = tuple(load_problems(source, "train", shots, seed, levels)) if shots else ()
     return replace(prompt, shots=examples)
 
 
@@ -152,7 +169,13 @@ def plain_text(messages: Messages) -> str:
     return "".join(parts) + "Answer:"
 
 
-def load_problems(source: str, split: str = "test", limit: int | None = None, seed: int = 0) -> list[Problem]:
+def load_problems(
+    source: str,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    levels: Sequence[int] | None = None,
+) -> list[Problem]:
     """Problems of a known set, a file, a folder or the Hub.
 
     A row is a problem if it has `problem` or `question`, and an `answer` or a solution that ends in one:
@@ -161,28 +184,34 @@ def load_problems(source: str, split: str = "test", limit: int | None = None, se
     answers after `####` are numbers and others mathematics.
 
     Args:
-        source: `gsm8k` or `math` (from the Hub), or `arithmetic` (made here); a file (.jsonl, .json,
+        source: `gsm8k` or `math` (from the Hub), `arithmetic` or `sums` (made here); a file (.jsonl, .json,
             .parquet); a folder with such files named for the split, or with a folder of that name that holds
             a JSON file for each problem, as MATH's own; or the id of a data set on the Hub. Write `./math`
             for a folder of that name.
         split: of a known set, a folder or a data set; a file is read whole.
         limit: draw at most so many, as evenly as possible over the levels if there are any; their order
-            stays. A larger limit with the same seed adds to a smaller one's. Without it, `arithmetic` makes
-            1000.
-        seed: of the draw, or of `arithmetic`.
+            stays. A larger limit with the same seed adds to a smaller one's. Without it, 1000 are made of
+            what is made here.
+        seed: of the draw, or of what is made here.
+        levels: only problems of these levels, drawn evenly; where problems have none, those with so many
+            steps. None means all.
 
     Raises:
-        InputError: nothing to read, or a problem without text or answer, or two with one id.
+        InputError: nothing to read, or a problem without text or answer, or two with one id, or none of
+            these levels.
         ConfigError: a limit below 1.
     """
     from philens.tasks.sources import HUB_SETS, load_hub
 
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, not {limit}.")
-    if source == "arithmetic":
-        from philens.tasks.arithmetic import problems
-
-        return problems(split, limit or 1000, seed)  # pyright: ignore[reportArgumentType]
+    if source in MADE_HERE:
+        made: Any = import_module(f"philens.tasks.{source}")
+        count = limit or 1000
+        if levels is None:
+            return made.problems(split, count, seed)
+        # They are made of all levels in turn.
+        return _of_levels(made.problems(split, count * len(made.LEVELS), seed), levels, source)[:count]
     path = Path(source)
     if source not in HUB_SETS and path.exists():
         rows = _folder_rows(path, split) if path.is_dir() else read_rows(path)
@@ -205,10 +234,42 @@ def load_problems(source: str, split: str = "test", limit: int | None = None, se
         logger.warning(
             "Left out %d problems of %s whose solutions box nothing: %s.", len(unanswered), source, names
         )
-    return _sample(list(found.values()), limit, seed)
+    if levels is None:
+        return _sample(list(found.values()), limit, seed, lambda problem: problem.level)
+    return _sample(_of_levels(list(found.values()), levels, source), limit, seed, _level)
 
 
-def _sample(problems: list[Problem], limit: int | None, seed: int) -> list[Problem]:
+def parse_levels(text: str | None) -> list[int] | None:
+    """Levels named as `1,2` or `2:7` (from, to before); None for None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    levels = numbers(text)
+    if not levels:
+        raise ConfigError(f"levels must be given as 1,2 or 2:7 (from, to before), not {text!r}.")
+    return levels
+
+
+def _level(problem: Problem) -> int | None:
+    return problem.steps if problem.level is None else problem.level
+
+
+def _of_levels(problems: list[Problem], levels: Sequence[int], source: str) -> list[Problem]:
+    chosen = [problem for problem in problems if _level(problem) in levels]
+    if not chosen:
+        there = sorted({level for problem in problems if (level := _level(problem)) is not None})
+        raise InputError(
+            f"No problem of {source} is of level {listed(levels)}; there are {listed(there) or 'no levels'}."
+        )
+    return chosen
+
+
+def _sample(
+    problems: list[Problem], limit: int | None, seed: int, level_of: Callable[[Problem], int | None]
+) -> list[Problem]:
     if limit is None or limit >= len(problems):
         return problems
     order = list(range(len(problems)))
@@ -216,7 +277,7 @@ def _sample(problems: list[Problem], limit: int | None, seed: int) -> list[Probl
     drawn: dict[int | None, int] = {}
     ranks = {}
     for index in order:
-        level = problems[index].level
+        level = level_of(problems[index])
         drawn[level] = drawn.get(level, 0) + 1
         # The first of each level, then the second of each, ...; those without one come last.
         ranks[index] = (level is None, drawn[level], level or 0)
@@ -300,6 +361,7 @@ def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
 _MARKED = re.compile(r"####(.*)\Z")  # at the end of a solution
 _IDS = ("id", "unique_id", "problem_id")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+_CALCULATED = re.compile(r"<<[^=]*[\d.)%]\s*[-+*/x][^=]*=")
 
 
 def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
@@ -312,11 +374,11 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
     answer, solution = _text(row, "answer"), _text(row, "solution")
     if answer and "####" in answer:  # GSM8K keeps the solution there
         solution = answer
-    steps, marked = None, solution is not None and _MARKED.search(solution)
+    steps, results, marked = None, (), solution is not None and _MARKED.search(solution)
     if solution is not None and marked:
         answer = answer if answer and answer != solution else marked[1].strip()
         steps = len(_ANNOTATION.findall(solution)) or None
-        solution = _ANNOTATION.sub("", solution)
+        solution, results = _without_annotations(solution)
     elif answer or solution:
         answer = last_boxed(answer or solution or "") or answer
     if not answer and solution is not None and re.search(r"\\boxed\s*\{\s*\}", solution):
@@ -337,7 +399,16 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
         steps=_whole(row.get("steps")) or steps,
         kind=kind,
         subject=_text(row, "subject", "type"),
+        results=results,
     )
+
+
+def _without_annotations(solution: str) -> tuple[str, tuple[int, ...]]:
+    """The solution as it reads, and the characters in it that followed an annotation with a calculation,
+    which `<<8=8>>` has none of."""
+    *parts, last = _ANNOTATION.split(solution)
+    ends = zip(accumulate(map(len, parts)), _ANNOTATION.findall(solution), strict=True)
+    return "".join([*parts, last]), tuple(end for end, found in ends if _CALCULATED.match(found))
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|\S)")

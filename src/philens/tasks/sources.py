@@ -167,6 +167,8 @@ class First:
 
 
 PROMPT = "Write strings of a formal language."
+# To be measured, so never read in training.
+SHIPPED_TEXTS = Path(__file__).resolve().parents[1] / "shipped" / "texts"
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,9 @@ def _installed() -> list[tuple[str, Path]]:
             inside = Path(folder).relative_to(root)
             # Packages beside the library are read only where this Python sees them: then they are a root.
             skipped = {"__pycache__", "site-packages"}
-            folders[:] = [name for name in folders if name not in skipped]
+            folders[:] = [
+                name for name in folders if name not in skipped and Path(folder, name) != SHIPPED_TEXTS
+            ]
             here += [(kind, inside / name) for name in names if (kind := _installed_kind(inside / name))]
         found += [(kind, root / path) for kind, path in sorted(here, key=lambda pair: pair[1].as_posix())]
     return found
