@@ -705,7 +705,7 @@ def test_json_longer_than_what_is_read_at_once() -> None:
         ("a.json", b'[{"text": "a"}, {"text"', "a.json record 2 is not JSON (Expecting"),
         ("a.json", b'[{"text": "a"}', "a.json breaks off within its list, after record 1; complete it."),
         ("a.json", b"[1, 2]", 'a.json record 1 is no record: it must look like {"text": ...}.'),
-        ("a.json", b"text", "a.json record 1 is not JSON (Expecting value: line 1"),
+        ("a.json", b"text", "a.json record 1 is not JSON (Expecting value); correct or remove it."),
         ("a.json", b'{"text": "\xff"}', "a.json is not UTF-8 (invalid start byte); convert it"),
         (
             "a.json",

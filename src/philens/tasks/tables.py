@@ -121,9 +121,9 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, int, Any]]:
             except (ValueError, RecursionError) as error:
                 more = reader.read(max(_CHUNK, len(text) - place))
                 if not more or len(text) - place > MAX_RECORD_BYTES:
-                    raise InputError(
-                        f"{where} is not JSON ({reason(error)}); correct or remove it."
-                    ) from error
+                    # Not where: it counts from what was read last.
+                    why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+                    raise InputError(f"{where} is not JSON ({why}); correct or remove it.") from error
                 text, place = text[place:] + more, 0
                 continue
             number += 1
