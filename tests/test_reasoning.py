@@ -226,10 +226,9 @@ def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
         ("reproduce difficulty --model x --problems nowhere.jsonl", "nowhere.jsonl"),
         ("reproduce difficulty --model x --problems arithmetic --prompt mine", "There is no prompt 'mine'"),
         ("reproduce difficulty --model x --layers few", "layers must name blocks as 4,8,12"),
-        ("solve --problems arithmetic", "No model or no problems were named; give --model and --problems."),
+        ("solve --model x", "No problems were named; give --problems."),
         ("solve --model nowhere --problems arithmetic --limit 2 --output here", "nowhere"),
         ("rank nothing.jsonl --model x", "nothing.jsonl"),
-        ("rank nothing.jsonl", "No model was named to read the candidates;"),
         ("grade nowhere.jsonl", "nowhere.jsonl"),
     ],
 )

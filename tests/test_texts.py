@@ -628,7 +628,6 @@ def test_a_lens_that_observes_has_no_gap(runs: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("texts --levels x", "texts are measured in a language model; give --model, a run or a base model."),
         ("texts --model x --levels nowhere", "nowhere does not exist; give a folder with texts"),
         ("texts --model x --levels . --documents 1", "documents must be at least 2, not 1."),
         (
