@@ -494,8 +494,8 @@ TOKENS = {
 def test_smollm2():
     """The model itself, wherever it was fetched."""
     base, tokenizer = load_pretrained("smollm2", local_only=True)
-    # The same bits on any machine: a scale of 11 bits times a number of 4 or 8 is exact in float32, and one sum is
-    # rounded alike everywhere.
+    # The same bits on any machine: a scale of 11 bits times a number of 4 or 8 is exact in float32, and one
+    # sum is rounded alike everywhere.
     weights = "9023c04535198affd15c7f87213f3f7a5049f4a3fa5da33843e9b257aee85ced"
     assert fingerprints(base)["weights"][0] == weights
     assert hub.licence_of(base) == {"license": "apache-2.0"}
