@@ -92,6 +92,7 @@ def reproduce_texts(
         texts = cut_texts(tokenizer, texts, tokens)
     points: list[dict[str, Any]] = []
     scores: list[TokenScores] = []
+    here: list[TokenScores] = []
     controls: dict[Any, list[Columns]] = {}
     for adapter, lens in _lenses(first, found):
         if points and _is_last(points[-1], adapter, lens):

@@ -110,13 +110,13 @@ def measure_texts(
     `levels`, in the paper's order, have phi, surprisal of the untouched base, surprisal with the layer, their
     gap (None for a lens that observes), `phi_later` (without each text's first 16 tokens), the `CONTROLS`
     where scores have them, how many `sinks` were left out of phi and these, and phi `by_surprisal`. `texts`
-    has the same means of every text. `pairs`, any two levels: difference and ratio of the first one's phi to the
-    second one's, the same ratio of each of the `controls`, whether the intervals of phi are `separated`, and
-    whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels
-    from high to low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised
-    and shuffled ones, as far as they are here, separated, and that surprisal puts these in another order.
-    `verbatim` is about memorised text where it is recited, None if there is none, and `tokens` names the
-    extremes of each level (`philens.findings.text_tokens`).
+    has the same means of every text. `pairs`, any two levels: difference and ratio of the first one's phi to
+    the second one's, the same ratio of each of the `controls`, whether the intervals of phi are `separated`,
+    and whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels from high to
+    low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised and shuffled
+    ones, as far as they are here, separated, and that surprisal puts these in another order. `verbatim` is
+    about memorised text where it is recited, None if there is none, and `tokens` names the extremes of each
+    level (`philens.findings.text_tokens`).
 
     Args:
         texts: of two levels or more.
