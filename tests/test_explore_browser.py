@@ -1,7 +1,7 @@
 """`philens explore` used in a real browser: typed into, clicked, read, dark, small, and by keyboard alone.
 
-The language model is a small one that has learned nothing. With PHILENS_SCREENSHOTS=docs/images it is SmolLM2, and
-the pictures of docs/explore.md are taken on the way.
+The language model is a small one that has learned nothing. With PHILENS_SCREENSHOTS=docs/images it is SmolLM2,
+and the pictures of docs/explore.md are taken on the way.
 """
 
 import io

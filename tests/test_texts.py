@@ -436,6 +436,7 @@ def test_the_table_says_what_the_results_say() -> None:
     ) in said
     assert "an interval says little" not in said
     pairs = printed(text_pairs_table(results))
+    assert max(map(len, pairs.splitlines())) <= 80
     assert len(re.findall(r"  above$", pairs, re.MULTILINE)) == 6
     assert "zebra" not in pairs
     few = " ".join(printed(texts_table(measure_texts(*made(texts=3)))).split())
@@ -551,6 +552,14 @@ def test_from_a_run_to_a_finding(runs: tuple[Path, Path], levels: Path, command:
     assert prose["tokens"] == sum(len(sentence(n).encode()) for n in range(3))
     assert prose["tokens_without_surprisal"] == 0
     assert results["levels"]["shuffled"]["tokens"] == prose["tokens"]
+
+    # A layer that has learned nothing, and the size of the state, stand beside phi.
+    for control in ("phi_untrained", "state_norm"):
+        assert prose[control]["mean"] > 0
+        assert prose[control]["mean"] != prose["phi"]["mean"]
+        pair = next(pair for pair in results["pairs"] if pair["second"] == "predictable" and pair["claim"])
+        other = results["levels"]["predictable"][control]["mean"]
+        assert pair["controls"][control]["value"] == pytest.approx(prose[control]["mean"] / other)
 
     rows = rows_of(Path("out/texts/texts.csv"))
     assert [row["level"] for row in rows] == list(results["levels"])
