@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What a user needs, and what developers need beside it.
+USED := $(VENV)/.installed
+STAMP := $(VENV)/.installed-test
 
 .PHONY: demo test test-slow bench faults docs lint dist-check compat clean
 
-demo: $(STAMP)
+demo: $(USED)
 	$(BIN)/philens demo
 
 # Two processes with a thread each: models are too small for threads to help.
@@ -17,7 +20,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 # The site, in site/; notebooks become pages as they were run.
@@ -36,13 +39,17 @@ lint: $(STAMP)
 
 # Before a release: wheel and sdist in empty environments, and every extra; then old and new dependencies.
 dist-check compat: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	$(INSTALL) -e '.[release]'
 	$(BIN)/python -m releasing $(@:-check=)
 
-$(STAMP): pyproject.toml constraints.txt
+$(USED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(INSTALL) torch
+	$(INSTALL) -e '.[gguf]'
+	touch $(USED)
+
+$(STAMP): $(USED)
+	$(INSTALL) -e '.[test]'
 	touch $(STAMP)
 
 clean:

@@ -25,7 +25,7 @@ TEXTS, OTHERS, PER_PAGE = 2_500, 1_000, 50
 
 
 @cache
-def _shipped(name: str) -> tuple[Any, Any]:
+def _shipped() -> tuple[Any, Any]:
     import torch
 
     import philens
@@ -33,7 +33,7 @@ def _shipped(name: str) -> tuple[Any, Any]:
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return load_lens(str(getattr(philens, name)))
+    return load_lens(str(philens.SHIPPED))
 
 
 @cache
@@ -451,10 +451,8 @@ def _commands(folder: Path) -> Outcome:
 
 
 def cases() -> Iterable[Case]:
-    yield Case("texts", "model for letters", partial(_through, partial(_shipped, "SHIPPED"), TEXTS))
-    text = partial(_shipped, "SHIPPED_TEXT")
-    yield Case("texts", "model for text, byte pairs", partial(_through, text, TEXTS))
-    for kind in ("bytes", "unigram with bytes", "WordPiece"):
+    yield Case("texts", "model for letters", partial(_through, _shipped, TEXTS))
+    for kind in ("bytes", "byte pairs", "unigram with bytes", "WordPiece"):
         yield Case("texts", f"{kind}", partial(_through, partial(tiny_lens, kind), TEXTS))
     yield Case("texts", "lone surrogates", _surrogates)
     yield Case("texts", "empty, spaces, megabytes", _odd)

@@ -2,11 +2,13 @@
 
 python -m releasing dist                               wheel, sdist and extras
 python -m releasing compat [NAME ...] [--python X.Y]   oldest and newest dependencies
+python -m releasing layer RUN                          make the layer that is shipped, of a run folder
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -25,11 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(compat.RESOLUTIONS)
     old_new.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; by default all")
     old_new.add_argument("--python", help="of the environments, as uv takes it; by default this one")
+    layer = checks.add_parser("layer", help="make the layer that is shipped, of a run folder or checkpoint")
+    layer.add_argument("run", metavar="RUN", type=Path, help="where philens train put it")
+    layer.add_argument("--base", default="smollm2", help="name of the base model; smollm2 by default")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     try:
         if options.check == "dist":
             dist.check(console)
+        elif options.check == "layer":
+            from releasing.layer import ship
+
+            ship(console, options.run, options.base)
         else:
             if unknown := set(options.names) - set(names):
                 parser.error(f"there is no {unknown.pop()!r}; choose from {', '.join(names)}")

@@ -1,8 +1,9 @@
 """Shared by all tests: no network, one thread, fixed seeds, small models."""
 
 import os
+from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
 
 import pytest
 import torch
@@ -51,6 +52,56 @@ def make_gpt2(**options):
     }
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(**(sizes | options))).eval()
+
+
+def make_text_model(folder: Path, points: dict[str, int]) -> Path:
+    """A run folder of a model that has learned nothing and reads any text, byte by byte.
+
+    Args:
+        points: blocks by the names of the layers after them.
+    """
+    import philens
+    from philens.tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    base = make_llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    base.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, block in points.items():
+        lens = philens.attach(base, philens.PHiConfig(layer=block, prior_heads=2))
+        lens.save_pretrained(folder / name)
+        lens.detach()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """A run folder of a small model that reads any text, with layers at three insertion points."""
+    points = {"adapter": 1, "layer-0": 0, "layer-2": 2}
+    return make_text_model(tmp_path_factory.mktemp("text_model"), points)
+
+
+def _smollm2_is_here() -> bool:
+    from philens import wheels
+
+    return (wheels.kept("smollm2") / "config.json").is_file()
+
+
+_ABSENT = "SmolLM2 is not in the cache; `philens demo` fetches it."
+needs_smollm2 = pytest.mark.skipif(not _smollm2_is_here(), reason=_ABSENT)
+
+
+def skip_without_smollm2() -> None:
+    if not _smollm2_is_here():
+        pytest.skip(_ABSENT)
+
+
+@pytest.fixture
+def without_smollm2(tmp_path, monkeypatch) -> None:
+    """A machine where SmolLM2 is neither kept nor to be had."""
+    monkeypatch.setenv("PHILENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setattr("philens.wheels._installed", lambda wheel: None)
 
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2}

@@ -1,6 +1,7 @@
 """`philens explore` used in a real browser: typed into, clicked, read, dark, small, and by keyboard alone.
 
-With PHILENS_SCREENSHOTS=docs/images the pictures of docs/explore.md are taken on the way.
+The language model is a small one that has learned nothing. With PHILENS_SCREENSHOTS=docs/images it is SmolLM2, and
+the pictures of docs/explore.md are taken on the way.
 """
 
 import io
@@ -22,6 +23,7 @@ import pytest
 
 from browser import chromium, open_browser
 from philens.explore.examples import examples
+from philens.explore.models import TEXT
 
 MOST = 10_000  # by default
 HOSTILE = (
@@ -29,30 +31,40 @@ HOSTILE = (
     """&lt;b&gt; ${1+1} {{value}} "'"""
 )
 WAIT = 30_000
+# The command, where another folder stands for SmolLM2.
+EXPLORE = """
+import os, sys
+from philens.cli import main
+from philens.explore import models
+
+if not os.environ.get("PHILENS_SCREENSHOTS"):
+    models.SHIPPED[models.TEXT] = sys.argv[1]
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a real server with the shipped models."""
-    with serving() as (address, process):
+def server(text_model: Path) -> Iterator[str]:
+    """The address of a real server."""
+    with serving(text_model) as (address, process):
         yield address
         process.terminate()
 
 
 @pytest.fixture(scope="module")
-def patient_server() -> Iterator[str]:
+def patient_server(text_model: Path) -> Iterator[str]:
     """One that takes longer texts."""
-    with serving("--max-characters", "40000") as (address, process):
+    with serving(text_model, "--max-characters", "40000") as (address, process):
         yield address
         process.terminate()
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(text_model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server in a process of its own, which is to be stopped, and its address."""
     chromium()
     pytest.importorskip("gradio", reason="Gradio is not installed.")
-    command = [sys.executable, "-m", "philens", "explore", "--port", "0", *options]
+    command = [sys.executable, "-c", EXPLORE, str(text_model), "explore", "--port", "0", *options]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -398,9 +410,9 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
 
 def test_each_insertion_point_and_each_example(visit: Any) -> None:
     page = visit()
-    assert page.get_by_label("text model").is_checked()
+    assert page.get_by_label(TEXT).is_checked()
     means = {}
-    for layer in ("adapter", "layer-1", "layer-5"):
+    for layer in ("adapter", "layer-0", "layer-2"):
         choose(page, "Insertion point", layer)
         page.wait_for_function(
             "(layer) => document.querySelector('.reading h3').textContent.includes(layer)",
@@ -416,8 +428,8 @@ def test_each_insertion_point_and_each_example(visit: Any) -> None:
         assert page.locator("#text-a textarea").input_value() == example.text
         assert shown(page).removeprefix("∅") == example.text
         assert page.get_by_label("formal-language model").is_checked() == example.formal
-    page.get_by_label("text model", exact=True).check()
-    wait_status(page, "read by the text model")
+    page.get_by_label(TEXT, exact=True).check()
+    wait_status(page, re.escape(f"({TEXT})"))
 
 
 def test_writing_on(visit: Any) -> None:
@@ -459,7 +471,7 @@ def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_
     wait_shown(page, long)
     page.wait_for_selector(".pane[data-metric=entropy]")
     page.wait_for_timeout(1_000)
-    assert wait_status(page, "read by").startswith("Text A: 7,000 tokens read by")
+    assert wait_status(page, "Text A: ").startswith("Text A: 7,000 tokens (")
     assert not cancel.is_enabled()
 
 
@@ -467,15 +479,15 @@ def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     page = visit()
     for name in ("trivial", "random", "prose", "copy", "code", "random", "prose"):
         page.get_by_role("button", name=name, exact=True).click()
-    wait_status(page, r"has not seen\. Text A: .* read by the text model")
+    wait_status(page, r"has not seen\. Text A: .* \(" + re.escape(TEXT))
     page.wait_for_timeout(1_000)
     assert page.locator("#status").inner_text().startswith("A paragraph")
     assert page.locator("#text-a textarea").input_value() == examples()["prose"].text
-    assert page.get_by_label("text model").is_checked()
-    assert page.get_by_label("Insertion point", exact=True).input_value() == "adapter (after model.layers.3)"
+    assert page.get_by_label(TEXT).is_checked()
+    assert page.get_by_label("Insertion point", exact=True).input_value() == "adapter (after model.layers.1)"
     assert page.get_by_label("Right pane", exact=True).input_value() == "surprisal"
     read(page, "and it goes on")
-    wait_status(page, "Text A: [0-9]+ tokens read by the text model")
+    wait_status(page, rf"Text A: [0-9]+ tokens \({re.escape(TEXT)}")
 
 
 def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
@@ -490,8 +502,8 @@ def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
     assert "no span from -1 to 0" in page.locator("#marked").inner_text()
 
 
-def test_ctrl_c_ends_it_while_a_tab_is_open_and_reads(browser: Any) -> None:
-    with serving() as (address, process):  # which finds no traceback
+def test_ctrl_c_ends_it_while_a_tab_is_open_and_reads(browser: Any, text_model: Path) -> None:
+    with serving(text_model) as (address, process):  # which finds no traceback
         page = browser.new_page()
         page.goto(address)
         page.wait_for_selector("#result .reading")

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,17 @@ def test_the_checks_see_what_they_look_for(monkeypatch, tmp_path, name, problem)
 LETTERS = "abc é 漢 😀 \x1b[31m <script>"
 
 
-def scored(monkeypatch, encoding, *words):
+@pytest.fixture
+def scored(monkeypatch, text_model):
+    return partial(_scored, monkeypatch, text_model)
+
+
+def _scored(monkeypatch, model, encoding, *words):
     """Exit code, bytes of standard output, text of standard error of `philens score`, both in an encoding."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    code = cli.main(["score", *words, "--model", str(philens.SHIPPED_TEXT)])
+    code = cli.main(["score", *words, "--model", str(model)])
     for stream in streams:
         stream.flush()
     out, err = (stream.buffer.getvalue() for stream in streams)
@@ -125,44 +131,44 @@ def scored(monkeypatch, encoding, *words):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_terminals_of_every_encoding(monkeypatch, tmp_path, encoding):
+def test_terminals_of_every_encoding(monkeypatch, tmp_path, scored, encoding):
     monkeypatch.chdir(tmp_path)
     Path("é漢.txt").write_text(LETTERS, encoding="utf-8")
-    code, out, err = scored(monkeypatch, encoding, "é漢.txt", "--format", "table")
+    code, out, err = scored(encoding, "é漢.txt", "--format", "table")
     assert code == 0, err
     assert re.fullmatch(r"Scored 1 document with \d+ tokens\.\n", err)
     assert ("é漢.txt" if encoding == "utf-8" else "\\u6f22.txt: ") in out.decode(encoding)
     assert b"\x1b" not in out
-    code, out, _ = scored(monkeypatch, encoding, "é漢.txt", "--format", "jsonl")
+    code, out, _ = scored(encoding, "é漢.txt", "--format", "jsonl")
     record = json.loads(out.decode())
     assert (code, record["id"], record["text"]) == (0, "é漢.txt", LETTERS)
 
 
-def test_a_name_that_is_not_unicode(monkeypatch, tmp_path):
+def test_a_name_that_is_not_unicode(monkeypatch, tmp_path, scored):
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"a\xff.txt")
     Path(name).write_text("some text")
-    code, out, err = scored(monkeypatch, "utf-8", name, "--format", "jsonl")
+    code, out, err = scored("utf-8", name, "--format", "jsonl")
     assert (code, json.loads(out)["id"]) == (0, "a\\udcff.txt"), err
     for form in ("jsonl", "parquet", "html"):
         output = os.fsdecode(b"b\xff." + form.encode())
         output = output if form == "html" else f"{output}.folder"
-        code, out, err = scored(monkeypatch, "utf-8", name, "--format", form, "--output", output)
+        code, out, err = scored("utf-8", name, "--format", form, "--output", output)
         assert (code, err) == (0, ""), err
         assert out.startswith("Wrote b⟨U+DCFF⟩.".encode())
         assert Path(output).exists()
-    code, out, err = scored(monkeypatch, "ascii", name + ".no", "--format", "table")
+    code, out, err = scored("ascii", name + ".no", "--format", "table")
     assert (code, out) == (2, b"")
     assert err == "philens: error: There is no file a\\u27e8U+DCFF\\u27e9.txt.no; check the path.\n"
 
 
-def test_names_that_a_terminal_would_obey(monkeypatch, tmp_path):
+def test_names_that_a_terminal_would_obey(monkeypatch, tmp_path, scored):
     monkeypatch.chdir(tmp_path)
     name = "a\x1b]0;title\x07\x1b[31m\u202e.txt"
     Path(name).write_text("some text")
-    runs = [scored(monkeypatch, "utf-8", name, "--format", form) for form in ("table", "jsonl", "terminal")]
-    runs.append(scored(monkeypatch, "utf-8", name, "--format", "html", "--output", f"{name}.html"))
-    runs.append(scored(monkeypatch, "utf-8", f"{name}.no"))
+    runs = [scored("utf-8", name, "--format", form) for form in ("table", "jsonl", "terminal")]
+    runs.append(scored("utf-8", name, "--format", "html", "--output", f"{name}.html"))
+    runs.append(scored("utf-8", f"{name}.no"))
     assert [code for code, _, _ in runs] == [0, 0, 0, 0, 2]
     for _, out, err in runs:
         said = out.decode() + err

@@ -265,10 +265,9 @@ def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
         ("reproduce difficulty --model x --problems sums --levels 9", "No problem of sums is of level 9;"),
         ("solve --model x --problems sums --levels hard", "levels must be given as 1,2 or 2:7"),
         ("reproduce difficulty --model x --layers few", "layers must name blocks as 4,8,12"),
-        ("solve --problems arithmetic", "No model or no problems were named; give --model and --problems."),
+        ("solve --model x", "No problems were named; give --problems."),
         ("solve --model nowhere --problems arithmetic --limit 2 --output here", "nowhere"),
         ("rank nothing.jsonl --model x", "nothing.jsonl"),
-        ("rank nothing.jsonl", "No model was named to read the candidates;"),
         ("grade nowhere.jsonl", "nowhere.jsonl"),
     ],
 )

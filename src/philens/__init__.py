@@ -21,7 +21,6 @@ _HOME = {
     "PHiReward": "scoring.reward",
     "load_run": "training.run",
     "SHIPPED": "training.run",
-    "SHIPPED_TEXT": "training.run",
     "score_documents": "scoring.documents",
     "LSTMConfig": "lstm",
     "LSTMForCausalLM": "lstm",
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from philens.scoring.scores import TokenScores as TokenScores
     from philens.tokenizer import character_tokenizer as character_tokenizer
     from philens.training.run import SHIPPED as SHIPPED
-    from philens.training.run import SHIPPED_TEXT as SHIPPED_TEXT
     from philens.training.run import load_run as load_run
 
 

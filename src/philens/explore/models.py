@@ -13,8 +13,9 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 import philens
+from philens import hub
 from philens.adapter import load
-from philens.errors import ConfigError, InputError, InsertionError
+from philens.errors import AdapterError, ConfigError, InputError, InsertionError
 from philens.insertion import find_blocks
 from philens.model import PHiModel
 from philens.scoring.run import adapters_in, load_lens
@@ -287,7 +288,8 @@ def open_all(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Explored]:
-    """The models to choose from, by name: the one asked for, or those that come with philens.
+    """The models to choose from, by name: the one asked for, or those that come with philens; of these the
+    formal-language model alone, and a warning, where the other's base is not to be had.
 
     Raises:
         PhilensError: as `Explored.open`; adapters without a model.
@@ -297,12 +299,19 @@ def open_all(
         return {opened.name: opened}
     if adapters:
         raise ConfigError("An adapter belongs to a base model; give --model too.")
-    shipped = {TEXT: philens.SHIPPED_TEXT, FORMAL: philens.SHIPPED}
-    return {name: Explored.open(str(folder), name=name) for name, folder in shipped.items()}
+    shipped = dict(SHIPPED)
+    try:
+        if not hub.is_folder(shipped[TEXT]):
+            hub.fetch_named(shipped[TEXT])
+    except (AdapterError, ConfigError) as error:
+        logger.warning("Only formal languages can be read: %s", error)
+        del shipped[TEXT]
+    return {name: Explored.open(model, name=name) for name, model in shipped.items()}
 
 
-# Names of the shipped models.
-TEXT, FORMAL = "text model", "formal-language model"
+TEXT, FORMAL = "SmolLM2 135M", "formal-language model"
+SHIPPED = {TEXT: "smollm2", FORMAL: str(philens.SHIPPED)}
+"""The models with layers that come with philens, by the names that readers see."""
 
 
 def _trained_together(model: str) -> bool:

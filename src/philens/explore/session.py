@@ -182,7 +182,7 @@ class Session:
 
     def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
         said = [
-            f"{one.provenance['name']}: {view.tokens(len(one))} read by the {model.name}." for one in scores
+            f"{one.provenance['name']}: {view.tokens(len(one))} ({model.name})." for one in scores
         ]
         for one in scores:
             if unknown := model.unknown(one):

@@ -242,17 +242,19 @@ def figure_levels_course(results: Mapping[str, Any]) -> Figure:
     places = [point["step"] for point in points] if along else list(range(len(points)))
     figure = new_figure(height=3.9)
     axes = figure.subplots()
-    for name, level in results["levels"].items():
+    beside = 0 if along else 0.08
+    for number, (name, level) in enumerate(results["levels"].items()):
         colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        at = np.array(places) + beside * (number - (len(results["levels"]) - 1) / 2)
         found = [point["levels"][name]["phi"] or {"mean": None, "ci95": [None, None]} for point in points]
         means = np.array([one["mean"] for one in found], dtype=float)
         low, high = np.array([one["ci95"] for one in found], dtype=float).T
         style = {"color": colour, "marker": marker, "markersize": 5, "label": name.replace("$", r"\$")}
-        axes.plot(places, means, linewidth=1.3 if along else 0, **style)
+        axes.plot(at, means, linewidth=1.3 if along else 0, **style)
         if along:
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         else:
-            axes.vlines(places, low, high, color=colour, linewidth=1.2)
+            axes.vlines(at, low, high, color=colour, linewidth=1.2)
     if not along:
         axes.set_xticks(places, [point["label"] for point in points])
         for label in axes.get_xticklabels():

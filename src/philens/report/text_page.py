@@ -1,4 +1,4 @@
-"""A page of texts by level: the tokens of the highest and lowest phi, and some texts whole."""
+"""A page of texts by level: some of them whole, and the tokens of the highest and lowest phi."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 
 from philens.findings.text_tokens import AFTER, BEFORE
 from philens.report.page import PageDocument, write_page
+from philens.tasks.levels import role
 
 if TYPE_CHECKING:
     from philens.scoring.scores import TokenScores
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 # Texts of each level that are shown whole.
 WHOLE = 2
+# What the paper's claim says of each level.
+ABOUT = {
+    "trivial": "It goes on and on: there is nothing to work out.",
+    "memorised": "Often read in training: what is known by heart is recited.",
+    "shuffled": "Words in random order: much surprise and nothing to work out.",
+    "code": "A program: what it does has to be worked out.",
+    "prose": "Prose: what happens has to be worked out.",
+}
 _COLUMNS = ("phi", "surprisal")
 
 
@@ -26,12 +35,12 @@ def write_text_page(
 ) -> Path:
     """Write the page of results of `philens.findings.texts.measure_texts`; raises OutputError."""
     documents = []
-    for level, ends in results["tokens"].items():
-        of_level = {text.name: scores for text, scores in scored if text.level == level}
-        documents += [_excerpts(level, end, tokens, of_level) for end, tokens in ends.items() if tokens]
     for level in results["levels"]:
         texts = [(text, scores) for text, scores in scored if text.level == level]
         documents += [_whole(text, scores) for text, scores in texts[:WHOLE]]
+    for level, ends in results["tokens"].items():
+        of_level = {text.name: scores for text, scores in scored if text.level == level}
+        documents += [_excerpts(level, end, tokens, of_level) for end, tokens in ends.items() if tokens]
     return write_page(path, "Levels of text", documents, _COLUMNS, provenance)
 
 
@@ -59,7 +68,8 @@ def _excerpts(
 def _whole(text: "LevelText", scores: "TokenScores") -> PageDocument:
     """A text with what its chat template put around it."""
     columns = {name: scores.columns[name] for name in _COLUMNS}
-    return PageDocument(f"{text.level}: {text.name}", "", scores.pieces(), columns, (), scores.means())
+    about = ABOUT.get(role(text.level) or "", "")
+    return PageDocument(f"{text.level}: {text.name}", about, scores.pieces(), columns, (), scores.means())
 
 
 def _mean(values: Sequence[float | None]) -> float:

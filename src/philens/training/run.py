@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
 """The run folder of `recipes/small.yaml` that comes with philens: 1 M parameters, reads formal languages."""
-SHIPPED_TEXT = SHIPPED.parent / "text"
-"""A run folder that comes with philens: 3 M parameters, reads code, documentation and licences."""
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 CHECKPOINT_RECIPE = "recipe.json"
