@@ -221,7 +221,7 @@ def test_a_session_reads_once_what_is_shown_in_many_ways(model: Explored, monkey
     monkeypatch.setattr(model, "read", counted)
     assert [*session.read(model, point, None, Look())] == []  # nothing was read yet
     update = last(session.read(model, point, {A: "abc abc"}, Look(), "About it."))
-    assert "About it. Text A: 7 tokens (" in update.status
+    assert "About it. Text A: 7 tokens read (" in update.status
     assert update.metrics == ("phi", "surprisal")
     assert not update.busy
     for look in (Look(palette="grey"), Look(range="own"), Look(("entropy", "margin"))):

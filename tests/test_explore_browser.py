@@ -1,7 +1,7 @@
 """`philens explore` used in a real browser: typed into, clicked, read, dark, small, and by keyboard alone.
 
-The language model is a small one that has learned nothing. With PHILENS_SCREENSHOTS=docs/images it is SmolLM2,
-and the pictures of docs/explore.md are taken on the way.
+The language model is a small one that has learned nothing. With PHILENS_SCREENSHOTS=docs/images it is
+SmolLM2, and the pictures of docs/explore.md are taken on the way.
 """
 
 import io
@@ -471,7 +471,7 @@ def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_
     wait_shown(page, long)
     page.wait_for_selector(".pane[data-metric=entropy]")
     page.wait_for_timeout(1_000)
-    assert wait_status(page, "Text A: ").startswith("Text A: 7,000 tokens (")
+    assert wait_status(page, "Text A: ").startswith("Text A: 7,000 tokens read (")
     assert not cancel.is_enabled()
 
 
@@ -487,7 +487,7 @@ def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     assert page.get_by_label("Insertion point", exact=True).input_value() == "adapter (after model.layers.1)"
     assert page.get_by_label("Right pane", exact=True).input_value() == "surprisal"
     read(page, "and it goes on")
-    wait_status(page, rf"Text A: [0-9]+ tokens \({re.escape(TEXT)}")
+    wait_status(page, rf"Text A: [0-9]+ tokens read \({re.escape(TEXT)}")
 
 
 def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:

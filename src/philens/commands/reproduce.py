@@ -125,7 +125,7 @@ def reproduce_texts(
 
 
 def reproduce_results(
-    model: str | None = None,
+    model: str = "smollm2",
     adapter: str | None = None,
     sentences: int = 40,
     problems: str | None = None,
@@ -138,7 +138,8 @@ def reproduce_results(
     """Phi is high where a result is worked out, though surprisal is not; our own finding.
 
     Args:
-        model: a finished run, or a base model, a folder or Hub id.
+        model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
+            brings a layer.
         adapter: the PHi layer, a folder or Hub id, or several, as A,B,C; by default the run's.
         sentences: sentences of each kind, made by philens.
         problems: gsm8k, or a file or folder like it, whose solutions are measured as well.
@@ -148,8 +149,6 @@ def reproduce_results(
         seed: of the sentences.
         output: folder for results; by default runs/reproduce-MODEL.
     """
-    if model is None:
-        raise ConfigError("results are measured in a language model; give --model, a run or a base model.")
     adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
     if "" in adapters:
         raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
