@@ -127,6 +127,39 @@ def test_correlations_agree_with_pingouin() -> None:
                 assert found[kind][column][given]["value"] == pytest.approx(theirs, abs=1e-8), (kind, given)
 
 
+def test_controls_choose_and_are_held_fixed() -> None:
+    """phi that is the size of the hidden state picks as that does, and given it says nothing."""
+    pingouin = pytest.importorskip("pingouin")
+    table = solved(120, 6)
+    random = np.random.default_rng(0)
+    table["state_norm_mean"] = random.normal(size=len(table)) + 0.8 * table.correct
+    table["phi_untrained_mean"] = table["state_norm_mean"] + random.normal(size=len(table))
+    table["phi_mean"] = table["state_norm_mean"] + 0.1 * random.normal(size=len(table))
+    results = measure_correctness(table, **QUICK)
+    for rule, column in (
+        ("highest_state_norm_mean", "state_norm_mean"),
+        ("highest_phi_untrained_mean", "phi_untrained_mean"),
+    ):
+        found = results["choice"]["all"]["rules"][rule]["accuracy"]
+        assert found == pytest.approx(joined(table, column, 1)["accuracy"])
+        assert results["partial"]["pooled"][column]["nothing"]["value"] > 0.2
+    assert results["choice"]["all"]["rules"]["highest_phi"]["accuracy"] > 0.6
+    table["log_tokens"], table["right"] = np.log(table.tokens), table.correct.astype(float)
+    held = ["surprisal_mean", "tokens", "log_tokens", "entropy_mean", "phi_untrained_mean", "state_norm_mean"]
+    theirs = pingouin.partial_corr(table, "phi_mean", "right", held)["r"].iloc[0]
+    all_else = results["partial"]["pooled"]["phi_mean"]["all_else"]
+    assert all_else["value"] == pytest.approx(theirs, abs=1e-8)
+    assert all_else["ci95"][0] < 0 < all_else["ci95"][1]
+    assert results["partial"]["within_problems"]["phi_mean"]["surprisal_and_length"]["ci95"][0] > 0.2
+    rows = pd.DataFrame(partial_rows(results))
+    assert {"phi_untrained_mean", "state_norm_mean"} <= set(rows.metric)
+    assert set(rows[rows.metric == "phi_mean"].given) >= {"all_else"}
+    # Tables without controls are measured as ever.
+    bare = measure_correctness(table.drop(columns=["state_norm_mean", "phi_untrained_mean"]), **QUICK)
+    assert "all_else" not in bare["partial"]["pooled"]["phi_mean"]
+    assert set(bare["choice"]["all"]["rules"]) == set(RULES) | {"logistic", "logistic_without_phi"}
+
+
 def test_a_known_effect_is_found_with_its_size() -> None:
     results = measured(problems=400)
     # Two solutions' phi differ by 0.6 on average, with a standard deviation of sqrt(2).

@@ -88,6 +88,46 @@ def test_what_grows_with_length_alone_is_told_from_what_grows_with_difficulty() 
     assert falling["headline"]["spearman"]["side"] == "below"
 
 
+def with_controls(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Hidden states that are larger where a problem is harder, and an untrained layer that tells no more."""
+    random = np.random.default_rng(seed)
+    size = 20 + table["level"] + random.normal(size=len(table))
+    return table.assign(state_norm_mean=size, phi_untrained_mean=size**2 + 5 * random.normal(size=len(table)))
+
+
+def test_what_is_the_size_of_states_alone_is_told_from_what_a_layer_learned() -> None:
+    pingouin = pytest.importorskip("pingouin")
+    table = with_controls(solved(300, 4))
+    random = np.random.default_rng(2)
+    grown = table.assign(phi_mean=table["state_norm_mean"] + 0.3 * random.normal(size=len(table)))
+    results = measure_difficulty(grown, **QUICK)
+    assert results["holds"]
+    low, high = results["partial"]["phi_mean"]["all_else"]["ci95"]
+    assert low < 0 < high
+    # What a layer adds is found: this phi goes with difficulty itself, whatever the states' size.
+    results = measure_difficulty(table, **QUICK)
+    held = ["surprisal_mean", "tokens", "entropy_mean", "phi_untrained_mean", "state_norm_mean"]
+    theirs = pingouin.partial_corr(table, "phi_mean", "level", held, method="spearman")["r"].iloc[0]
+    found = results["partial"]["phi_mean"]["all_else"]
+    assert found["value"] == pytest.approx(theirs, abs=1e-8)
+    for name in ("state_norm_mean", "phi_untrained_mean"):
+        expected = stats.spearmanr(table[name], table.level).statistic
+        assert results["spearman"][name]["value"] == pytest.approx(expected, abs=1e-9)
+        assert results["levels"]["3"][name]["mean"] == pytest.approx(table[name][table.level == 3].mean())
+    rows = pd.DataFrame(difficulty_rows(results))
+    assert rows["state_norm_mean"].tolist() == [
+        one["state_norm_mean"]["mean"] for one in results["levels"].values()
+    ]
+    seeds = {"seeds": [{"seed": 0, "points": {"model.layers.1": results}}]}
+    levels, correlations = (shown(one) for one in reasoning.terminal_tables("difficulty", seeds))
+    assert not any("…" in text for text in (levels, correlations))
+    assert "phi, given all else" in " ".join(correlations.split())
+    assert "All else: surprisal, entropy, length" in " ".join(correlations.split())
+    *_, right = figure_difficulty([results]).axes
+    labels = [text.get_text() for text in right.get_yticklabels()]
+    assert {"phi given all else", "phi, untrained layer", "size of the state"} <= set(labels)
+
+
 def test_noise_has_no_correlation() -> None:
     table = solved(300, 4)
     table["phi_mean"] = np.random.default_rng(1).normal(size=len(table))

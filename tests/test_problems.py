@@ -16,6 +16,7 @@ from philens.tasks.problems import (
     last_boxed,
     load_problems,
     messages,
+    parse_levels,
     plain_text,
     read_rows,
 )
@@ -211,6 +212,52 @@ def test_limit_is_even_over_levels(tmp_path):
     assert (
         {p.id for p in load_problems(path, limit=9)} < ids[0] < {p.id for p in load_problems(path, limit=30)}
     )
+
+
+def test_problems_of_some_levels(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"id": n, "problem": f"{n}?", "answer": "1", "level": n % 5 + 1} for n in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = load_problems(str(path), levels=[2, 4])
+    assert [problem.id for problem in chosen] == [str(n) for n in range(100) if n % 5 in (1, 3)]
+    drawn = load_problems(str(path), limit=10, levels=[2, 4])
+    assert sorted(problem.level for problem in drawn) == [2] * 5 + [4] * 5
+    assert {problem.id for problem in load_problems(str(path), limit=4, levels=[2, 4])} < {
+        p.id for p in drawn
+    }
+    with pytest.raises(
+        InputError, match=r"No problem of .*jsonl is of level 7, 8; there are 1, 2, 3, 4, 5\."
+    ):
+        load_problems(str(path), levels=[7, 8])
+    assert {problem.level for problem in load_problems("arithmetic", limit=20, levels=[5])} == {5}
+    assert len(load_problems("arithmetic", limit=20, levels=[1, 5])) == 20
+
+
+def test_problems_without_a_level_have_steps(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [
+        {"question": f"{n}?", "answer": "<<1+1=2>>2 " * (1 if n < 30 else n % 4) + f"\n#### {n}"}
+        for n in range(50)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Few have two or three steps, and they are drawn as often as those with one.
+    drawn = load_problems(str(path), limit=9, levels=[1, 2, 3])
+    assert sorted(problem.steps for problem in drawn) == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    # Without levels it is a draw from all.
+    assert [problem.steps for problem in load_problems(str(path), limit=40)].count(1) > 20
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"problem": "1?", "answer": "1"}\n')
+    with pytest.raises(InputError, match="is of level 1; there are no levels"):
+        load_problems(str(bare), levels=[1])
+
+
+def test_levels_are_named_as_layers_are():
+    assert parse_levels("1,2") == [1, 2]
+    assert parse_levels("2:5") == [2, 3, 4]
+    assert parse_levels(None) is None
+    for text in ("", "easy", "3:3"):
+        with pytest.raises(ConfigError, match="levels must be given as 1,2 or 2:7"):
+            parse_levels(text)
 
 
 def test_arithmetic():

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from conftest import make_llama
-from philens import cli
+from philens import PHiConfig, attach, cli
 from philens.findings import reasoning
 from philens.findings.reasoning import Choices, reproduce_reasoning
+from philens.hub import load_pretrained
 from philens.tasks.arithmetic import problems
 from test_solutions import llama_3
 
@@ -188,6 +190,41 @@ def test_the_papers_way_lacks_nothing_but_weights(llama, tmp_path, philens):
     assert record["prompt"]["example"].endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+def test_a_lens_that_observes_with_its_controls(llama, tmp_path, philens):
+    """An untrained layer is the lens's own before its first step; problems are of the steps asked for."""
+    base, _ = load_pretrained(str(llama / "base"))
+    torch.manual_seed(0)
+    lens = attach(base, PHiConfig(layer=2, mode="observe"))
+    lens.calibrate([{"input_ids": torch.arange(3, 60)[None]}])
+    lens.save_pretrained(tmp_path / "adapter")
+    words = ["--model", llama / "base", "--adapter", tmp_path / "adapter", "--problems"]
+    words += [
+        llama / "problems.jsonl",
+        "--levels",
+        "2,3",
+        "--dtype",
+        "bfloat16",
+        "--output",
+        tmp_path / "run",
+    ]
+    code, out, err = philens("reproduce", "difficulty", *words)
+    assert code == 0, err
+    table = pd.read_parquet(tmp_path / "run" / "seed-0" / "difficulty.parquet")
+    assert table["steps"].tolist() == [2, 3] * 4
+    assert table.attrs["provenance"]["mode"] == "observe"
+    assert table.attrs["provenance"]["dtype"] == "bfloat16"
+    for kind in ("mean", "sum", "max", "last_fifth"):
+        assert table[f"phi_untrained_{kind}"].tolist() == table[f"phi_{kind}"].tolist()
+    assert (table["state_norm_mean"] > 0).all()
+    assert "phi, untrained" in out
+    solutions = ["--solutions", llama / "solved.jsonl", "--by", "steps"]
+    code, out, err = philens("reproduce", "correctness", *words[:6], "--output", tmp_path / "run", *solutions)
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "correctness" / "results.json").read_text())
+    rules = found["seeds"][0]["points"]["model.layers.2"]["choice"]["all"]["rules"]
+    assert rules["highest_phi"] == rules["highest_phi_untrained_mean"]
+
+
 def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
     base, adapter = smoke / "seed-0" / "base" / "model", smoke / "seed-0" / "sweep" / "layer-1"
     words = ["--model", base, "--problems", "arithmetic", "--limit", 5, "--samples", 3]
@@ -225,6 +262,8 @@ def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
         ),
         ("reproduce difficulty --model x --problems nowhere.jsonl", "nowhere.jsonl"),
         ("reproduce difficulty --model x --problems arithmetic --prompt mine", "There is no prompt 'mine'"),
+        ("reproduce difficulty --model x --problems sums --levels 9", "No problem of sums is of level 9;"),
+        ("solve --model x --problems sums --levels hard", "levels must be given as 1,2 or 2:7"),
         ("reproduce difficulty --model x --layers few", "layers must name blocks as 4,8,12"),
         ("solve --model x", "No problems were named; give --problems."),
         ("solve --model nowhere --problems arithmetic --limit 2 --output here", "nowhere"),

@@ -299,7 +299,7 @@ def test_columns_of_the_base_are_taken_over() -> None:
 
 def test_an_untrained_layer_is_fitted_to_the_base_and_leaves_no_trace() -> None:
     lens = tiny(TOKENIZERS["bytes"])
-    lens.phi.calibrate(torch.randn(16), torch.rand(16) + 0.5)
+    lens.phi.calibrate(torch.randn(16), torch.rand(16) + 0.5, 7.0)
     trained, before = lens.phi, {name: value.clone() for name, value in lens.phi.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.randn(2)
@@ -308,6 +308,7 @@ def test_an_untrained_layer_is_fitted_to_the_base_and_leaves_no_trace() -> None:
         assert fresh is lens
         assert torch.equal(lens.phi.shift, trained.shift)
         assert torch.equal(lens.phi.scale, trained.scale)
+        assert lens.phi.sink_norm == 7
         torch.testing.assert_close(lens.phi.encoder.weight[:16], 8 * torch.eye(16))
         weights = lens.phi.prior.state_dict()
     assert torch.equal(torch.randn(2), expected)

@@ -234,7 +234,7 @@ def test_a_text_that_cannot_be_scored_is_named(error_of: Any) -> None:
     Path("a.jsonl").write_text(
         f'{{"text": "one"}}\n{json.dumps({"text": [{"role": "user", "content": 3}]})}\n'
     )
-    assert "a.jsonl line 2: field 'text' must be text" in error_of(
+    assert "a.jsonl line 2 has a content that is no text in message 1 (3); give text" in error_of(
         "a.jsonl", "--format", "jsonl", "--output", "out"
     )
     Path("b.txt").write_bytes(b"one\ntwo\xff\n")

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import LlamaForCausalLM
 
 import philens
 from conftest import make_gpt2, make_llama
 from philens.errors import AdapterError, ConfigError, InputError, OutputError
 from philens.lstm import LSTMConfig, LSTMForCausalLM
+from philens.prior import Prior
 from philens.scoring.engines import TransformersEngine
 from philens.scoring.solve import Solution, prompt_ids, read_solutions, solve
 from philens.scoring.texts import tokenize
@@ -287,11 +289,38 @@ def test_a_layer_is_in_the_path(tmp_path: Path, solved: Any) -> None:
         solved(str(tmp_path / "nothing"))
 
 
+def test_prompts_are_read_once_and_nothing_is_measured(
+    tmp_path: Path, solved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_llama(vocab_size=VOCABULARY)
+    folder = save(tmp_path / "model", base)
+    torch.manual_seed(1)
+    for mode in ("replace", "observe"):
+        philens.attach(base, philens.PHiConfig(layer=1, mode=mode)).save_pretrained(tmp_path / mode)
+    monkeypatch.setattr(Prior, "forward", lambda *_: pytest.fail("a prior predicts while sampling"))
+    tokens = 0
+    plain = LlamaForCausalLM.forward
+
+    def forward(self: Any, input_ids: Any = None, **options: Any) -> Any:
+        nonlocal tokens
+        tokens += input_ids.numel()
+        return plain(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    lengths = [len(prompt_ids(byte_tokenizer(), messages(problem, PROMPT))) for problem in PROBLEMS]
+    for adapter in (None, str(tmp_path / "replace"), str(tmp_path / "observe")):
+        tokens = 0
+        solutions = solved(model=folder, adapter=adapter, samples=6, max_new_tokens=1)
+        assert len(solutions) == 24
+        # The last token of each prompt is where rows part; padding is read too.
+        assert tokens == 4 * (max(lengths) - 1) + 24
+
+
 def test_predictions_that_are_no_numbers(tmp_path: Path, solved: Any) -> None:
     base = make_llama(vocab_size=VOCABULARY)
     with torch.no_grad():
         base.model.norm.weight[0] = torch.nan
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match=r"A solution makes .* in float32, from the output head on"):
         solved(save(tmp_path / "model", base))
 
 

@@ -1,5 +1,6 @@
 """Real text as training data: sources, chats, the stream, and runs on it."""
 
+import gzip
 import json
 import os
 import signal
@@ -110,7 +111,10 @@ def test_tables_of_every_kind(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     write_jsonl(tmp_path / "a.jsonl", rows)
-    for name in ("list.json", "a.parquet", "a.jsonl"):
+    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame(rows).to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("list.json", "a.parquet", "a.jsonl", "a.csv", "a.tsv", "a.jsonl.gz"):
         assert documents_of(str(tmp_path / name)) == texts
     assert documents_of(str(tmp_path / "a.jsonl"), documents=2) == texts[:2]
 
@@ -152,15 +156,19 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b"\n{"text": "c"}\n')
     (tmp_path / "broken.json").write_text('{"text": "a"')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     write_jsonl(tmp_path / "fields.jsonl", [{"body": "a", "title": "b"}])
     write_jsonl(tmp_path / "number.jsonl", [{"text": 7}])
     cases = [
-        ("nothing", {}, "nothing holds no file that is text, JSON or parquet"),
+        ("nothing", {}, "nothing holds no file that is text, JSON, CSV or parquet"),
         ("nothing", {"files": ["*.py", "*.md"]}, r"holds no file that is \*.py or \*.md"),
         ("empty.jsonl", {}, "empty.jsonl is empty; give a file"),
+        ("a.txt.gz", {}, r"a\.txt\.gz is compressed, and training reads of that only tables in \.gz; unpack"),
+        ("a.jsonl.zst", {}, r"a\.jsonl\.zst is compressed, and training reads of that only tables in \.gz"),
         ("empty.txt", {}, "empty.txt is empty; give a source with at least one document"),
         ("broken.jsonl", {}, "Line 2 of .*broken.jsonl is not a JSON object; correct it"),
         ("broken.json", {}, "broken.json is not a JSON object"),

@@ -436,6 +436,7 @@ def test_the_table_says_what_the_results_say() -> None:
     ) in said
     assert "an interval says little" not in said
     pairs = printed(text_pairs_table(results))
+    assert max(map(len, pairs.splitlines())) <= 80
     assert len(re.findall(r"  above$", pairs, re.MULTILINE)) == 6
     assert "zebra" not in pairs
     few = " ".join(printed(texts_table(measure_texts(*made(texts=3)))).split())
@@ -551,6 +552,14 @@ def test_from_a_run_to_a_finding(runs: tuple[Path, Path], levels: Path, command:
     assert prose["tokens"] == sum(len(sentence(n).encode()) for n in range(3))
     assert prose["tokens_without_surprisal"] == 0
     assert results["levels"]["shuffled"]["tokens"] == prose["tokens"]
+
+    # A layer that has learned nothing, and the size of the state, stand beside phi.
+    for control in ("phi_untrained", "state_norm"):
+        assert prose[control]["mean"] > 0
+        assert prose[control]["mean"] != prose["phi"]["mean"]
+        pair = next(pair for pair in results["pairs"] if pair["second"] == "predictable" and pair["claim"])
+        other = results["levels"]["predictable"][control]["mean"]
+        assert pair["controls"][control]["value"] == pytest.approx(prose[control]["mean"] / other)
 
     rows = rows_of(Path("out/texts/texts.csv"))
     assert [row["level"] for row in rows] == list(results["levels"])
@@ -713,7 +722,7 @@ def test_checkpoints_are_the_course_of_a_training(
     for step in (2, 5):
         lens.save_pretrained(run / f"checkpoint-{step}" / "adapter")
         with torch.no_grad():
-            lens.phi[0].encoder.bias.mul_(0.5)
+            lens.phi.encoder.weight.mul_(0.5)
     for folder in (run, run / "checkpoint-9"):
         shutil.copytree(runs[1] / "adapter", folder / "adapter")
     (run / "checkpoint-10.tmp").mkdir()
@@ -725,7 +734,7 @@ def test_checkpoints_are_the_course_of_a_training(
     assert [point["label"] for point in results["points"]] == ["step 2", "step 5", "step 9"]
     assert results["course"]["along"] is True
     phi = [point["levels"]["prose"]["phi"]["mean"] for point in results["points"]]
-    assert len(set(phi)) == 3
+    assert phi[0] == phi[2] != phi[1]  # the same layer was saved at step 2 and step 9
     assert results["levels"]["prose"]["phi"]["mean"] == phi[-1]
     assert "phi of each level along the training" in out
     assert {path.name for path in Path("out/texts").iterdir()} == FILES | {"course.png", "course.svg"}

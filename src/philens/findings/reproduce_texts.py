@@ -10,6 +10,7 @@ from typing import Any, Literal
 from philens.adapter import load
 from philens.errors import ConfigError
 from philens.findings import write_finding
+from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
 from philens.findings.texts import (
     at_point,
@@ -25,6 +26,7 @@ from philens.insertion import text_config
 from philens.model import PHiModel
 from philens.progress import shown
 from philens.scoring.run import adapters_in, load_lens
+from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores
 from philens.tasks.levels import LevelText, load_levels, without_users
 from philens.training.recipe import load_recipe
@@ -90,11 +92,19 @@ def reproduce_texts(
         texts = cut_texts(tokenizer, texts, tokens)
     points: list[dict[str, Any]] = []
     scores: list[TokenScores] = []
+    here: list[TokenScores] = []
+    controls: dict[Any, list[Columns]] = {}
     for adapter, lens in _lenses(first, found):
         if points and _is_last(points[-1], adapter, lens):
             continue
         prepare(lens, kl)
         scores = _scored(lens, tokenizer, texts, window, scores)
+        # Checkpoints of a run have one beginning.
+        start = (None if adapter is None else _run(adapter), *lens.module_paths)
+        if start not in controls:
+            controls[start] = _untrained(lens, tokenizer, texts, window, seed)
+        for one, columns in zip(scores, controls[start], strict=True):
+            one.columns.update(columns)
         for path in lens.module_paths:
             here = [at_point(one, None if lens.config.layers is None else path) for one in scores]
             where = {"adapter": adapter, "insertion_point": path, "step": _step(lens, adapter)}
@@ -163,14 +173,30 @@ def _scored(
     before: Sequence[TokenScores],
 ) -> list[TokenScores]:
     """The scores of a lens; what the base alone gives is taken from those of the lens before."""
-    metrics = ["phi"] if lens.config.mode == "observe" else ["phi", "surprisal_with_layer"]
-    if not before:
-        metrics.append("surprisal")
+    metrics = ["phi", "state_norm"]
+    metrics += [] if lens.config.mode == "observe" else ["surprisal_with_layer"]
+    metrics += [] if before else ["surprisal"]
     found = score_texts(lens, tokenizer, texts, window, metrics)
     scores = list(shown(found, "scoring", len(texts)))
     for one, earlier in zip(scores, before, strict=False):
         one.columns["surprisal"] = earlier.columns["surprisal"]
     return scores
+
+
+def _untrained(
+    lens: PHiModel, tokenizer: Any, texts: Sequence[LevelText], window: int | None, seed: int
+) -> list[Columns]:
+    """The phi of a layer that has learned nothing, for each text, as the column `phi_untrained`."""
+    with untrained(lens, seed):
+        found = list(shown(score_texts(lens, tokenizer, texts, window, ["phi"]), "controls", len(texts)))
+    return [
+        {
+            name.replace("phi", "phi_untrained", 1): values
+            for name, values in one.columns.items()
+            if name.partition("@")[0] == "phi"
+        }
+        for one in found
+    ]
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

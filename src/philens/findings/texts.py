@@ -43,7 +43,9 @@ PAPER = {
 }
 # At a text's first tokens there is little context to compute with: phi is also given without so many.
 EARLY = 16
-QUANTITIES = ("phi", "surprisal", "surprisal_with_layer", "gap", "phi_later")
+# What phi is compared with beside surprisal: an untrained layer's, and the size of the state.
+CONTROLS = ("phi_untrained", "state_norm")
+QUANTITIES = ("phi", "surprisal", "surprisal_with_layer", "gap", "phi_later", *CONTROLS)
 
 Floats = NDArray[np.float64]
 
@@ -106,14 +108,15 @@ def measure_texts(
     """Means of each level with 95 % intervals over texts, nats per token, and what they say of the claim.
 
     `levels`, in the paper's order, have phi, surprisal of the untouched base, surprisal with the layer, their
-    gap (None for a lens that observes), `phi_later` (without each text's first 16 tokens), how many `sinks`
-    were left out of phi, and phi `by_surprisal`. `texts` has the same means of every text. `pairs`, any two
-    levels: difference and ratio of the first one's phi to the second one's, whether their intervals are
-    `separated`, and whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels
-    from high to low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised
-    and shuffled ones, as far as they are here, separated, and that surprisal puts these in another order.
-    `verbatim` is about memorised text where it is recited, None if there is none, and `tokens` names the
-    extremes of each level (`philens.findings.text_tokens`).
+    gap (None for a lens that observes), `phi_later` (without each text's first 16 tokens), the `CONTROLS`
+    where scores have them, how many `sinks` were left out of phi and these, and phi `by_surprisal`. `texts`
+    has the same means of every text. `pairs`, any two levels: difference and ratio of the first one's phi to
+    the second one's, the same ratio of each of the `controls`, whether the intervals of phi are `separated`,
+    and whether the paper's `claim` is about them. `phi_order` and `surprisal_order` name levels from high to
+    low. `holds` says that code and prose (and one's `own` texts) lie above trivial, memorised and shuffled
+    ones, as far as they are here, separated, and that surprisal puts these in another order. `verbatim` is
+    about memorised text where it is recited, None if there is none, and `tokens` names the extremes of each
+    level (`philens.findings.text_tokens`).
 
     Args:
         texts: of two levels or more.
@@ -233,16 +236,17 @@ def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
     if not counts.any():
         raise InputError(f"The chat template leaves out {text.name}; score texts alone (--plain).")
     found = {name: column[counts].astype(np.float64) for name, column in scores.without_sinks().items()}
-    phi, surprisal = found["phi"], found["surprisal"]
-    with_layer = found.get("surprisal_with_layer", np.full(len(phi), np.nan))
-    columns = {
+    phi, surprisal, sinks = found["phi"], found["surprisal"], scores.sinks[counts]
+    missing = np.full(len(phi), np.nan)
+    with_layer = found.get("surprisal_with_layer", missing)
+    columns = {name: np.where(sinks, np.nan, found.get(name, missing)) for name in CONTROLS} | {
         "phi": phi,
         "surprisal": surprisal,
         "surprisal_with_layer": with_layer,
         "gap": with_layer - surprisal,
         "phi_later": np.where(np.arange(len(phi)) < EARLY, np.nan, phi),
     }
-    return CountedTokens(text, scores, np.flatnonzero(counts), columns, scores.sinks[counts])
+    return CountedTokens(text, scores, np.flatnonzero(counts), columns, sinks)
 
 
 def at_point(scores: "TokenScores", path: str | None) -> "TokenScores":
@@ -311,6 +315,10 @@ def _compare(
         "claim": role(first) in INTERESTING and role(second) in BORING,
         "difference": statistics.difference(ours, theirs).as_dict(),
         "ratio": statistics.ratio(ours, theirs).as_dict(),
+        "controls": {
+            name: statistics.ratio(estimates[first][name], estimates[second][name]).as_dict()
+            for name in CONTROLS
+        },
         "separated": ours.ci95[0] > theirs.ci95[1] or ours.ci95[1] < theirs.ci95[0],
     }
 

@@ -224,8 +224,7 @@ def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
         + _few(results["levels"], lambda found: found["problems"]),
     )
     table.add_column(f"{results['by']}\nproblems", no_wrap=True)
-    first = next(iter(results["levels"].values()))
-    names = ("phi_mean", "phi_sum", *BASELINES, *(name for name in CONTROLS if name in first))
+    names = ("phi_mean", "phi_sum", *BASELINES)
     for name in names:
         table.add_column(label(name), justify="right", no_wrap=True)
     for level, found in results["levels"].items():

@@ -107,10 +107,11 @@ def text_pairs_table(results: Mapping[str, Any]) -> Table:
     table = new_table(
         "phi of one level against another",
         "Of the first to the second, with 95 % intervals over texts; difference in nats per token.\n"
-        "above, below: the intervals of the two levels are separate.",
+        "above, below: the intervals of the two levels are separate. untrained: the ratio in a\n"
+        "layer that has learned nothing; what lies in the size of the state shows there too.",
     )
     table.add_column("levels")
-    for heading in ("difference", "ratio", ""):
+    for heading in ("difference", "ratio", "untrained", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in results["pairs"]:
         if pair["claim"]:
@@ -119,7 +120,8 @@ def text_pairs_table(results: Mapping[str, Any]) -> Table:
             if pair["separated"]:
                 verdict = "above" if pair["difference"]["value"] > 0 else "below"
             cells = [Text(cell.replace(" [", "\n[")) for cell in found]
-            table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells, verdict)
+            control = number_text(pair["controls"]["phi_untrained"]["value"], 2)
+            table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells, control, verdict)
     return table
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.errors import InputError
+from philens.hub import reason
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.bool_]]
 Messages = list[dict[str, Any]]
@@ -145,8 +146,7 @@ def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = Fals
                 raise
             made = _apply(tokenizer, messages, **options)
     except Exception as error:  # a template raises what it likes
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"The chat template refuses {where} ({reason}); change the chat.") from error
+        raise InputError(f"The chat template refuses {where} ({reason(error)}); change the chat.") from error
     if calls:
         text = made if isinstance(made, str) else tokenizer.decode(made["input_ids"])
         if any(str(call.get("name")) not in text for message in messages for call in _calls(message)):

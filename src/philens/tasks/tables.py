@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, cast
 
 from philens.errors import InputError
+from philens.hub import reason
 
 Kind = Literal["text", "json", "jsonl", "csv", "tsv", "parquet"]
 # A longer line or record is none.
@@ -77,9 +78,8 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self.inner.read(len(buffer))
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(
-                f"{self.name} cannot be unpacked ({reason}); it is damaged or broken off."
+                f"{self.name} cannot be unpacked ({reason(error)}); it is damaged or broken off."
             ) from error
         buffer[: len(data)] = data
         return len(data)
@@ -121,8 +121,9 @@ def json_values(name: str, stream: BinaryIO) -> Iterator[tuple[str, int, Any]]:
             except (ValueError, RecursionError) as error:
                 more = reader.read(max(_CHUNK, len(text) - place))
                 if not more or len(text) - place > MAX_RECORD_BYTES:
-                    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                    raise InputError(f"{where} is not JSON ({reason}); correct or remove it.") from error
+                    # Not where: it counts from what was read last.
+                    why = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+                    raise InputError(f"{where} is not JSON ({why}); correct or remove it.") from error
                 text, place = text[place:] + more, 0
                 continue
             number += 1
@@ -160,7 +161,7 @@ def csv_records(name: str, stream: BinaryIO, separator: str) -> Iterator[tuple[s
             yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise InputError(
-            f"{name} cannot be read as a table ({error}, after row {number}); correct its quotes."
+            f"{name} cannot be read as a table ({reason(error)}, after row {number}); correct its quotes."
         ) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(name, error) from error
