@@ -181,9 +181,7 @@ class Session:
         return future.result()
 
     def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
-        said = [
-            f"{one.provenance['name']}: {view.tokens(len(one))} ({model.name})." for one in scores
-        ]
+        said = [f"{one.provenance['name']}: {view.tokens(len(one))} ({model.name})." for one in scores]
         for one in scores:
             if unknown := model.unknown(one):
                 shown = " ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
