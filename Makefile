@@ -45,7 +45,7 @@ dist-check compat: $(STAMP)
 $(USED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) -e '.[explore,gguf]'
 	touch $(USED)
 
 $(STAMP): $(USED)

@@ -14,7 +14,9 @@ from rich.console import Console
 from releasing.steps import ROOT, Failed, columns, requirements, resolved, run, uv
 
 CONSTRAINTS = ROOT / "constraints.txt"
-DEMO_FILES = ("results.json", "tasks.png", "tasks.svg", "tasks.csv", "page.html")
+DEMO_FILES = tuple(
+    f"tasks/{name}" for name in ("results.json", "tasks.png", "tasks.svg", "tasks.csv", "page.html")
+)
 
 
 def check(console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,14 +11,19 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from releasing import dist
-from releasing.steps import requirements, same_release
+from releasing import dist, layer
+from releasing.steps import Failed, requirements, same_release
+from rich.console import Console
+from safetensors.torch import load_file
 
 import philens
 from philens.environment import environment
 from philens.errors import ConfigError
 from philens.extras import require
+from philens.training.recipe import load_recipe
+from philens.training.run import read_metrics, recipe_yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -220,10 +226,55 @@ def test_without_any_extra(tmp_path: Path):
     for words, (code, out, err) in zip(works, done, strict=False):
         assert code == 0, (words, err)
         assert out
-    assert (tmp_path / "philens-demo" / "page.html").is_file()
+    assert (tmp_path / "philens-demo" / "tasks" / "page.html").is_file()
     assert re.search(r"explore +gradio not installed", done[2][1])
     for (extra, (_, start)), (code, out, err) in zip(needs.items(), done[len(works) :], strict=True):
         assert (code, out) == (2, ""), (extra, err)
         assert err == f"philens: error: {start}: install it with `pip install 'philens[{extra}]'`.\n"
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "solved").exists()
+
+
+def test_the_layer_of_a_run_ships_without_what_is_of_its_machine(tmp_path, text_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(layer, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "shipped").mkdir()
+    shutil.copytree(text_model / "model", "tiny")
+    shutil.copytree(text_model / "adapter", "run/checkpoint-2/adapter")
+    notes = tmp_path / "here" / "train.jsonl"
+    notes.parent.mkdir()
+    notes.write_text("{}")
+    parts = {"notes": {"source": str(notes)}, "code": {"source": "installed"}}
+    recipe = load_recipe("any_model", {"model.base": str(tmp_path / "tiny"), "data.parts": parts})
+    Path("run/recipe.yaml").write_text(recipe_yaml(recipe))
+    Path("run/versions.json").write_text("{}")
+    Path("run/metrics.jsonl").write_text('{"step": 1, "eval/phi": 2.5}\n{"step": 2}\n{"step": 3}\n')
+
+    layer.ship(Console(width=200), Path("run/checkpoint-2"), "tiny")
+    assert "after step 2" in capsys.readouterr().out
+    shipped = load_recipe("shipped/tiny/recipe.yaml")
+    assert shipped.model.base == "tiny"
+    assert {name: part.source for name, part in shipped.data.parts.items()} == {
+        "notes": "notes",
+        "code": "installed",
+    }
+    assert [record["step"] for record in read_metrics("shipped/tiny")] == [1, 2]
+    files = [path for path in Path("shipped").rglob("*") if path.suffix in (".json", ".yaml", ".md")]
+    assert len(files) == 4
+    assert not any(str(tmp_path) in path.read_text() for path in files)
+    # As it was, but for what bfloat16 rounds.
+    before = load_file("run/checkpoint-2/adapter/phi_layer.safetensors")
+    after = load_file("shipped/tiny/adapter/phi_layer.safetensors")
+    for name, value in before.items():
+        rounded = value.bfloat16() if value.ndim > 1 else value
+        assert after[name].dtype == rounded.dtype
+        assert torch.equal(after[name], rounded)
+    lens, _ = philens.load_run("shipped/tiny")
+    assert {parameter.dtype for parameter in lens.phi.parameters()} == {torch.float32}
+
+    # Nothing is written of a layer that rounding changes.
+    monkeypatch.setattr(layer, "MOST", 0.0)
+    shutil.rmtree("shipped/tiny")
+    with pytest.raises(Failed, match="phi of a text may differ by 0%"):
+        layer.ship(Console(), Path("run/checkpoint-2"), "tiny")
+    assert not Path("shipped/tiny").exists()
