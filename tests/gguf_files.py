@@ -45,6 +45,7 @@ def write(
     kind: GGMLQuantizationType = Q.F32,
     architecture: str = "llama",
     pre: str | None = "smollm",
+    begins: bool = True,
     tensors: Mapping[str, np.ndarray] = MappingProxyType({}),
     **values: Any,
 ) -> Path:
@@ -54,6 +55,7 @@ def write(
         kind: of matrices; vectors are in float32.
         architecture: the file's name for it.
         pre: name of the rule by which texts are split.
+        begins: say that texts begin with a token.
         tensors: more of them, by name.
         values: more of the header, by key with __ for dots; integers and texts.
     """
@@ -80,7 +82,8 @@ def write(
     writer.add_token_types([TokenType.CONTROL if one in special else TokenType.NORMAL for one in tokens])
     writer.add_token_merges([" ".join(pair) for pair in _merges(bpe)])
     writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_add_bos_token(True)
+    if begins:
+        writer.add_add_bos_token(True)
     writer.add_chat_template(tokenizer.chat_template)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)

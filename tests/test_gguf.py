@@ -176,6 +176,18 @@ def test_a_rule_by_name(made, tmp_path, caplog, pre, start):
     assert not caplog.records
 
 
+def test_as_llama_3_does(made, tmp_path):
+    """A text begins with a token though the file says nothing of it, and a word that is a token is one."""
+    path = write(tmp_path / "x.gguf", *made, pre="llama-bpe", begins=False)
+    _, tokenizer = load_pretrained(path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert one("az").input_ids[0] == one.bos_token_id
+        assert json.loads(one.backend_tokenizer.to_str())["model"]["ignore_merges"]
+    _, tokenizer = load_pretrained(write(path, *made, begins=False))
+    assert tokenizer("az").input_ids[0] != tokenizer.bos_token_id
+
+
 @pytest.mark.parametrize("pre", ["nobody-knows", None])
 def test_a_rule_nobody_knows_is_told(made, tmp_path, caplog, pre):
     with caplog.at_level(logging.WARNING):

@@ -289,6 +289,17 @@ def test_several_layers_have_a_table_each() -> None:
     assert (first["phi_untrained"] != second["phi_untrained"]).all()
 
 
+def test_quick_leaves_out_the_logit_lens() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    lens = tiny(tokenizer)
+    whole, quick = (
+        next(iter(score_places(lens, tokenizer, SENTENCES[:4], quick=quick).values()))
+        for quick in (False, True)
+    )
+    assert set(whole) - set(quick) == {"settling_depth", "logit_lens_divergence"}
+    pd.testing.assert_frame_equal(quick, whole[list(quick)], rtol=1e-4)
+
+
 def test_columns_of_the_base_are_taken_over() -> None:
     tokenizer = TOKENIZERS["bytes"]
     lens = tiny(tokenizer)

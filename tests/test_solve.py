@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import LlamaForCausalLM
+from transformers import LlamaModel
 
 import philens
 from conftest import make_gpt2, make_llama
@@ -295,20 +295,20 @@ def test_prompts_are_read_once_and_nothing_is_measured(
     base = make_llama(vocab_size=VOCABULARY)
     folder = save(tmp_path / "model", base)
     torch.manual_seed(1)
-    for mode in ("replace", "observe"):
+    for mode in ("bottleneck", "observe"):
         philens.attach(base, philens.PHiConfig(layer=1, mode=mode)).save_pretrained(tmp_path / mode)
     monkeypatch.setattr(Prior, "forward", lambda *_: pytest.fail("a prior predicts while sampling"))
     tokens = 0
-    plain = LlamaForCausalLM.forward
+    plain = LlamaModel.forward
 
     def forward(self: Any, input_ids: Any = None, **options: Any) -> Any:
         nonlocal tokens
         tokens += input_ids.numel()
         return plain(self, input_ids=input_ids, **options)
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
     lengths = [len(prompt_ids(byte_tokenizer(), messages(problem, PROMPT))) for problem in PROBLEMS]
-    for adapter in (None, str(tmp_path / "replace"), str(tmp_path / "observe")):
+    for adapter in (None, str(tmp_path / "bottleneck"), str(tmp_path / "observe")):
         tokens = 0
         solutions = solved(model=folder, adapter=adapter, samples=6, max_new_tokens=1)
         assert len(solutions) == 24

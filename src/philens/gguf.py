@@ -41,10 +41,28 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# How byte-level tokenizers split a text first, as llama.cpp does by the name in `tokenizer.ggml.pre`: these
-# are the names that transformers leaves to GPT-2's rule. Those of the first line also part every digit.
+# What byte-level tokenizers do, as llama.cpp does it by the name in `tokenizer.ggml.pre`, where transformers
+# leaves it to GPT-2's way: part every digit; nothing more; take a word that is a token without merging, and
+# begin texts with a token unless the file says otherwise.
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_LIKE_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat")
+_LIKE_GPT2 = (
+    *("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat"),
+    *("a.x-4.0", "mellum"),
+)
+_LIKE_LLAMA3 = (
+    *(
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "jina-v5-nano",
+    ),
+    "tekken",
+)
 
 
 class Held(NamedTuple):
@@ -279,9 +297,9 @@ def _without_bar() -> Iterator[None]:
 
 
 def load_tokenizer(path: Path, header: Header) -> Any:
-    """A file's tokenizer, which splits texts as the model's own does.
+    """A file's tokenizer, which gives the tokens that the model was trained on.
 
-    A file does not hold the rule for that, only its name. Where the name is not known, a warning says so.
+    A file does not hold the rules for that, only their name. Where it is not known, a warning says so.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -297,6 +315,10 @@ def load_tokenizer(path: Path, header: Header) -> Any:
     if kind in _SPLIT_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
+    elif kind in _LIKE_LLAMA3:
+        backend.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in header.values and tokenizer.bos_token is not None:
+            tokenizer.add_bos_token = True
     elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and kind not in _LIKE_GPT2:
         logger.warning(
             "%s splits texts by the rule %s, which is not known here; GPT-2's is taken, so that some tokens "

@@ -133,6 +133,7 @@ def reproduce_results(
     limit: int = 40,
     kl: Literal["exact", "official"] | None = None,
     seed: int = 0,
+    quick: bool = False,
     output: Path | None = None,
 ) -> None:
     """Phi is high where a result is worked out, though surprisal is not; our own finding.
@@ -147,6 +148,7 @@ def reproduce_results(
         limit: how many of them.
         kl: formula that phi is measured with; by default the one it was trained with.
         seed: of the sentences.
+        quick: leave out the two baselines of the logit lens, which take most of the time.
         output: folder for results; by default runs/reproduce-MODEL.
     """
     adapters = [] if adapter is None else [name.strip() for name in adapter.split(",")]
@@ -156,7 +158,8 @@ def reproduce_results(
     from philens.report.results import tables
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
-    results = reproduce_results(model, folder, adapters, sentences, problems, split, limit, kl, seed)
+    measured = (sentences, problems, split, limit, kl, seed, quick)
+    results = reproduce_results(model, folder, adapters, *measured)
     for table in tables(results):
         console().print(table)
     say(f"Wrote {folder / 'results'}.")

@@ -99,6 +99,7 @@ def score_places(
     texts: Sequence[MarkedText],
     base_of: "pd.DataFrame | None" = None,
     seed: int = 0,
+    quick: bool = False,
 ) -> "dict[str, pd.DataFrame]":
     """The places of texts with all that is known of them: a table for each insertion point of the lens.
 
@@ -111,6 +112,7 @@ def score_places(
         texts: with places.
         base_of: such a table of the same texts in the same base, whose columns of the base are taken over.
         seed: of the untrained layer.
+        quick: without the baselines that run the output head once more, or for every block.
 
     Raises:
         InputError: what `philens.score` raises.
@@ -126,7 +128,7 @@ def score_places(
         content, start = after_prompt(tokenizer, text.chat or "", reply) if text.chat else (reply, 0)
         contents.append(content)
         starts.append(start + len(reply) - len(text.text))
-    metrics = _metrics(lens, base_of is None)
+    metrics = _metrics(lens, base_of is None, quick)
     names = [text.name for text in texts]
     reader = joining(tokenizer)
     scored = iter_scores(lens, reader, contents, metrics=metrics, names=names)
@@ -156,8 +158,8 @@ def score_places(
     }
 
 
-def _metrics(lens: "PHiModel", with_base: bool) -> list[str]:
-    """All that this lens has."""
+def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:
+    """All that this lens has, or those of them that cost little."""
     from philens.scoring.baselines import LogitLens
     from philens.scoring.score import METRICS
 
@@ -167,6 +169,8 @@ def _metrics(lens: "PHiModel", with_base: bool) -> list[str]:
     try:
         LogitLens(lens, every_block=True)
     except InputError:
+        quick = True
+    if quick:
         left_out |= {"logit_lens_divergence", "settling_depth"}
     return [name for name in METRICS if name not in left_out]
 

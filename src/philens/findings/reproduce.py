@@ -188,6 +188,7 @@ def reproduce_results(
     limit: int = 40,
     kl: Literal["exact", "official"] | None = None,
     seed: int = 0,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Measure phi where a result is worked out and where a number only comes, and write `output/results`.
 
@@ -201,6 +202,7 @@ def reproduce_results(
         limit: how many of them.
         kl: formula that phi is measured with, whatever it was trained with.
         seed: of what is made, drawn and resampled, and of the untrained layers.
+        quick: without the two baselines that take most of the time, of the logit lens.
 
     Raises:
         PhilensError: problems, model or layers are missing, damaged or do not fit.
@@ -227,7 +229,7 @@ def reproduce_results(
         else:
             lens = load(lens.detach(), str(adapter))
         prepare(lens, kl)
-        for point, table in score_places(lens, tokenizer, texts, base_of, seed).items():
+        for point, table in score_places(lens, tokenizer, texts, base_of, seed, quick).items():
             base_of = table if base_of is None else base_of
             named = {"adapter": adapter or "", "insertion_point": point}
             layers.append(named | measure_results(table, seed=seed))
@@ -244,6 +246,7 @@ def reproduce_results(
         "model": str(model),
         "sentences": sentences,
         "problems": problems,
+        "quick": quick,
         "seed": seed,
         "kl": lens.config.kl,  # pyright: ignore[reportOptionalMemberAccess]
         "versions": versions(),
