@@ -35,9 +35,10 @@ def write_text_page(
 ) -> Path:
     """Write the page of results of `philens.findings.texts.measure_texts`; raises OutputError."""
     documents = []
+    means = {(one["level"], one["document"]): one for one in results["texts"]}
     for level in results["levels"]:
         texts = [(text, scores) for text, scores in scored if text.level == level]
-        documents += [_whole(text, scores) for text, scores in texts[:WHOLE]]
+        documents += [_whole(text, scores, means[level, text.name]) for text, scores in texts[:WHOLE]]
     for level, ends in results["tokens"].items():
         of_level = {text.name: scores for text, scores in scored if text.level == level}
         documents += [_excerpts(level, end, tokens, of_level) for end, tokens in ends.items() if tokens]
@@ -65,11 +66,12 @@ def _excerpts(
     return PageDocument(f"{level}: {end} phi", told, pieces, columns, spans, means)
 
 
-def _whole(text: "LevelText", scores: "TokenScores") -> PageDocument:
-    """A text with what its chat template put around it."""
+def _whole(text: "LevelText", scores: "TokenScores", found: Mapping[str, Any]) -> PageDocument:
+    """A text with what its chat template put around it, which has no part in the means."""
     columns = {name: scores.columns[name] for name in _COLUMNS}
+    means = {name: _mean([found[name]]) for name in _COLUMNS}
     about = ABOUT.get(role(text.level) or "", "")
-    return PageDocument(f"{text.level}: {text.name}", about, scores.pieces(), columns, (), scores.means())
+    return PageDocument(f"{text.level}: {text.name}", about, scores.pieces(), columns, (), means)
 
 
 def _mean(values: Sequence[float | None]) -> float:
