@@ -898,10 +898,6 @@ def test_the_page_shows_extremes_and_whole_texts(runs: tuple[Path, Path], levels
     page = Path("out/texts/page.html").read_text(encoding="utf-8")
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:2] == ["predictable: t0.json", "predictable: t1.json"]
-        "predictable: t0.json",
-        "predictable: t1.json",
-        "shuffled: shuffled, as long as p0",
-    ]
     assert headings[-2:] == ["prose: highest phi", "prose: lowest phi"]
     # Means are those of the text, without what the template put around it.
     (mean,) = (one["phi"] for one in results["texts"] if one["document"] == "t0.json")
