@@ -274,7 +274,7 @@ def test_each_message_is_one_sentence():
         "rank list.jsonl --model . --format csv --output list.jsonl",
         "rank empty.txt --model .",
         "sweep . --layers 4-8",
-        "reproduce texts",
+        "reproduce texts --levels nothing",
         "reproduce tasks --scale huge",
         "demo --documents 1",
     ],

