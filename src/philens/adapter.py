@@ -342,7 +342,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not whole:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
     # Options that came later have their defaults in an older file.
-    if unknown := sorted(options.keys() - known):
+    if unknown := sorted(options.keys() - known):  # pyright: ignore[reportOptionalMemberAccess]
         raise AdapterError(
             f"{path} has an option {unknown[0]!r} that this philens {philens.__version__} does not know; "
             f"install philens {description['versions'].get('philens')}, which wrote it, or a newer one."

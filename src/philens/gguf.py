@@ -273,7 +273,7 @@ def load_model(path: Path, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]
     from transformers import AutoModelForCausalLM, GgufConfig
 
     with alone(path) as source, _without_bar():
-        return AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportReturnType]
             **source,
             config=config,
             dtype=dtype,
@@ -288,12 +288,12 @@ def _without_bar() -> Iterator[None]:
     """Without the one bar of transformers that its own switch does not reach."""
     from transformers import modeling_gguf_pytorch_utils as module
 
-    bar = module.tqdm
-    module.tqdm = lambda items, **_: items
+    bar = module.tqdm  # pyright: ignore[reportPrivateImportUsage]
+    module.tqdm = lambda items, **_: items  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        module.tqdm = bar
+        module.tqdm = bar  # pyright: ignore[reportPrivateImportUsage]
 
 
 def load_tokenizer(path: Path, header: Header) -> Any:

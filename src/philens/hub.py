@@ -233,7 +233,7 @@ def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokeni
             with gguf.alone(file) as source:
                 config = AutoConfig.from_pretrained(**source)
             if hasattr(config, "_model_name_or_path"):  # a title
-                del config._model_name_or_path
+                del config._model_name_or_path  # pyright: ignore[reportAttributeAccessIssue]
             if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
                 raise _not_causal(name, header.architecture)
             gguf.scale_positions(config, file, header)

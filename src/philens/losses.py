@@ -208,9 +208,7 @@ def divergence_from(
         )
     else:
         sums = states[0].new_zeros(2 * len(passes) + 1, dtype=torch.float32)
-        size = max(
-            1, COMPARED_AT_ONCE // (untouched.logits if whole else head.weight).shape[-1 if whole else 0]
-        )  # pyright: ignore[reportOptionalMemberAccess]
+        size = max(1, COMPARED_AT_ONCE // (states[0].shape[-1] if whole else len(head.weight)))
         for some in _stretches_of(len(mask), size):
             inputs = [head, targets[some], mask[some], *(one[some] for one in states)]
             sums = sums + checkpoint(_compare, *inputs, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]

@@ -384,7 +384,7 @@ class PHiModel(nn.Module):
                 labels, predicted = some.of(labels), some.of(predicted)
             add_losses(
                 result,
-                labels,
+                labels,  # pyright: ignore[reportArgumentType]
                 counted,
                 predicted,
                 again if apart or resumes else [result],

@@ -144,7 +144,7 @@ def _installed_licences(wheel: Wheel) -> dict[str, bytes]:
     except importlib.metadata.PackageNotFoundError:
         return {}
     found = [file for file in files if _LICENCE.fullmatch(file.as_posix())]
-    return {file.name: file.locate().read_bytes() for file in found}
+    return {file.name: file.locate().read_bytes() for file in found}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _copy(source: Any, target: BinaryIO | None = None) -> str:

@@ -151,7 +151,7 @@ def score_places(
         return {lens.module_paths[0]: table}
     shared = [name for name in table if "@" not in str(name)]
     return {
-        path: table[[*shared, *(name for name in table if str(name).endswith(f"@{path}"))]].rename(
+        path: table[[*shared, *(name for name in table if str(name).endswith(f"@{path}"))]].rename(  # pyright: ignore[reportCallIssue]
             columns=lambda name: name.partition("@")[0]
         )
         for path in lens.module_paths
@@ -165,7 +165,7 @@ def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:
 
     left_out = set() if with_base else set(_OF_BASE)
     if lens.config.mode == "observe":
-        left_out.add("surprisal_with_layer")
+        left_out.add("surprisal_with_layer")  # pyright: ignore[reportArgumentType]
     try:
         LogitLens(lens, every_block=True)
     except InputError:

@@ -265,7 +265,7 @@ def _with_controls(
     with untrained(lens, seed):
         fresh = measure(lens, tokenizer, solutions, problems, prompt, metrics=("phi",))
     columns = {name: name.replace("phi", "phi_untrained", 1) for name in fresh if name.startswith("phi")}
-    return pd.concat([table, fresh[[*columns]].rename(columns=columns)], axis=1)
+    return pd.concat([table, fresh[[*columns]].rename(columns=columns)], axis=1)  # pyright: ignore[reportCallIssue]
 
 
 def _train_base(scale: Scale, folder: Path, seed: int) -> str:

@@ -272,7 +272,7 @@ def _write_results(
     figures = {"worked_sum": figure_tokens(examples[0])}
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), 1):
         places = {str(kind): rows["phi"].to_numpy() for kind, rows in table.groupby("kind")}
-        figures["results" if number == 1 else f"results-{number}"] = figure_results(layer, places)
+        figures["results" if number == 1 else f"results-{number}"] = figure_results(layer, places)  # pyright: ignore[reportArgumentType]
     rows = {"kinds": kind_rows(layers), "contrasts": contrast_rows(layers), "effects": effect_rows(layers)}
     write_finding(folder, {"layers": layers}, rows | {"places": pd.concat(tables)}, figures, run)
     write_scores_page(folder / "examples.html", examples, title="Where a result is worked out")

@@ -95,7 +95,7 @@ def measure_results(
     kinds = [name for name in KINDS if (kind == name).any()]
     found: dict[str, Any] = {
         "kinds": {
-            name: _describe(table[kind == name], QUANTITIES, resamples, (seed, number))
+            name: _describe(table[kind == name], QUANTITIES, resamples, (seed, number))  # pyright: ignore[reportArgumentType]
             for number, name in enumerate(kinds)
         }
     }
@@ -108,10 +108,10 @@ def measure_results(
     ]
     compared = table[worked | other]
     found["worked"] = statistics.mean(table["phi"][worked], table["text"][worked], **options).as_dict()
-    found["effects"] = {name: _effect(compared, given, **options) for name, given in GIVEN.items()}
+    found["effects"] = {name: _effect(compared, given, **options) for name, given in GIVEN.items()}  # pyright: ignore[reportArgumentType]
     found |= _classify(table, **options)
     if "written_right" in kinds and "written_wrong" in kinds:
-        found["written"] = _written(table[role == "written"], **options)
+        found["written"] = _written(table[role == "written"], **options)  # pyright: ignore[reportArgumentType]
     against = [item for item in found["contrasts"] if item["first"] == "worked"]
     above = all(_positive(item["phi"]["difference"]) for item in against)
     beyond = _positive(found["effects"]["baselines"]["nats"])
@@ -143,7 +143,7 @@ def _describe(
     if len(details) > 1:
         short = ("phi", "phi_untrained", "surprisal_next")
         found["details"] = {
-            name: _describe(rows[rows["detail"] == name], short, resamples, (*seed, number))
+            name: _describe(rows[rows["detail"] == name], short, resamples, (*seed, number))  # pyright: ignore[reportArgumentType]
             for number, name in enumerate(details)
         }
     return found
@@ -176,11 +176,11 @@ def _classify(table: "pd.DataFrame", **options: Any) -> dict[str, Any]:
     problems = table[table["role"] == "problem"]
     estimates: dict[str, dict[str, statistics.Estimate]] = {}
     for name, columns in PREDICTORS.items():
-        classifier = fit_classifier(_columns(train, columns), train["role"] == "worked")
+        classifier = fit_classifier(_columns(train, columns), train["role"] == "worked")  # pyright: ignore[reportArgumentType]
         estimates[name] = {
             where: statistics.auroc(
-                classifier(_columns(rows, columns)),
-                rows["role"].eq("worked") | rows["kind"].eq("problem_result"),
+                classifier(_columns(rows, columns)),  # pyright: ignore[reportArgumentType]
+                rows["role"].eq("worked") | rows["kind"].eq("problem_result"),  # pyright: ignore[reportAttributeAccessIssue]
                 rows["text"],
                 **options,
             )
@@ -217,7 +217,7 @@ def _written(rows: "pd.DataFrame", **options: Any) -> dict[str, Any]:
     }
     return {
         "shares": {
-            name: {"texts": len(some), "right": float((some["kind"] == "written_right").mean())}
+            name: {"texts": len(some), "right": float((some["kind"] == "written_right").mean())}  # pyright: ignore[reportArgumentType]
             for name, some in rows.groupby("detail", sort=False)
         },
         "partial_correlation": partial,

@@ -70,7 +70,7 @@ class Solutions:
         if self.controls:
             others = [self[name] for name in ("entropy_mean", *self.controls)]
             held[GIVEN[-1]] = surprisal + length + others
-        return held
+        return held  # pyright: ignore[reportReturnType]
 
 
 def usable(table: "pd.DataFrame", columns: Sequence[str] = ()) -> Solutions:

@@ -509,7 +509,7 @@ def _residuals(moments: Floats) -> tuple[Floats, Floats, Floats]:
     centre = scaled[:, 0, 1:]
     covariance = scaled[:, 1:, 1:] - centre[:, :, None] * centre[:, None, :]
     if not np.isfinite(covariance).all():  # no rows at all
-        return (np.full(len(moments), np.nan),) * 3
+        return (np.full(len(moments), np.nan),) * 3  # pyright: ignore[reportReturnType]
     residual = covariance[:, :2, :2]
     if covariance.shape[1] > 2:
         across = covariance[:, :2, 2:]

@@ -173,7 +173,7 @@ def _sentence(kind: str, index: int, seed: int) -> MarkedText:
     p, q = (int(x) for x in random.choice(_others(values), 2, replace=False))
     names = {"one": one, "other": other, "third": third, "things": THINGS[random.integers(len(THINGS))]}
     fill: dict[str, object] = names | values | {"p": p, "q": q, "sign": template.sign}
-    fill |= {"n-2": int(values["n"]) - 2, "n-1": int(values["n"]) - 1}
+    fill |= {"n-2": int(values["n"]) - 2, "n-1": int(values["n"]) - 1}  # pyright: ignore[reportArgumentType]
     if kind == "copied":
         fill["p"] = values["n"]
     wording = _WORDINGS[kind][number]
