@@ -23,8 +23,8 @@ from rich.console import Console
 
 from benchmarks import data, layer, reference, report, scoring, startup, training
 from benchmarks.harness import Bench, Comparison, Unavailable, describe_machine
-from philens.errors import ConfigError, OutputError, PhilensError
-from philens.typed import nearest
+from philens.support.errors import ConfigError, OutputError, PhilensError
+from philens.support.typed import nearest
 
 ROWS: dict[str, Callable[[Bench], list[Comparison]]] = {
     "documents": data.documents,

@@ -23,8 +23,8 @@ from benchmarks.harness import Bench, Series, describe_machine
 from benchmarks.models import packed_batch, random_texts
 from benchmarks.report import SMOKE, machine_text, write_figure, write_json
 from benchmarks.training import lens_step
-from philens.errors import PhilensError
-from philens.model import PHiModel
+from philens.lens.model import PHiModel
+from philens.support.errors import PhilensError
 from philens.training.recipe import Recipe, load_recipe
 from philens.training.run import start_model
 
@@ -157,7 +157,7 @@ def figure(content: dict[str, Any]) -> "Figure":
     """Small multiples: tokens a second of each work along each curve with its spread, logarithmic axes."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    from philens.report.figures import FONT, new_figure, set_fonts
+    from philens.findings.figures import FONT, new_figure, set_fonts
 
     found = content["curves"]
     drawing = new_figure(height=6.2)

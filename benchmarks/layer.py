@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Bench, Comparison, Series, Target, Unavailable
 from benchmarks.models import scratch_recipe
 from benchmarks.peak import peak_bytes
-from philens.errors import InputError
-from philens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.lens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.support.errors import InputError
 
 # Causal attention's products are cut into so many pieces, so that about half of the squares is left out.
 PIECES = 8

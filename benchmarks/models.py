@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from benchmarks.harness import Bench, Unavailable
-from philens.errors import PhilensError
-from philens.hub import load_pretrained
-from philens.model import PHiModel
+from philens.bases.hub import load_pretrained
+from philens.lens.model import PHiModel
+from philens.support.errors import PhilensError
 from philens.training.recipe import Recipe, load_recipe
 from philens.training.run import start_model
 from philens.training.trainer import training_rows
@@ -36,7 +36,7 @@ def write_llama(folder: Path, blocks: int, width: int, vocabulary: int = VOCABUL
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from philens.tokenizer import byte_tokenizer
+    from philens.bases.tokenizer import byte_tokenizer
 
     config = LlamaConfig(
         vocab_size=vocabulary,

@@ -10,9 +10,9 @@ import philens
 from benchmarks.harness import Bench, Comparison, Target, total
 from benchmarks.models import frozen_llama, random_texts, random_words, real_base
 from benchmarks.training import Parts, model_text, shape_text
-from philens.errors import InputError
-from philens.losses import token_surprisal
-from philens.model import PHiModel
+from philens.lens.losses import token_surprisal
+from philens.lens.model import PHiModel
+from philens.support.errors import InputError
 from philens.training.recipe import load_recipe
 from philens.training.run import start_model
 

@@ -6,7 +6,7 @@ import sys
 import tempfile
 
 from benchmarks.harness import Bench, Comparison, Series, Target, Unavailable
-from philens.errors import InputError
+from philens.support.errors import InputError
 
 HELP = "import sys; from philens.cli import main; code = main(['--help'])"
 HELP_SECONDS = 0.5

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import philens
+from philens.reasoning.problems import load_problems
+from philens.reasoning.sampling import Solution, read_solutions
 from philens.scoring.run import load_lens
-from philens.scoring.solve import Solution, read_solutions
-from philens.tasks.problems import Problem, load_problems
+from philens.tasks.problem import Problem
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 STRETCHES = ("before", "in", "after")

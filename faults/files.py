@@ -35,7 +35,7 @@ def damaged(subject: Subject, damages: list[Damage], folder: Path, seconds: floa
 
     What is refused must be so for its damage: without any, it is read, also with checksums made anew.
     """
-    from philens.errors import PhilensError
+    from philens.support.errors import PhilensError
 
     def work(damage: Damage, place: Path) -> str | None:
         copy, mark = place / "copy", place / "executed"
@@ -82,8 +82,8 @@ def same(found: Any, expected: Any) -> bool:
 
 def seal(folder: Path) -> None:
     """Make the checksums of a folder and those below it fit what is there now."""
-    from philens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
-    from philens.files import SUMS_FILE, file_hash, write_sums
+    from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
+    from philens.support.files import SUMS_FILE, file_hash, write_sums
 
     for path in folder.rglob(CONFIG_FILE):
         description = json.loads(path.read_text())

@@ -19,7 +19,7 @@ _LONGEST_SENTENCE = 1200
 
 def sentence(error: BaseException) -> str | None:
     """What is wrong with an exception as an answer to bad input; None if it is one sentence of philens."""
-    from philens.errors import PhilensError
+    from philens.support.errors import PhilensError
 
     text = str(error)
     if not isinstance(error, PhilensError):

@@ -39,8 +39,8 @@ def _solver(root: Path) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from philens.hub import quiet
-    from philens.tokenizer import byte_tokenizer
+    from philens.bases.hub import quiet
+    from philens.bases.tokenizer import byte_tokenizer
 
     tokenizer, folder = byte_tokenizer(), root / "solver"
     torch.manual_seed(0)

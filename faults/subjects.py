@@ -134,7 +134,7 @@ def stopped() -> Subject:
 @cache
 def unsealed() -> Subject:
     """The same, as an older philens left it, without checksums: what is read can't be compared."""
-    from philens.files import SUMS_FILE
+    from philens.support.files import SUMS_FILE
 
     folder = workshop() / "unsealed"
     shutil.copytree(stopped().folder, folder)
@@ -165,8 +165,8 @@ def run_folder() -> Subject:
 @cache
 def base_model() -> Subject:
     """A model of somebody else: no checksums."""
-    from philens.files import SUMS_FILE
-    from philens.hub import load_pretrained
+    from philens.bases.hub import load_pretrained
+    from philens.support.files import SUMS_FILE
 
     folder = workshop() / "base"
     shutil.copytree(run_folder().folder / "model", folder)

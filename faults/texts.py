@@ -90,19 +90,19 @@ def _wordpiece() -> Any:
 
 
 def _bytes() -> Any:
-    from philens.tokenizer import byte_tokenizer
+    from philens.bases.tokenizer import byte_tokenizer
 
     return byte_tokenizer()
 
 
 def _pairs() -> Any:
-    from philens.tokenizer import train_bpe
+    from philens.bases.tokenizer import train_bpe
 
     return train_bpe(texts(OTHERS), 600)
 
 
 def _characters() -> Any:
-    from philens.tokenizer import character_tokenizer
+    from philens.bases.tokenizer import character_tokenizer
 
     return character_tokenizer()
 
@@ -130,8 +130,8 @@ def _rightly_refused(tokenizer: Any, text: str, why: str) -> bool:
 
 def _readable(tokenizer: Any, group: list[str]) -> tuple[list[str], str | None]:
     """The texts that are not refused, and what is wrong if one is refused without a reason."""
-    from philens.errors import InputError
     from philens.scoring.texts import tokenize
+    from philens.support.errors import InputError
 
     good = []
     for text in group:
@@ -147,7 +147,7 @@ def _readable(tokenizer: Any, group: list[str]) -> tuple[list[str], str | None]:
 def _score(lens_of: Callable[[], tuple[Any, Any]], group: list[str], place: Path) -> str | None:
     """Score some texts and look at all that is made of them; lone surrogates and nothing are refused."""
     import philens
-    from philens.errors import PhilensError
+    from philens.support.errors import PhilensError
 
     lens, tokenizer = lens_of()
     good, problem = _readable(tokenizer, group)
@@ -260,7 +260,7 @@ def _browser(folder: Path) -> Outcome:
     if path is None:
         return Outcome(notes=["not tried: there is no Chromium"])
     import philens
-    from philens.report.page import write_scores_page
+    from philens.show.page import write_scores_page
 
     lens, tokenizer = tiny_lens("bytes")
     outcome, found = Outcome(), texts(TEXTS)

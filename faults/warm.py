@@ -9,8 +9,8 @@ import pyarrow.parquet  # noqa: F401
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import philens.cli
-import philens.report.figures
-import philens.scoring.engines
+import philens.findings.figures
+import philens.reasoning.engines
 import philens.scoring.score
 import philens.training.trainer  # noqa: F401
 

@@ -88,8 +88,8 @@ class _Page(HTMLParser):
 
 def wrong_page(path: Path, scores: list[Any]) -> str | None:
     """What is wrong with a page of scored texts."""
-    from philens.output import visible
-    from philens.report.page import write_scores_page
+    from philens.show.page import write_scores_page
+    from philens.support.output import visible
 
     write_scores_page(path, scores)
     page = _Page()
@@ -108,7 +108,7 @@ def wrong_terminal(scores: list[Any]) -> str | None:
     """What a text gets through to a terminal."""
     from rich.console import Console
 
-    from philens.report.tokens import print_coloured, print_rows
+    from philens.show.tokens import print_coloured, print_rows
 
     coloured, rows = io.StringIO(), io.StringIO()
     console = Console(file=coloured, force_terminal=True, color_system="truecolor", width=100)

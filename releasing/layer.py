@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 import philens
-from philens.adapter import save_adapter
+from philens.bases.wheels import SHIPPED
 from philens.findings.texts import cut_texts, score_texts
-from philens.model import PHiModel
+from philens.lens.adapter import save_adapter
+from philens.lens.model import PHiModel
 from philens.scoring.scores import TokenScores
 from philens.tasks.levels import load_levels
 from philens.training.recipe import Recipe, load_recipe
@@ -25,7 +26,6 @@ from philens.training.run import (
     recipe_yaml,
     training_record,
 )
-from philens.wheels import SHIPPED
 from releasing.steps import Failed
 
 # What rounding may do to phi, and how large the layer may be.
@@ -43,7 +43,7 @@ def ship(console: Console, run: Path, name: str) -> None:
     Args:
         console: what was seen goes there.
         run: a run folder, or a checkpoint in one.
-        name: of the base model, in `philens.wheels`.
+        name: of the base model, in `philens.bases.wheels`.
 
     Raises:
         Failed: phi is no longer the same within `MOST`, or the layer is larger than `BYTES`.

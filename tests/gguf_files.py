@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
 
 from conftest import make_llama
-from philens.tokenizer import train_bpe
+from philens.bases.tokenizer import train_bpe
 
 TEXTS = [
     "def area(radius):\n    return 3 * radius ** 2\n",

@@ -1,4 +1,4 @@
-"""Tables of solutions as `philens.scoring.solutions` makes them, with a known truth."""
+"""Tables of solutions as `philens.reasoning.solutions` makes them, with a known truth."""
 
 import numpy as np
 import pandas as pd

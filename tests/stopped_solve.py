@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from philens.errors import PhilensError
-from philens.scoring import engines  # noqa: F401  (imported once)
-from philens.scoring.solve import solve
-from philens.scoring.solve_folder import PART_FILE
-from philens.tasks.problems import Problem, Prompt
+from philens.reasoning import engines  # noqa: F401  (imported once)
+from philens.reasoning.folder import PART_FILE
+from philens.reasoning.sampling import solve
+from philens.support.errors import PhilensError
+from philens.tasks.problem import Problem, Prompt
 
 
 def lines(folder: str) -> int:

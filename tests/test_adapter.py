@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_gpt2, make_llama
 from philens import SHIPPED, PHiConfig, attach, load, load_run
-from philens.adapter import FORMAT, describe_base, fingerprint, fingerprints, save_adapter
-from philens.errors import AdapterError, ConfigError, OutputError
-from philens.tokenizer import character_tokenizer
+from philens.bases.tokenizer import character_tokenizer
+from philens.lens.adapter import FORMAT, describe_base, fingerprint, fingerprints, save_adapter
+from philens.support.errors import AdapterError, ConfigError, OutputError
 
 CONFIG = PHiConfig(layer=1, prior_heads=2, latent_size=40, init="random", kl="official")
 WEIGHTS = "phi_layer.safetensors"

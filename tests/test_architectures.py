@@ -14,7 +14,7 @@ import transformers as hf
 from packaging import version
 
 import philens
-from philens.check import check
+from philens.lens.check import check
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 WRITE = bool(os.environ.get("PHILENS_WRITE_DOCS"))

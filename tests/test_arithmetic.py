@@ -3,10 +3,10 @@ from collections import Counter
 
 import pytest
 
-from philens.errors import ConfigError
+from philens.bases.tokenizer import train_bpe
+from philens.support.errors import ConfigError
 from philens.tasks.arithmetic import LEVELS, is_test, problem_at, problems
 from philens.tasks.sources import TextPart, open_source
-from philens.tokenizer import train_bpe
 
 FACTORS = {"twice": 2, "three times": 3, "four times": 4, "five times": 5}
 FACTOR = "|".join(FACTORS)

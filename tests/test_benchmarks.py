@@ -15,8 +15,8 @@ from benchmarks.training import Parts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from philens.errors import InputError
-from philens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.lens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.support.errors import InputError
 
 CPU = torch.device("cpu")
 REFERENCE = """

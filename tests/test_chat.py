@@ -14,16 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 import philens
 from conftest import make_llama
-from philens.errors import InputError
+from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.reasoning.sampling import prompt_ids
+from philens.reasoning.solutions import measure_replies, render_prompt
 from philens.scoring.score import score
-from philens.scoring.solutions import measure_replies, render_prompt
-from philens.scoring.solve import prompt_ids
 from philens.scoring.texts import render_chat, tokenize
+from philens.support.errors import InputError
 from philens.tasks.automata import TaskConfig
 from philens.tasks.chat import MOMENT, encode_chat, end_marks, plain_chat, render
 from philens.tasks.sources import TextPart
 from philens.tasks.text import TextMixture
-from philens.tokenizer import byte_tokenizer, character_tokenizer
 from test_score import lens_of
 from test_scores import byte_level, unigram
 from test_solutions import LLAMA_3, llama_3

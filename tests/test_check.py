@@ -7,10 +7,10 @@ from packaging import version
 from torch import nn
 
 from conftest import make_gpt2, make_llama
-from philens.check import CheckReport, check
-from philens.errors import InputError
-from philens.layer import PHiConfig
-from philens.model import attach
+from philens.lens.check import CheckReport, check
+from philens.lens.layer import PHiConfig
+from philens.lens.model import attach
+from philens.support.errors import InputError
 
 
 def shaken(base, **options):
@@ -263,7 +263,7 @@ def test_a_layer_that_runs_twice_when_recomputed(lens, monkeypatch):
     """Recomputation around the block and its hooks: the trap that `checkpoint_activations` avoids."""
     from torch.utils.checkpoint import checkpoint
 
-    import philens.model
+    import philens.lens.model
 
     def around(block):
         call = type(block).__call__
@@ -272,7 +272,7 @@ def test_a_layer_that_runs_twice_when_recomputed(lens, monkeypatch):
         )
         return lambda: monkeypatch.setattr(type(block), "__call__", call)
 
-    monkeypatch.setattr(philens.model, "recompute", around)
+    monkeypatch.setattr(philens.lens.model, "recompute", around)
     proofs = {proof.name: proof for proof in lens.check().proofs}
     assert proofs["checkpointing"].result == "no"
     # What runs in the backward pass finds the arguments of the forward pass gone.

@@ -19,13 +19,13 @@ import pytest
 from pyarrow import parquet
 
 from philens import findings
-from philens.errors import InputError, OutputError
 from philens.scoring import corpus as corpus_module
 from philens.scoring import shards
 from philens.scoring.corpus import Corpus, Document
-from philens.scoring.ranks import ALONE, Rank
 from philens.scoring.scores import TokenScores
 from philens.scoring.shards import Progress, chunks, write_shards
+from philens.support.errors import InputError, OutputError
+from philens.support.processes import ALONE, Rank
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from philens.errors import ConfigError, InputError
 from philens.findings import combine_seeds, write_finding
+from philens.findings import reasoning_tables as reasoning
 from philens.findings.correctness import (
     HEADLINE,
     RULES,
@@ -24,8 +24,8 @@ from philens.findings.correctness import (
     selection_rows,
     sweep_correctness,
 )
-from philens.report import reasoning
-from philens.report.reasoning_figures import figure_correctness, figure_points
+from philens.findings.reasoning_figures import figure_correctness, figure_points
+from philens.support.errors import ConfigError, InputError
 from solved import solved
 
 QUICK = {"resamples": 200}

@@ -9,12 +9,12 @@ import pytest
 
 import philens
 from conftest import needs_smollm2
-from philens.adapter import CONFIG_FILE
+from philens.bases.wheels import SHIPPED
 from philens.cli import main
+from philens.lens.adapter import CONFIG_FILE
 from philens.tasks.automata import TASKS
 from philens.training.recipe import load_recipe
 from philens.training.run import read_metrics
-from philens.wheels import SHIPPED
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHILENS_CACHE", str(folder / "cache"))
         patch.setenv("PIP_FIND_LINKS", "")
-        patch.setattr("philens.wheels._installed", lambda wheel: None)
+        patch.setattr("philens.bases.wheels._installed", lambda wheel: None)
         assert main(["demo", "--output", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -34,8 +34,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What it writes of texts."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("philens.demo.demo_tasks", lambda output, documents: {})
-        patch.setattr("philens.report.terminal.tasks_table", lambda results: "")
+        patch.setattr("philens.findings.demo.demo_tasks", lambda output, documents: {})
+        patch.setattr("philens.findings.tables.tasks_table", lambda results: "")
         assert main(["demo", "--output", str(folder)]) == 0
     return folder / "texts"
 

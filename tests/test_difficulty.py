@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from philens.errors import InputError
 from philens.findings import combine_seeds, statistics
+from philens.findings import reasoning_tables as reasoning
 from philens.findings.difficulty import (
     HEADLINE,
     QUANTITIES,
@@ -20,8 +20,8 @@ from philens.findings.difficulty import (
     measure_difficulty,
     sweep_difficulty,
 )
-from philens.report import reasoning
-from philens.report.reasoning_figures import figure_difficulty
+from philens.findings.reasoning_figures import figure_difficulty
+from philens.support.errors import InputError
 from solved import solved
 
 QUICK = {"resamples": 200}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach
-from philens.errors import ConfigError, RecipeError
+from philens.support.errors import ConfigError, RecipeError
 from philens.training.recipe import load_recipe
 
 
@@ -65,7 +65,8 @@ def test_surprisals_beside_it_are_those_of_the_two_models(tokens):
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
 def test_its_gradient_is_that_of_the_definition(make, tokens, monkeypatch):
-    monkeypatch.setattr("philens.losses.COMPARED_AT_ONCE", 128 * 7)  # in several parts, the last one shorter
+    # In several parts, the last one shorter.
+    monkeypatch.setattr("philens.lens.losses.COMPARED_AT_ONCE", 128 * 7)
     lens = make_lens(make()).eval()
     lens(tokens, labels=tokens, returns="states").loss.backward()
     found = {name: p.grad.clone() for name, p in lens.phi.named_parameters() if p.grad is not None}

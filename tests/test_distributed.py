@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import make_llama
-from philens.errors import TrainingError
+from philens.bases.tokenizer import character_tokenizer
+from philens.support.errors import TrainingError
 from philens.tasks.packing import PackedRows
-from philens.tokenizer import character_tokenizer
 from philens.training import trainer as trainer_module
 from philens.training.distributed import StepSampler, is_sharded, passes_each
 from philens.training.recipe import load_recipe

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import philens
-from philens import errors
 from philens.cli import main
+from philens.support import errors
 
 SOURCE = Path(philens.__file__).parent
 DOCS = Path(__file__).parents[1] / "docs"

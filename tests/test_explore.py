@@ -17,15 +17,15 @@ import pytest
 import philens
 from conftest import make_llama, needs_smollm2
 from philens import cli
-from philens.errors import AdapterError, ConfigError, InputError, PhilensError
+from philens.bases.tokenizer import character_tokenizer
 from philens.explore import view
 from philens.explore.examples import LEVELS, examples
 from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_all
 from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
 from philens.explore.view import Look
 from philens.scoring.score import METRICS, score
+from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
 from philens.tasks.automata import TASKS
-from philens.tokenizer import character_tokenizer
 
 A, B = NAMES
 PHI = ["phi", "surprisal"]

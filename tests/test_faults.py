@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from philens.errors import InputError, OutputError, PhilensError, RecipeError, TrainingError
-from philens.files import SUMS_FILE, locked
+from philens.support.errors import InputError, OutputError, PhilensError, RecipeError, TrainingError
+from philens.support.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
 from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
 from philens.training.trainer import train
@@ -109,7 +109,7 @@ def test_two_trainings_into_one_folder(run, tmp_path):
 STRUCK_WORKER = f"""
 import multiprocessing, os, pathlib, resource, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from philens.errors import TrainingError
+from philens.support.errors import TrainingError
 from philens.training.trainer import train
 from tiny import tiny_recipe
 

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from philens.errors import InputError, OutputError
-from philens.files import write_atomically
 from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.figures import figure_tasks
 from philens.findings.tasks import measure_tasks, task_rows
-from philens.report.figures import figure_tasks
 from philens.scoring.documents import TokenTable
+from philens.support.errors import InputError, OutputError
+from philens.support.files import write_atomically
 from philens.tasks.automata import TASKS, Documents
 
 PHI = {name: value for name, value in zip(TASKS, (4.9, 4.0, 4.4, 5.6, 2.6, 3.1), strict=True)}

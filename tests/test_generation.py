@@ -13,13 +13,13 @@ from transformers import (
 from transformers.generation import StoppingCriteriaList
 
 from conftest import make_gpt2, make_llama
-from philens.errors import InputError
-from philens.generation import stream
-from philens.layer import PHiConfig
-from philens.losses import token_surprisal
-from philens.lstm import LSTMConfig
-from philens.model import attach
-from philens.tokenizer import byte_tokenizer, character_tokenizer
+from philens.bases.lstm import LSTMConfig
+from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.lens.generation import stream
+from philens.lens.layer import PHiConfig
+from philens.lens.losses import token_surprisal
+from philens.lens.model import attach
+from philens.support.errors import InputError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 CONFIGS = {

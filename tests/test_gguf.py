@@ -24,12 +24,13 @@ from tokenizers import pre_tokenizers
 
 import philens
 from gguf_files import Q, make_model, write
-from philens import PHiConfig, attach, hub, wheels
-from philens.adapter import describe_base, fingerprints
+from philens import PHiConfig, attach
+from philens.bases import hub, wheels
+from philens.bases.hub import load_pretrained
+from philens.bases.wheels import Wheel
 from philens.cli import main
-from philens.errors import AdapterError, ConfigError
-from philens.hub import load_pretrained
-from philens.wheels import Wheel
+from philens.lens.adapter import describe_base, fingerprints
+from philens.support.errors import AdapterError, ConfigError
 from tiny import as_options
 
 pytestmark = pytest.mark.skipif(
@@ -203,7 +204,7 @@ def test_a_rule_nobody_knows_is_told(made, tmp_path, caplog, pre):
 def test_positions_scaled_as_llama_3_does(tmp_path):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaled = philens.gguf._LLAMA3 | {"rope_theta": 500000.0, "factor": 32.0}
+    scaled = philens.bases.gguf._LLAMA3 | {"rope_theta": 500000.0, "factor": 32.0}
     model, tokenizer = make_model(rope_parameters=scaled)
     plain = 500000.0 ** -(torch.arange(0, 32, 2) / 32)
     factors = (plain / ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")[0]).numpy()

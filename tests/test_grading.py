@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from philens.errors import ConfigError, InputError
-from philens.tasks import grading
-from philens.tasks.grading import (
+from philens.reasoning import grading
+from philens.reasoning.grading import (
     Grade,
     MarkedSolution,
     grade,
@@ -23,7 +22,8 @@ from philens.tasks.grading import (
     read_marked_solutions,
     reference_report,
 )
-from philens.tasks.problems import Problem
+from philens.support.errors import ConfigError, InputError
+from philens.tasks.problem import Problem
 
 settings.register_profile("philens", deadline=None)  # the machine may be busy
 settings.load_profile("philens")
@@ -273,7 +273,7 @@ def test_fork():
     """A forked process asks a worker of its own."""
     assert grade("\\boxed{\\sqrt{8}}", mathematics("2\\sqrt{2}")).correct
     program = (
-        "import os; from philens.tasks.grading import grade; from philens.tasks.problems import Problem\n"
+        "import os\nfrom philens.reasoning.grading import grade\nfrom philens.tasks.problem import Problem\n"
         "def right(k):\n"
         "    problem = Problem('m', '?', '2\\\\sqrt{%d}' % k)\n"
         "    return grade('\\\\boxed{\\\\sqrt{%d}}' % (4 * k), problem).correct\n"

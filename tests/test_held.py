@@ -5,12 +5,18 @@ import torch
 from benchmarks.peak import peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import philens.losses
+import philens.lens.losses
 from conftest import make_llama
 from philens import PHiConfig, attach
-from philens.attention import Documents, document_attention, document_ids, knows_packs, register_documents
-from philens.divergence import contrastive_loss, gaussian_kl
-from philens.layer import PHiLayer
+from philens.lens.attention import (
+    Documents,
+    document_attention,
+    document_ids,
+    knows_packs,
+    register_documents,
+)
+from philens.lens.divergence import contrastive_loss, gaussian_kl
+from philens.lens.layer import PHiLayer
 from philens.training.run import start_model
 from philens.training.trainer import training_rows
 from tiny import tiny_recipe
@@ -145,7 +151,7 @@ def test_no_mask_of_every_pair_of_tokens():
 
 def test_no_logits_of_every_token(monkeypatch):
     lens, batch = trained_on_packs()
-    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", 50 * 128)
+    monkeypatch.setattr(philens.lens.losses, "LOGITS_AT_ONCE", 50 * 128)
     shapes = watched_step(lens, batch).shapes
     assert max(torch.Size(shape).numel() // 128 for shape in shapes if shape[-1:] == (128,)) == 50
     assert batch["input_ids"].numel() > 4 * 50
@@ -275,7 +281,7 @@ def test_stretches_change_nothing(at_once, monkeypatch):
     ).sum(-1)
     literal = torch.distributions.Normal(four[1][None], (0.5 * four[2][None]).exp())
     log_density = literal.log_prob(four[0][:, None]).sum(-1)  # (b, c, T)
-    monkeypatch.setattr("philens.divergence.AT_ONCE_CPU", at_once)
+    monkeypatch.setattr("philens.lens.divergence.AT_ONCE_CPU", at_once)
     torch.testing.assert_close(gaussian_kl(*four), expected)
     own = log_density.logsumexp(0) - log_density.diagonal().T
     torch.testing.assert_close(contrastive_loss(*four[:3]), own)
@@ -288,13 +294,13 @@ def test_cross_entropy_of_a_linear_head(bias, frozen, monkeypatch):
     head = torch.nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(not frozen)
     states = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([3, -100, 0, 10, 5, -100, 5, 1, 2])
-    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", 4 * 11)
+    monkeypatch.setattr(philens.lens.losses, "LOGITS_AT_ONCE", 4 * 11)
 
     def gradients(loss):
         wanted = [states, *(p for p in head.parameters() if p.requires_grad)]
         return loss.detach().double(), *torch.autograd.grad(2 * loss, wanted)
 
-    found = gradients(philens.losses.head_cross_entropy(states, head, targets))
+    found = gradients(philens.lens.losses.head_cross_entropy(states, head, targets))
     expected = gradients(torch.nn.functional.cross_entropy(head(states), targets, reduction="sum"))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # logits are float32

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import philens
 from conftest import make_llama
-from philens.adapter import WEIGHTS_FILE, _hash_of
-from philens.errors import AdapterError, TrainingError
-from philens.files import SUMS_FILE, check_sums, write_sums
-from philens.hub import load_pretrained
+from philens.bases.hub import load_pretrained
+from philens.lens.adapter import WEIGHTS_FILE, _hash_of
+from philens.support.errors import AdapterError, TrainingError
+from philens.support.files import SUMS_FILE, check_sums, write_sums
 from philens.training.run import load_run, read_metrics
 from philens.training.trainer import train
 from tiny import tiny_recipe

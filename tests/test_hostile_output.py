@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 import philens
 from conftest import make_llama
 from philens import cli
-from philens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
-from philens.errors import AdapterError, InputError, OutputError
-from philens.files import SUMS_FILE, file_hash, write_atomically, written_whole
+from philens.bases.tokenizer import byte_tokenizer
+from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
+from philens.reasoning.problems import load_problems
 from philens.scoring.corpus import Corpus
 from philens.scoring.run import load_lens
 from philens.scoring.texts import render_chat
-from philens.tasks.problems import load_problems
-from philens.tokenizer import byte_tokenizer
+from philens.support.errors import AdapterError, InputError, OutputError
+from philens.support.files import SUMS_FILE, file_hash, write_atomically, written_whole
 
 
 def write(path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from philens.errors import PhilensError, RecipeError
+from philens.support.errors import PhilensError, RecipeError
 from philens.training.recipe import load_recipe
 from philens.training.run import build_base, start_model
 from tiny import tiny_recipe, tiny_values

@@ -19,11 +19,11 @@ from faults.written import wrong_page, wrong_scores, wrong_terminal
 
 import philens
 from philens import cli
-from philens.errors import InputError
+from philens.reasoning.problems import read_rows
+from philens.reasoning.ranking import CandidatesFile
 from philens.scoring.corpus import Corpus
-from philens.scoring.rank import CandidatesFile
+from philens.support.errors import InputError
 from philens.tasks.levels import read_levels
-from philens.tasks.problems import read_rows
 from philens.tasks.sources import TextPart, open_source
 
 
@@ -83,7 +83,7 @@ def test_half_a_character_is_refused():
     ],
 )
 def test_the_checks_see_what_they_look_for(monkeypatch, tmp_path, name, problem):
-    from philens.report import page
+    from philens.show import page
 
     lens, tokenizer = tiny_lens("bytes")
     scores = philens.score(lens, tokenizer, ["one & two", "<b>"])

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach, load
-from philens.adapter import describe_base
-from philens.errors import AdapterError, ConfigError, OutputError
-from philens.hub import load_pretrained
-from philens.lstm import LSTMConfig, LSTMForCausalLM
-from philens.tokenizer import character_tokenizer
+from philens.bases.hub import load_pretrained
+from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
+from philens.bases.tokenizer import character_tokenizer
+from philens.lens.adapter import describe_base
+from philens.support.errors import AdapterError, ConfigError, OutputError
 
 IDS = torch.arange(97, 107)[None]
 WEIGHTS = "model.safetensors"

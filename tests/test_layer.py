@@ -11,9 +11,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from philens.divergence import contrastive_loss, gaussian_kl, official_kl
-from philens.errors import ConfigError, InputError, PhilensError
-from philens.layer import PHiConfig, PHiLayer
+from philens.lens.divergence import contrastive_loss, gaussian_kl, official_kl
+from philens.lens.layer import PHiConfig, PHiLayer
+from philens.support.errors import ConfigError, InputError, PhilensError
 
 GOLDEN = Path(__file__).parent / "golden" / "phi_layer_official.safetensors"
 KEYS = {

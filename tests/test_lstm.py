@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from philens.errors import ConfigError, InputError
-from philens.lstm import LSTMBlock, LSTMConfig, LSTMForCausalLM, LSTMModel, LSTMState
+from philens.bases.lstm import LSTMBlock, LSTMConfig, LSTMForCausalLM, LSTMModel, LSTMState
+from philens.support.errors import ConfigError, InputError
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "initializer_range": 0.3}
 ONE = torch.ones(1, 2, dtype=torch.long)

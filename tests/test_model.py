@@ -10,11 +10,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from conftest import make_gpt2, make_llama
-from philens.attention import document_ids
-from philens.errors import ConfigError, InputError, InsertionError
-from philens.layer import PHiConfig
-from philens.model import attach
+from philens.lens.attention import document_ids
+from philens.lens.layer import PHiConfig
+from philens.lens.model import attach
 from philens.scoring.documents import score_documents
+from philens.support.errors import ConfigError, InputError, InsertionError
 from philens.tasks.automata import TaskConfig, concatenate, generate
 
 LENGTHS = [5, 1, 9, 3]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from philens.adapter import load
-from philens.errors import InputError, InsertionError
-from philens.layer import PHiConfig
-from philens.losses import token_surprisal
-from philens.model import attach
+from philens.lens.adapter import load
+from philens.lens.layer import PHiConfig
+from philens.lens.losses import token_surprisal
+from philens.lens.model import attach
+from philens.support.errors import InputError, InsertionError
 
 VOCABULARY = 40
 

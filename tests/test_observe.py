@@ -6,12 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, MambaConfig
 
-import philens.losses
+import philens.lens.losses
 from conftest import make_gpt2, make_llama
-from philens.errors import ConfigError, InputError
-from philens.layer import PHiConfig
-from philens.losses import logits_in_parts, token_surprisal
-from philens.model import attach
+from philens.lens.layer import PHiConfig
+from philens.lens.losses import logits_in_parts, token_surprisal
+from philens.lens.model import attach
+from philens.support.errors import ConfigError, InputError
 
 SMALL = {
     "vocab_size": 128,
@@ -369,7 +369,7 @@ class MadeLogits(TorchDispatchMode):
 
 def in_parts(monkeypatch, lens, tokens, positions, **kwargs):
     """Losses and gradients with few rows of logits at once, and how many the products made."""
-    monkeypatch.setattr(philens.losses, "LOGITS_AT_ONCE", positions * 128)
+    monkeypatch.setattr(philens.lens.losses, "LOGITS_AT_ONCE", positions * 128)
     with MadeLogits(lens.base.get_output_embeddings()) as made:
         found = learn(lens, tokens, returns="states", **kwargs)
     return *found, made.rows
@@ -390,7 +390,7 @@ def test_cross_entropy_in_parts_equals_the_whole(monkeypatch, name, positions, k
     count = tokens.numel()
     assert made[:2] == [len(tokens)] * 2
     assert made[2:] == [min(positions, count - start) for start in range(0, count, positions)]
-    monkeypatch.setattr(philens.losses, "POSITIONS_AT_ONCE", positions)
+    monkeypatch.setattr(philens.lens.losses, "POSITIONS_AT_ONCE", positions)
     logits = lens.eval()(tokens).logits
     output = lens(tokens, returns="states")
     close(torch.cat([part for _, part in logits_in_parts(output, torch.arange(27))]), logits.flatten(0, 1))

@@ -9,13 +9,13 @@ import torch
 import philens
 from conftest import make_llama
 from philens import cli
-from philens.errors import InputError
-from philens.generation import stream
+from philens.bases.tokenizer import character_tokenizer
+from philens.lens.generation import stream
+from philens.reasoning.engines import TransformersEngine
 from philens.scoring.documents import score_documents
-from philens.scoring.engines import TransformersEngine
 from philens.scoring.score import METRICS, iter_scores, score
+from philens.support.errors import InputError
 from philens.tasks.automata import TaskConfig, generate
-from philens.tokenizer import character_tokenizer
 from test_score import OwnModel, lens_of
 
 CHARACTERS = character_tokenizer()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from conftest import make_llama
-from philens.errors import RecipeError
-from philens.tokenizer import byte_tokenizer
+from philens.bases.tokenizer import byte_tokenizer
+from philens.support.errors import RecipeError
 from philens.training import own_text
 from philens.training.own_text import with_own_text
 from philens.training.run import load_run, read_metrics

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from philens.attention import document_ids
-from philens.errors import ConfigError, InputError
+from philens.lens.attention import document_ids
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import TASKS, Documents, TaskConfig, generate
 from philens.tasks.packing import Mixture, PackedRows, SingleRows, TokenDocuments, pack, pad
 from philens.tasks.random_streams import between, derive

@@ -6,20 +6,18 @@ import logging
 import pandas as pd
 import pytest
 
-from philens.errors import ConfigError, InputError
-from philens.tasks.problems import (
+from philens.reasoning.problems import (
     PLAIN_STOP,
     PROMPTS,
-    Problem,
-    Prompt,
     find_prompt,
     last_boxed,
     load_problems,
-    messages,
     parse_levels,
     plain_text,
     read_rows,
 )
+from philens.support.errors import ConfigError, InputError
+from philens.tasks.problem import Problem, Prompt, messages
 
 GSM8K = [
     {

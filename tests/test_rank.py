@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from conftest import make_llama
-from philens.errors import ConfigError, InputError, OutputError
-from philens.report.ranking import ranking_table
-from philens.scoring.rank import CandidatesFile, rank, rank_file
-from philens.scoring.solutions import METRICS, measure_replies
-from philens.tokenizer import byte_tokenizer, character_tokenizer
+from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.reasoning.ranking import CandidatesFile, rank, rank_file
+from philens.reasoning.ranking_table import ranking_table
+from philens.reasoning.solutions import METRICS, measure_replies
+from philens.support.errors import ConfigError, InputError, OutputError
 from test_score import lens_of
 
 CHARACTERS = character_tokenizer()

@@ -13,9 +13,9 @@ import torch
 
 from conftest import make_llama
 from philens import PHiConfig, attach, cli
+from philens.bases.hub import load_pretrained
 from philens.findings import reasoning
 from philens.findings.reasoning import Choices, reproduce_reasoning
-from philens.hub import load_pretrained
 from philens.tasks.arithmetic import problems
 from test_solutions import llama_3
 

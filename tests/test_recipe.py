@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from philens.errors import ConfigError, RecipeError
+from philens.support.errors import ConfigError, RecipeError
+from philens.support.typed import convert, describe, nearest
 from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys
 from philens.training.run import build_base, build_model, recipe_yaml
-from philens.typed import convert, describe, nearest
 from tiny import tiny_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -19,9 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import philens
-from philens.environment import environment
-from philens.errors import ConfigError
-from philens.extras import require
+from philens.commands.environment import environment
+from philens.support.errors import ConfigError
+from philens.support.extras import require
 from philens.training.recipe import load_recipe
 from philens.training.run import read_metrics, recipe_yaml
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
-from philens.errors import InputError, OutputError
-from philens.report import colours, page, tokens
-from philens.report.figures import TASK_STYLES, figure_complexity, figure_tasks, figure_training
-from philens.report.page import PageDocument, write_page, write_scores_page
-from philens.report.terminal import complexity_table, spread_table, tasks_table
+from philens.findings.figures import TASK_STYLES, figure_complexity, figure_tasks, figure_training
+from philens.findings.tables import complexity_table, spread_table, tasks_table
 from philens.scoring.scores import TokenScores
+from philens.show import colours, page, tokens
+from philens.show.page import PageDocument, write_page, write_scores_page
+from philens.support.errors import InputError, OutputError
 from philens.tasks.automata import TASKS
 
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from philens import cli
-from philens.errors import ConfigError, TrainingError
 from philens.findings.reproduce import measure, reproduce
+from philens.support.errors import ConfigError, TrainingError
 from philens.tasks.automata import TASKS
 from philens.training import trainer as trainer_module
 from philens.training.trainer import PHiTrainer

@@ -15,19 +15,20 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import philens
+from philens.bases.tokenizer import byte_tokenizer, train_bpe
 from philens.cli import main
-from philens.errors import InputError
 from philens.findings.classify import fit_classifier
 from philens.findings.controls import untrained
 from philens.findings.places import place_before, score_places, written
 from philens.findings.reproduce import reproduce_results
 from philens.findings.results import GIVEN, PREDICTORS, measure_results
+from philens.findings.results_figures import figure_tokens
+from philens.findings.results_tables import layers_table, tables
 from philens.findings.statistics import auroc, contrast, difference, slope
-from philens.model import PHiModel
-from philens.report.results import layers_table, tables
-from philens.report.results_figures import figure_tokens
+from philens.lens.model import PHiModel
+from philens.reasoning.problems import find_prompt, load_problems
 from philens.scoring.score import score
-from philens.tasks.problems import find_prompt, load_problems
+from philens.support.errors import InputError
 from philens.tasks.results import (
     KINDS,
     SENTENCE_KINDS,
@@ -38,7 +39,6 @@ from philens.tasks.results import (
     mark_answer,
     mark_solutions,
 )
-from philens.tokenizer import byte_tokenizer, train_bpe
 
 SENTENCES = make_sentences(12)
 TEXTS = [text.text for text in SENTENCES]

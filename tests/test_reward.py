@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from conftest import make_llama
-from philens.errors import ConfigError, InputError
-from philens.scoring.reward import PHiReward
-from philens.scoring.solutions import measure_replies
-from philens.tokenizer import byte_tokenizer, character_tokenizer
+from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.reasoning.reward import PHiReward
+from philens.reasoning.solutions import measure_replies
+from philens.support.errors import ConfigError, InputError
 from test_score import Calls, lens_of
 
 CHARACTERS = character_tokenizer()

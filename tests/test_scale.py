@@ -22,10 +22,10 @@ import pytest
 import philens
 from conftest import make_llama
 from philens import cli
-from philens.errors import ConfigError
+from philens.bases.tokenizer import character_tokenizer
 from philens.scoring.corpus import Corpus
-from philens.scoring.ranks import Rank, device, rank
-from philens.tokenizer import character_tokenizer
+from philens.support.errors import ConfigError
+from philens.support.processes import Rank, device, rank
 
 LINES = "".join("x" * length + f"{length}\n" for length in np.random.default_rng(0).integers(0, 60, 350))
 SHARDS = 9

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from conftest import make_gpt2, make_llama
-from philens.errors import InputError
-from philens.layer import PHiConfig
-from philens.lstm import LSTMConfig, LSTMForCausalLM
-from philens.model import attach
-from philens.scoring import baselines
+from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
+from philens.bases.tokenizer import character_tokenizer
+from philens.lens.layer import PHiConfig
+from philens.lens.model import attach
+from philens.scoring import metrics as baselines
 from philens.scoring.score import METRICS, check_metrics, iter_scores, score
 from philens.scoring.texts import render_chat, tokenize
 from philens.scoring.windows import find_windows
-from philens.tokenizer import character_tokenizer
+from philens.support.errors import InputError
 from test_scores import byte_level
 
 TEXTS = ["the cat sat on the mat", "a", "x y", "hello world, hello cat: " * 4, "(1 + 2) * 3 = 9\n"]
@@ -137,8 +137,8 @@ def test_batches_and_order_change_nothing(lens, batch_tokens):
 
 def test_logits_in_parts_change_nothing(small, monkeypatch):
     whole = score(small, CHARACTERS, TEXTS, metrics=METRICS)
-    monkeypatch.setattr("philens.losses.POSITIONS_AT_ONCE", 3)
-    monkeypatch.setattr("philens.losses.LOGITS_READ_AT_ONCE", 700)
+    monkeypatch.setattr("philens.lens.losses.POSITIONS_AT_ONCE", 3)
+    monkeypatch.setattr("philens.lens.losses.LOGITS_READ_AT_ONCE", 700)
     same(score(small, CHARACTERS, TEXTS, metrics=METRICS), whole)
 
 

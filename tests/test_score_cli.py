@@ -17,11 +17,11 @@ import pytest
 import philens
 from conftest import make_gpt2, make_llama
 from philens import cli
-from philens.hub import quiet
+from philens.bases.hub import quiet
+from philens.bases.tokenizer import character_tokenizer
 from philens.scoring.run import load_lens
 from philens.scoring.score import score
 from philens.scoring.scores import TokenScores
-from philens.tokenizer import character_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "<b>Ho</b>"}]
@@ -160,7 +160,7 @@ def test_a_page_of_chats(run: Any) -> None:
 
 
 def test_a_page_of_more_than_fits(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("philens.report.page.MAX_TOKENS", 15)
+    monkeypatch.setattr("philens.show.page.MAX_TOKENS", 15)
     Path("many.txt").write_text("0123456789\n" * 100)
     code, out, _ = run("many.txt", "--by", "line", "--format", "html", "--output", "p.html")
     assert (code, out) == (0, "Wrote p.html: 2 documents with 20 tokens.\n")

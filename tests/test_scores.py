@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from philens.errors import InputError, OutputError
+from philens.bases.tokenizer import character_tokenizer
 from philens.scoring.scores import Span, TokenScores
 from philens.scoring.texts import tokenize
-from philens.tokenizer import character_tokenizer
+from philens.support.errors import InputError, OutputError
 
 LINES = ["the cat sat on the mat", "hello world, hello cat", "naïve café 日本語 tests"]
 

@@ -7,8 +7,8 @@ import torch
 import philens
 from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach
+from philens.bases.tokenizer import character_tokenizer
 from philens.tasks.packing import TokenDocuments
-from philens.tokenizer import character_tokenizer
 from philens.training.evaluation import evaluate_text
 
 SIZE, PLACE = 4e4, 5  # of the planted activation: how large, in which dimension

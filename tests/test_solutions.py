@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_llama
-from philens.errors import ConfigError, InputError
-from philens.scoring.rules import AGGREGATES, Rule
-from philens.scoring.score import score
-from philens.scoring.solutions import (
+from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.reasoning.problems import plain_text
+from philens.reasoning.rules import AGGREGATES, Rule
+from philens.reasoning.sampling import Solution, read_solutions, solve
+from philens.reasoning.solutions import (
     by_insertion_point,
     iter_replies,
     measure,
@@ -21,9 +22,9 @@ from philens.scoring.solutions import (
     reference_solutions,
     render_prompt,
 )
-from philens.scoring.solve import Solution, read_solutions, solve
-from philens.tasks.problems import Problem, Prompt, messages, plain_text
-from philens.tokenizer import byte_tokenizer, character_tokenizer
+from philens.scoring.score import score
+from philens.support.errors import ConfigError, InputError
+from philens.tasks.problem import Problem, Prompt, messages
 from test_score import lens_of
 
 METRICS = ("phi", "surprisal", "entropy")

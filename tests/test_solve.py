@@ -18,15 +18,16 @@ from transformers import LlamaModel
 
 import philens
 from conftest import make_gpt2, make_llama
-from philens.errors import AdapterError, ConfigError, InputError, OutputError
-from philens.lstm import LSTMConfig, LSTMForCausalLM
-from philens.prior import Prior
-from philens.scoring.engines import TransformersEngine
-from philens.scoring.solve import Solution, prompt_ids, read_solutions, solve
+from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
+from philens.bases.tokenizer import byte_tokenizer
+from philens.lens.prior import Prior
+from philens.reasoning.engines import TransformersEngine
+from philens.reasoning.problems import PLAIN_STOP, plain_text
+from philens.reasoning.sampling import Solution, prompt_ids, read_solutions, solve
 from philens.scoring.texts import tokenize
+from philens.support.errors import AdapterError, ConfigError, InputError, OutputError
 from philens.tasks.chat import encode_chat
-from philens.tasks.problems import PLAIN_STOP, Problem, Prompt, messages, plain_text
-from philens.tokenizer import byte_tokenizer
+from philens.tasks.problem import Problem, Prompt, messages
 
 # As Llama 3's: a system's message with the date, contents trimmed.
 LLAMA_TEMPLATE = """\
@@ -199,7 +200,7 @@ def test_greedy_solutions_do_not_depend_on_the_batch(model: str, solved: Any) ->
     assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[2]]
     for one, other in zip(found[0], found[2], strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    base = philens.hub.load_pretrained(model, tokenizer=False)[0]
+    base = philens.bases.hub.load_pretrained(model, tokenizer=False)[0]
     prompt = torch.tensor([prompt_ids(byte_tokenizer(), messages(problems[3], PROMPT))])
     likeliest = base.generate(prompt, max_new_tokens=25, do_sample=False)[0, prompt.shape[1] :].tolist()
     count = next((n for n, token in enumerate(likeliest) if token in ENDS), 25)
@@ -210,7 +211,7 @@ def test_greedy_solutions_do_not_depend_on_the_batch(model: str, solved: Any) ->
 def test_draws_follow_the_model(model: str, solved: Any, temperature: float) -> None:
     """First tokens of many samples against their probabilities, ends among them; chi-squared."""
     found = solved(problems=PROBLEMS[:1], samples=3000, temperature=temperature, max_new_tokens=1)
-    base = philens.hub.load_pretrained(model, tokenizer=False)[0]
+    base = philens.bases.hub.load_pretrained(model, tokenizer=False)[0]
     prompt = torch.tensor([prompt_ids(byte_tokenizer(), messages(PROBLEMS[0], PROMPT))])
     with torch.no_grad():
         chances = (base(prompt).logits[0, -1] / temperature).softmax(-1).double().numpy()

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from philens.errors import InputError
 from philens.findings import statistics
+from philens.support.errors import InputError
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from philens.errors import ConfigError
-from philens.tasks.grading import grade
-from philens.tasks.problems import find_prompt, load_problems, messages
+from philens.reasoning.grading import grade
+from philens.reasoning.problems import find_prompt, load_problems
+from philens.support.errors import ConfigError
+from philens.tasks.problem import messages
 from philens.tasks.sums import LEVELS, SUBJECTS, problems
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from conftest import make_llama
-from philens.adapter import load
+from philens.bases.hub import load_pretrained
+from philens.bases.tokenizer import byte_tokenizer
 from philens.cli import main
-from philens.errors import ConfigError
 from philens.findings.sweep import parse_layers, sweep
-from philens.hub import load_pretrained
-from philens.tokenizer import byte_tokenizer
+from philens.lens.adapter import load
+from philens.support.errors import ConfigError
 from philens.training.run import load_run, read_metrics
 
 

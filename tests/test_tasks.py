@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from philens.errors import ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import (
     TASKS,
     Documents,

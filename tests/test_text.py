@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 import torch
 
-from philens.errors import AdapterError, ConfigError, InputError, PhilensError, RecipeError
+from philens.bases.tokenizer import SPECIAL_TOKENS, byte_tokenizer, character_tokenizer, train_bpe
+from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError, RecipeError
 from philens.tasks.automata import TaskConfig, generate
 from philens.tasks.chat import encode_chat
 from philens.tasks.packing import PackedRows, SingleRows
 from philens.tasks.sources import PROMPT, TextFiles, TextPart, _open_hub, installed_files, open_source
 from philens.tasks.text import HELD_OUT, TextMixture, is_held_out
-from philens.tokenizer import SPECIAL_TOKENS, byte_tokenizer, character_tokenizer, train_bpe
 from philens.training.recipe import Recipe
 from philens.training.run import (
     evaluation_documents,
@@ -570,7 +570,7 @@ def test_stopped_runs_go_on(runs, kind, tmp_path, monkeypatch):
         patch.setattr(PHiTrainer, "compute_loss", interrupted)
         assert train(recipe, tmp_path / "run") is None
     # The tokenizer that was made is read again.
-    monkeypatch.setattr("philens.tokenizer.train_bpe", None)
+    monkeypatch.setattr("philens.bases.tokenizer.train_bpe", None)
     assert train(recipe, tmp_path / "run", resume=True) is not None
     ours, theirs = (
         [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (tmp_path / "run", whole)

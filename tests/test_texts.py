@@ -18,11 +18,12 @@ from scipy import stats
 
 import philens
 from philens import cli
-from philens.errors import ConfigError, InputError
 from philens.findings import statistics
+from philens.findings.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
 from philens.findings.reproduce import reproduce
 from philens.findings.reproduce_texts import reproduce_texts
 from philens.findings.statistics import difference
+from philens.findings.tables import recitation_table, text_pairs_table, text_points_table, texts_table
 from philens.findings.text_tokens import (
     CountedTokens,
     extremes,
@@ -39,9 +40,8 @@ from philens.findings.texts import (
     score_texts,
     text_rows,
 )
-from philens.report.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
-from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
 from philens.scoring.scores import Span, TokenScores
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.levels import (
     LevelText,
     build_shuffled,

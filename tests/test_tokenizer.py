@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from philens.tokenizer import character_tokenizer
+from philens.bases.tokenizer import character_tokenizer
 
 ASCII = "".join(map(chr, range(128)))
 
@@ -64,7 +64,7 @@ def test_skipping_special_tokens_keeps_the_text(tokenizer):
 
 
 def test_loads_beside_an_lstm(tmp_path):
-    from philens.lstm import LSTMConfig, LSTMForCausalLM
+    from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 
     LSTMForCausalLM(LSTMConfig(hidden_size=8, intermediate_size=8)).save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from philens.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
+from philens.support.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
 from philens.training import trainer as trainer_module
 from philens.training.evaluation import evaluate_tasks
 from philens.training.recipe import load_recipe

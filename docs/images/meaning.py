@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 import philens
-from philens.report.colours import LIGHT, Scale, palette
+from philens.show.colours import LIGHT, Scale, palette
 from philens.tasks.automata import generate
 
 PAGE, INK, FAINT, LINE = "#fbfaf6", "#22242a", "#676c76", "#dcd8cd"

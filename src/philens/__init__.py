@@ -31,23 +31,23 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from philens.adapter import load as load
-    from philens.errors import PhilensError as PhilensError
-    from philens.hub import load_pretrained as load_pretrained
-    from philens.layer import PHiConfig as PHiConfig
-    from philens.layer import PHiLayer as PHiLayer
-    from philens.lstm import LSTMConfig as LSTMConfig
-    from philens.lstm import LSTMForCausalLM as LSTMForCausalLM
-    from philens.model import PHiModel as PHiModel
-    from philens.model import attach as attach
+    from philens.bases.hub import load_pretrained as load_pretrained
+    from philens.bases.lstm import LSTMConfig as LSTMConfig
+    from philens.bases.lstm import LSTMForCausalLM as LSTMForCausalLM
+    from philens.bases.tokenizer import character_tokenizer as character_tokenizer
+    from philens.lens.adapter import load as load
+    from philens.lens.layer import PHiConfig as PHiConfig
+    from philens.lens.layer import PHiLayer as PHiLayer
+    from philens.lens.model import PHiModel as PHiModel
+    from philens.lens.model import attach as attach
+    from philens.reasoning.ranking import rank as rank
+    from philens.reasoning.reward import PHiReward as PHiReward
     from philens.scoring.documents import score_documents as score_documents
-    from philens.scoring.rank import rank as rank
-    from philens.scoring.reward import PHiReward as PHiReward
     from philens.scoring.run import load_lens as load_lens
     from philens.scoring.score import iter_scores as iter_scores
     from philens.scoring.score import score as score
     from philens.scoring.scores import TokenScores as TokenScores
-    from philens.tokenizer import character_tokenizer as character_tokenizer
+    from philens.support.errors import PhilensError as PhilensError
     from philens.training.run import SHIPPED as SHIPPED
     from philens.training.run import load_run as load_run
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import philens
 from philens.commands import COMMANDS, Command
 from philens.commands.show import tell
-from philens.errors import ConfigError, PhilensError
-from philens.output import printable
-from philens.typed import convert, nearest
+from philens.support.errors import ConfigError, PhilensError
+from philens.support.output import printable
+from philens.support.typed import convert, nearest
 
 
 def split_keys(command: Callable[..., Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from philens.commands.show import console, say, tell
-from philens.errors import AdapterError, ConfigError
-from philens.output import utf8_output
-from philens.typed import shown
+from philens.support.errors import AdapterError, ConfigError
+from philens.support.output import utf8_output
+from philens.support.typed import shown
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
@@ -22,9 +22,9 @@ def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
         output: folder for results, figures and pages.
         documents: documents measured of each formal task.
     """
-    from philens.demo import MODEL, demo_tasks, demo_texts
-    from philens.hub import fetch_named
-    from philens.report.terminal import tasks_table, text_pairs_table, texts_table
+    from philens.bases.hub import fetch_named
+    from philens.findings.demo import MODEL, demo_tasks, demo_texts
+    from philens.findings.tables import tasks_table, text_pairs_table, texts_table
 
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
@@ -61,7 +61,7 @@ def train(
 
         utf8_output().write(recipe_yaml(resolved))
         return 0
-    from philens.scoring.ranks import rank
+    from philens.support.processes import rank
     from philens.training.trainer import train
 
     if output is None and (resolved.name in ("", "..") or set("/\\\0") & set(resolved.name)):
@@ -141,8 +141,8 @@ def score(
         temperature: of drawing.
     """
     from philens.scoring.corpus import Corpus
-    from philens.scoring.ranks import rank
     from philens.scoring.run import load_lens, score_corpus
+    from philens.support.processes import rank
 
     process = rank()
     source = (model, adapter, revision, dtype, trust_remote_code)
@@ -198,8 +198,8 @@ def _generate(
     loaded: Any, prompt: str, max_new_tokens: int, sample: bool, temperature: float, overflow: str
 ) -> None:
     """Show a text as a model writes it."""
-    from philens.generation import stream
-    from philens.report.tokens import LiveTokens
+    from philens.lens.generation import stream
+    from philens.show.tokens import LiveTokens
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "overflow": overflow}
     if sample:
@@ -255,7 +255,7 @@ def sweep(
         output: folder of the run, the adapters and results; by default runs/sweep.
     """
     from philens.findings.sweep import parse_layers, sweep
-    from philens.report.terminal import sweep_table
+    from philens.findings.tables import sweep_table
 
     folder = output or Path("runs") / "sweep"
     results = sweep(model, parse_layers(layers or ""), folder, recipe, keys)
@@ -269,7 +269,7 @@ def sweep(
 
 def env() -> None:
     """Print versions, extras and devices, for a bug report; no paths and no names."""
-    from philens.environment import environment
+    from philens.commands.environment import environment
 
     for section, rows in environment().items():
         say(f"{section}:")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from philens.commands.show import console, say
-from philens.errors import ConfigError
+from philens.support.errors import ConfigError
 
 
 def solve(
@@ -58,8 +58,8 @@ def solve(
     """
     if problems is None:
         raise ConfigError("No problems were named; give --problems.")
-    from philens.scoring.solve import solve
-    from philens.tasks.problems import find_prompt, load_problems, parse_levels
+    from philens.reasoning.problems import find_prompt, load_problems, parse_levels
+    from philens.reasoning.sampling import solve
 
     only = parse_levels(levels)
     chosen = load_problems(problems, split, limit, seed, only)
@@ -96,9 +96,9 @@ def grade(
         split: of the problems.
         limit: how many of them.
     """
-    from philens.report import grading
-    from philens.tasks.grading import marks_report, read_marked_solutions, reference_report
-    from philens.tasks.problems import load_problems
+    from philens.reasoning import grading_table as grading
+    from philens.reasoning.grading import marks_report, read_marked_solutions, reference_report
+    from philens.reasoning.problems import load_problems
 
     chosen = load_problems(problems, split, limit)
     if solutions is None:
@@ -140,7 +140,7 @@ def rank(
         dtype: of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
-    from philens.scoring.rank import rank_file
+    from philens.reasoning.ranking import rank_file
     from philens.scoring.run import load_lens
 
     source = (model, adapter, revision, dtype, trust_remote_code)

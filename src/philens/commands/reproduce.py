@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from philens.commands.show import console, say
-from philens.errors import ConfigError
+from philens.support.errors import ConfigError
 
 
 def reproduce_tasks(
@@ -62,8 +62,8 @@ def _reproduce_formal(
     finding: str, scale: str, architecture: str, output: Path | None, model: Path | None, *options: Any
 ) -> None:
     """Reproduce a finding on formal languages and show what was found."""
+    from philens.findings import tables as terminal
     from philens.findings.reproduce import reproduce
-    from philens.report import terminal
 
     folder = output or Path("runs") / f"reproduce-{scale}-{architecture}"
     results = reproduce(finding, scale, folder, architecture, model, *options)
@@ -107,7 +107,7 @@ def reproduce_texts(
         window: tokens read at once; by default the rows' length of the run.
     """
     from philens.findings.reproduce_texts import reproduce_texts
-    from philens.report.terminal import recitation_table, text_pairs_table, text_points_table, texts_table
+    from philens.findings.tables import recitation_table, text_pairs_table, text_points_table, texts_table
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
@@ -155,7 +155,7 @@ def reproduce_results(
     if "" in adapters:
         raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
     from philens.findings.reproduce import reproduce_results
-    from philens.report.results import tables
+    from philens.findings.results_tables import tables
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
     measured = (sentences, problems, split, limit, kl, seed, quick)
@@ -210,7 +210,7 @@ def reproduce_difficulty(
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
-    from philens.tasks.problems import parse_levels
+    from philens.reasoning.problems import parse_levels
 
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
     chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
@@ -280,7 +280,7 @@ def reproduce_correctness(
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
-    from philens.tasks.problems import parse_levels
+    from philens.reasoning.problems import parse_levels
 
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
     chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
@@ -304,9 +304,9 @@ def _reproduce_reasoning(
     finding: Any, scale: str | None, output: Path | None, seeds: int, layers: str | None, **choices: Any
 ) -> None:
     """Reproduce a finding on reasoning and show what was found."""
+    from philens.findings import reasoning_tables as reasoning
     from philens.findings.reasoning import Choices, reproduce_reasoning
     from philens.findings.sweep import parse_layers
-    from philens.report import reasoning
 
     points = None if layers is None else parse_layers(layers)
     name = (scale or "small") if choices["model"] is None else Path(choices["model"]).name

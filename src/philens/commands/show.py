@@ -4,7 +4,7 @@ import contextlib
 import sys
 from typing import Any
 
-from philens.output import printable
+from philens.support.output import printable
 
 
 def console() -> Any:

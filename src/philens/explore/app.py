@@ -13,7 +13,7 @@ from philens.explore.examples import Example, examples
 from philens.explore.models import FORMAL, TEXT, Explored
 from philens.explore.session import NAMES, Sessions, Update
 from philens.explore.view import PALETTES, RANGES, Look
-from philens.report.colours import plain_label
+from philens.show.colours import plain_label
 
 _HEAD = """<div class="ph-head"><h1>Where does the model think?</h1>
 <p>Each token is coloured by <b>phi</b>, the information in nats that its hidden state adds to what the

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from philens.demo import EXPLANATIONS
+from philens.findings.demo import EXPLANATIONS
 from philens.tasks.automata import TASKS, generate
 from philens.tasks.levels import LevelText, in_order, role, with_built
 from philens.training.recipe import load_recipe

@@ -13,16 +13,16 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 import philens
-from philens import hub
-from philens.adapter import load
-from philens.errors import AdapterError, ConfigError, InputError, InsertionError
-from philens.insertion import find_blocks
-from philens.model import PHiModel
+from philens.bases import hub
+from philens.lens.adapter import load
+from philens.lens.insertion import find_blocks
+from philens.lens.model import PHiModel
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import METRICS, score
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import tokenize_all
 from philens.scoring.windows import context_length, find_windows
+from philens.support.errors import AdapterError, ConfigError, InputError, InsertionError
 from philens.training.recipe import load_recipe
 from philens.training.run import RECIPE_FILE
 

@@ -8,10 +8,10 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from philens.errors import ConfigError, PhilensError
 from philens.explore.session import EXPORTS, Sessions
 from philens.explore.view import style
-from philens.extras import require
+from philens.support.errors import ConfigError, PhilensError
+from philens.support.extras import require
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from philens.errors import InputError, PhilensError
 from philens.explore import view
 from philens.explore.models import Explored, Job, Stopped
 from philens.explore.view import Look
-from philens.report.page import write_scores_page
 from philens.scoring.scores import TokenScores
+from philens.show.page import write_scores_page
+from philens.support.errors import InputError, PhilensError
 
 logger = logging.getLogger(__name__)
 

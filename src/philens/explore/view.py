@@ -12,9 +12,9 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import ArrayLike
 
-from philens.errors import InputError
-from philens.report.colours import DARK, LIGHT, Scale, plain_label
-from philens.report.page import (
+from philens.scoring.scores import TokenScores, unit
+from philens.show.colours import DARK, LIGHT, Scale, plain_label
+from philens.show.page import (
     PageDocument,
     clean,
     colour_class,
@@ -25,7 +25,7 @@ from philens.report.page import (
     means_table,
     shown_piece,
 )
-from philens.scoring.scores import TokenScores, unit
+from philens.support.errors import InputError
 
 RANGES = {"shared by texts": "shared", "each text's own": "own", "from … to …": "fixed"}
 PALETTES = {"colour": (LIGHT, DARK), "grey": (("#ffffff", "#111111"), ("#1c1c21", "#ffffff"))}

@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from philens.errors import InputError, OutputError
-from philens.files import write_atomically
+from philens.support.errors import InputError, OutputError
+from philens.support.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from philens.model import PHiModel
+    from philens.lens.model import PHiModel
 
 __all__ = ["combine_seeds", "use_formula", "write_finding"]
 

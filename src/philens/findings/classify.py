@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from philens.errors import InputError
+from philens.support.errors import InputError
 
 Floats = NDArray[np.float64]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.tasks import INTERESTING
+from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
 
 if TYPE_CHECKING:

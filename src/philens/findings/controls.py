@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from philens.model import PHiModel
+    from philens.lens.model import PHiModel
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def untrained(lens: "PHiModel", seed: int = 0) -> "Iterator[PHiModel]":
     Args:
         seed: of the weights; nothing else that is random is touched.
     """
-    from philens.layer import PHiLayer
+    from philens.lens.layer import PHiLayer
 
     trained = lens.phi
     with torch.random.fork_rng():

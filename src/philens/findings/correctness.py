@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
@@ -38,7 +37,8 @@ from philens.findings.solutions import (
     usable,
 )
 from philens.findings.statistics import Estimate
-from philens.scoring.rules import Rule
+from philens.reasoning.rules import Rule
+from philens.support.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ def measure_correctness(
     difficulty. `accuracy`: share of right solutions.
 
     Args:
-        table: one row per solution, of `philens.scoring.solutions`.
+        table: one row per solution, of `philens.reasoning.solutions`.
         rules: `highest_COLUMN` or `lowest_COLUMN`; None means `RULES` and the highest of each control.
         by: column of the difficulty, `level` or `steps`.
         resamples: of the bootstrap over problems.

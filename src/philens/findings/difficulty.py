@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
@@ -27,6 +26,7 @@ from philens.findings.solutions import (
     usable,
 )
 from philens.findings.statistics import Estimate
+from philens.support.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ def measure_difficulty(
     that its interval lies on. `holds`: phi grows with difficulty (`spearman`), with its interval.
 
     Args:
-        table: one row per solution, of `philens.scoring.solutions`.
+        table: one row per solution, of `philens.reasoning.solutions`.
         by: column of the difficulty, `level` or `steps`.
         resamples: of the bootstrap over problems.
         seed: of the bootstrap.

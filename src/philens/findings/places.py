@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings.controls import untrained
-from philens.scoring.solutions import after_prompt, joining
+from philens.reasoning.solutions import after_prompt, joining
+from philens.support.errors import InputError
 from philens.tasks.results import KINDS, MarkedText, Question, mark_answer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from philens.model import PHiModel
+    from philens.lens.model import PHiModel
     from philens.scoring.scores import TokenScores
 
 # About the prediction of a token: taken of the place's own and, as NAME_next, of the next, the number's
@@ -85,7 +85,7 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
 
 def _cache(lens: "PHiModel") -> Any:
     """An empty cache; None for a base without the usual kind, which reads everything again."""
-    from philens.generation import new_cache
+    from philens.lens.generation import new_cache
 
     try:
         return new_cache(lens.base)
@@ -119,8 +119,8 @@ def score_places(
     """
     import pandas as pd
 
-    from philens.progress import shown
     from philens.scoring.score import iter_scores
+    from philens.support.progress import shown
 
     contents, starts = [], []
     for text in texts:
@@ -160,7 +160,7 @@ def score_places(
 
 def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:
     """All that this lens has, or those of them that cost little."""
-    from philens.scoring.baselines import LogitLens
+    from philens.scoring.metrics import LogitLens
     from philens.scoring.score import METRICS
 
     left_out = set() if with_base else set(_OF_BASE)

@@ -15,28 +15,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from philens.errors import ConfigError
-from philens.files import write_atomically
+from philens.bases.wheels import WHEELS
 from philens.findings import combine_seeds, use_formula, write_finding
 from philens.findings.controls import untrained
 from philens.findings.correctness import measure_correctness, sweep_correctness
 from philens.findings.difficulty import measure_difficulty, sweep_difficulty
 from philens.findings.sweep import RUN_FOLDER, sweep
+from philens.reasoning.problems import find_prompt, load_problems
+from philens.reasoning.sampling import read_solutions, solve
+from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
 from philens.scoring.run import load_lens
 from philens.scoring.score import provenance
-from philens.scoring.solutions import METRICS, by_insertion_point, measure, reference_solutions
-from philens.scoring.solve import read_solutions, solve
-from philens.tasks.problems import find_prompt, load_problems
+from philens.support.errors import ConfigError
+from philens.support.files import write_atomically
 from philens.training.recipe import load_recipe
 from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER
-from philens.wheels import WHEELS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from philens.model import PHiModel
-    from philens.scoring.solve import Solution
-    from philens.tasks.problems import Problem, Prompt
+    from philens.lens.model import PHiModel
+    from philens.reasoning.sampling import Solution
+    from philens.tasks.problem import Problem, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Choices:
             layers.
         layers: insertion points of the layers to be trained.
         recipe: they are trained by; `overrides` are keys of it to replace.
-        problems: `philens.tasks.problems.load_problems` says which there are.
+        problems: `philens.reasoning.problems.load_problems` says which there are.
         split: of the problems.
         limit: how many of them; None takes the scale's number of its own, and all of others.
         levels: of the problems, and of solved ones in the prompt; None takes all.
@@ -175,7 +175,7 @@ def write_reasoning(
     finding: Finding, folder: Path, seeds: Sequence[dict[str, Any]], run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the results of each seed with tables and figures; returns them as one."""
-    from philens.report import reasoning as report
+    from philens.findings import reasoning_tables as report
 
     results: dict[str, Any] = {"seeds": list(seeds)}
     if len(seeds) > 1:

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from philens.adapter import load
-from philens.errors import ConfigError, InputError
 from philens.findings import combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
-from philens.model import PHiModel
+from philens.lens.adapter import load
+from philens.lens.model import PHiModel
+from philens.reasoning.problems import find_prompt, load_problems
 from philens.scoring.documents import TokenTable, score_documents
 from philens.scoring.run import load_lens
 from philens.scoring.score import score
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import TASKS, concatenate, generate
-from philens.tasks.problems import find_prompt, load_problems
 from philens.tasks.results import (
     SENTENCE_KINDS,
     WORKED_EXAMPLE,
@@ -76,7 +76,7 @@ def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[s
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.report.figures import figure_complexity, figure_tasks
+    from philens.findings.figures import figure_complexity, figure_tasks
 
     if finding == "tasks":
         tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
@@ -266,8 +266,8 @@ def _write_results(
     """Tables of all layers, a figure of each, examples as a page and the first as a picture."""
     import pandas as pd
 
-    from philens.report.page import write_scores_page
-    from philens.report.results_figures import figure_results, figure_tokens
+    from philens.findings.results_figures import figure_results, figure_tokens
+    from philens.show.page import write_scores_page
 
     figures = {"worked_sum": figure_tokens(examples[0])}
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), 1):

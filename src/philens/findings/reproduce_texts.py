@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from philens.adapter import load
-from philens.errors import ConfigError
 from philens.findings import write_finding
 from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
@@ -22,12 +20,14 @@ from philens.findings.texts import (
     text_rows,
     token_rows,
 )
-from philens.insertion import text_config
-from philens.model import PHiModel
-from philens.progress import shown
+from philens.lens.adapter import load
+from philens.lens.insertion import text_config
+from philens.lens.model import PHiModel
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores
+from philens.support.errors import ConfigError
+from philens.support.progress import shown
 from philens.tasks.levels import LevelText, load_levels, without_users
 from philens.training.recipe import load_recipe
 from philens.training.run import RECIPE_FILE, versions
@@ -139,8 +139,8 @@ def write_texts(
     scored: Sequence[tuple[LevelText, TokenScores]],
 ) -> None:
     """Write results with their tables, figures and page."""
-    from philens.report.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
-    from philens.report.text_page import write_text_page
+    from philens.findings.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
+    from philens.findings.text_page import write_text_page
 
     tables = {
         "texts": text_rows(results),

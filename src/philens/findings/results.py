@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.classify import fit_classifier
+from philens.support.errors import InputError
 from philens.tasks.results import KINDS
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What findings on solutions of problems share: the solutions, covariates, claims, insertion points.
 
-They read the table of `philens.scoring.solutions.measure`, one row per solution. A metric of a solution is
+They read the table of `philens.reasoning.solutions.measure`, one row per solution. A metric of a solution is
 taken over the tokens of the reply alone: its mean, sum, maximum, and mean over the last fifth.
 """
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.statistics import Estimate
+from philens.support.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ def usable(table: "pd.DataFrame", columns: Sequence[str] = ()) -> Solutions:
     missing = [name for name in ("problem_id", *metrics, *columns) if name not in table]
     if missing:
         raise InputError(
-            f"The table of solutions has no {', '.join(missing)}; make it with philens.scoring.solutions."
+            f"The table of solutions has no {', '.join(missing)}; make it with philens.reasoning.solutions."
         )
     if "correct" in columns and np.any(pd.isna(table["correct"])):
         raise InputError("Some solutions are not marked right or wrong; grade them first.")

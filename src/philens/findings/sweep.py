@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from philens.adapter import save_adapter
-from philens.errors import ConfigError
 from philens.findings import write_finding
-from philens.model import PHiModel, attach
+from philens.lens.adapter import save_adapter
+from philens.lens.model import PHiModel, attach
+from philens.support.errors import ConfigError
+from philens.support.typed import numbers
 from philens.training.recipe import load_recipe
 from philens.training.run import read_metrics, versions
-from philens.typed import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def sweep(
     Raises:
         PhilensError: as `philens.training.trainer.train`.
     """
-    from philens.report.figures import figure_sweep
+    from philens.findings.figures import figure_sweep
     from philens.training.trainer import train
 
     points = {"phi.layers": list(layers), "phi.mode": "observe", "phi.pressure": "next_token"}

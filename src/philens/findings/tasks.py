@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from philens.errors import InputError
 from philens.findings import statistics
+from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.findings import statistics
 from philens.findings.text_tokens import (
     CountedTokens,
@@ -27,10 +26,11 @@ from philens.findings.text_tokens import (
     measure_recitation,
     phi_by_surprisal,
 )
+from philens.support.errors import InputError
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
 
 if TYPE_CHECKING:
-    from philens.model import PHiModel
+    from philens.lens.model import PHiModel
     from philens.scoring.scores import TokenScores
 
 # Of Llama 3.2 3B Instruct in the paper: phi by its formula, and surprisal; for reference only.

@@ -15,8 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from philens.errors import InputError
-from philens.hub import reason
+from philens.bases.hub import reason
+from philens.support.errors import InputError
+from philens.support.typed import listed
 from philens.tasks.chat import check_chat, is_message
 from philens.tasks.tables import (
     MAX_RECORD_BYTES,
@@ -27,7 +28,6 @@ from philens.tasks.tables import (
     kind_of,
     unpacked,
 )
-from philens.typed import listed
 
 # A longer text becomes several documents, cut at line ends where there are any.
 MAX_CHARACTERS = 1 << 20
@@ -232,7 +232,7 @@ class Corpus:
     def _read_hub(self, name: str) -> Iterator[Document]:
         from datasets import load_dataset
 
-        from philens.hub import quiet
+        from philens.bases.hub import quiet
 
         repository, _, config = name.removeprefix(_HUB).partition(":")
         try:

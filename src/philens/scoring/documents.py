@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from philens.errors import InputError
-from philens.model import PHiModel
-from philens.scoring.baselines import predictions
+from philens.lens.model import PHiModel
+from philens.scoring.metrics import predictions
 from philens.scoring.overflow import Overflow, check_overflow, overflow_error
+from philens.support.errors import InputError
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from philens.errors import InputError, InsertionError
-from philens.insertion import find_blocks
-from philens.model import PHiModel
+from philens.lens.insertion import find_blocks
+from philens.lens.model import PHiModel
+from philens.support.errors import InputError, InsertionError
 
 Overflow = Literal["error", "nan"]
 """What becomes of such values: an error, or NaN where they are."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from philens.errors import ConfigError, InputError, OutputError, PhilensError
-from philens.extras import require
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.shards import Done, Job, Shard, Writer
+from philens.support.errors import ConfigError, InputError, OutputError, PhilensError
+from philens.support.extras import require
 
 # A shard on which so many workers died would kill any number of them.
 _RETRIES = 4

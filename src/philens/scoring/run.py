@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from philens.errors import AdapterError, ConfigError, InputError
-from philens.files import same_file
-from philens.output import utf8_output
 from philens.scoring.corpus import Corpus, Document
-from philens.scoring.ranks import ALONE, Rank, device
 from philens.scoring.shards import Done, Schedule, chunks, json_line, write_shards
+from philens.support.errors import AdapterError, ConfigError, InputError
+from philens.support.files import same_file
+from philens.support.output import utf8_output
+from philens.support.processes import ALONE, Rank, device
 
 if TYPE_CHECKING:
-    from philens.model import PHiModel
+    from philens.lens.model import PHiModel
     from philens.scoring.overflow import Overflow
     from philens.scoring.scores import TokenScores
 
@@ -53,12 +53,12 @@ def load_lens(
         AdapterError: model or adapter are missing, damaged or do not belong together.
         ConfigError: there is no adapter.
     """
-    from philens.adapter import load
-    from philens.files import not_finite
-    from philens.hub import is_folder, load_pretrained
+    from philens.bases.hub import is_folder, load_pretrained
+    from philens.bases.wheels import WHEELS
+    from philens.lens.adapter import load
+    from philens.support.files import not_finite
     from philens.training.recipe import load_recipe
     from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
-    from philens.wheels import WHEELS
 
     folder, base = Path(model), model
     named = model in WHEELS and not is_folder(model)
@@ -90,7 +90,7 @@ _ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
 def adapters_in(folder: str | Path, checkpoints: bool = False) -> list[str]:
     """The adapters of a run folder or a sweep, in order: those of checkpoints if asked for, by their steps,
     `adapter`, then `layer-N` by number. None where it is an adapter itself, or no folder."""
-    from philens.adapter import CONFIG_FILE
+    from philens.lens.adapter import CONFIG_FILE
     from philens.training.run import ADAPTER_FOLDER, find_checkpoints
 
     folder = Path(folder)
@@ -276,8 +276,8 @@ def _show(scored: "Iterator[tuple[Document, TokenScores]]", form: str, output: P
     """Everything but shards."""
     from rich.console import Console
 
-    from philens.report import tokens
-    from philens.report.page import MAX_DOCUMENTS, MAX_TOKENS, write_scores_page
+    from philens.show import tokens
+    from philens.show.page import MAX_DOCUMENTS, MAX_TOKENS, write_scores_page
 
     if form == "jsonl":
         file = utf8_output()

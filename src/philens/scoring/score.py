@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import philens
-from philens.adapter import fingerprint
-from philens.errors import InputError
-from philens.insertion import recorded_forms, text_config
-from philens.model import PHiModel
-from philens.scoring.baselines import LogitLens, divergence, predictions, settling_depth, steps
+from philens.lens.adapter import fingerprint
+from philens.lens.insertion import recorded_forms, text_config
+from philens.lens.model import PHiModel
+from philens.scoring.metrics import LogitLens, divergence, predictions, settling_depth, steps
 from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
-from philens.typed import nearest
+from philens.support.errors import InputError
+from philens.support.typed import nearest
 
 # In the order in which the columns come.
 METRICS = (

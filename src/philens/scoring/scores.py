@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
-from philens.files import write_atomically
-from philens.typed import nearest
+from philens.support.errors import InputError
+from philens.support.files import write_atomically
+from philens.support.typed import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -270,7 +270,7 @@ class TokenScores:
             InputError: an unknown metric.
             OutputError: the file cannot be written.
         """
-        from philens.report.page import write_scores_page
+        from philens.show.page import write_scores_page
 
         return write_scores_page(path, [self], self._chosen(metrics))
 
@@ -285,8 +285,8 @@ class TokenScores:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        from philens.output import visible
-        from philens.report.colours import plain_label
+        from philens.show.colours import plain_label
+        from philens.support.output import visible
 
         chosen = self._chosen(metrics)
         few = len(self) <= _TOKENS_NAMED

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from philens.errors import InputError, OutputError
-from philens.files import locked, write_atomically
 from philens.scoring.corpus import Document
-from philens.scoring.ranks import ALONE, Rank
+from philens.support.errors import InputError, OutputError
+from philens.support.files import locked, write_atomically
+from philens.support.processes import ALONE, Rank
 from philens.tasks.chat import content_text
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
 from philens.scoring.scores import Span
+from philens.support.errors import InputError
 from philens.tasks.chat import mark_places, message_region, plain_chat, render, special_tokens
 
 Text = str | Sequence[Mapping[str, Any]]

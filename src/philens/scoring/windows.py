@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from philens.errors import InputError
-from philens.insertion import text_config
+from philens.lens.insertion import text_config
+from philens.support.errors import InputError
 
 
 @dataclass(frozen=True)

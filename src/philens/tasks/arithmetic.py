@@ -16,8 +16,8 @@ from itertools import count as integers
 from random import Random
 from typing import Literal
 
-from philens.errors import ConfigError
-from philens.tasks.problems import Problem
+from philens.support.errors import ConfigError
+from philens.tasks.problem import Problem
 
 Split = Literal["train", "test"]
 

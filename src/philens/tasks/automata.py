@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
-from philens.errors import ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.random_streams import Keys, below, between, derive, uniform
 
 TASKS = (

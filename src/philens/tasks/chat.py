@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import InputError
-from philens.hub import reason
+from philens.bases.hub import reason
+from philens.support.errors import InputError
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.bool_]]
 Messages = list[dict[str, Any]]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from philens.errors import InputError
-from philens.hub import reason
+from philens.bases.hub import reason
+from philens.support.errors import InputError
 from philens.tasks.licences import find_licences
 from philens.tasks.sources import SHIPPED_TEXTS, TEXTS
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from philens.errors import ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import Documents, TaskConfig, generate, task_index
 from philens.tasks.random_streams import derive, uniform
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from philens.tasks.arithmetic import NAMES, THINGS
-from philens.tasks.problems import Messages, Problem, Prompt, messages
+from philens.tasks.problem import Messages, Problem, Prompt, messages
 
 Role = Literal["worked", "other", "variant", "problem", "written"]
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from philens.errors import ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
+from philens.support.files import PACKAGE
+from philens.support.typed import listed
 from philens.tasks.arithmetic import LEVELS, problem_at
 from philens.tasks.automata import TaskConfig, generate
 from philens.tasks.chat import check_chat, is_message
 from philens.tasks.tables import PACKED, Kind, kind_of
-from philens.typed import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -168,7 +169,7 @@ class First:
 
 PROMPT = "Write strings of a formal language."
 # To be measured, so never read in training.
-SHIPPED_TEXTS = Path(__file__).resolve().parents[1] / "shipped" / "texts"
+SHIPPED_TEXTS = PACKAGE / "shipped" / "texts"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from itertools import count as integers
 from itertools import pairwise
 from random import Random
 
-from philens.errors import ConfigError
+from philens.support.errors import ConfigError
 from philens.tasks.arithmetic import NAMES, THINGS
-from philens.tasks.problems import Problem
+from philens.tasks.problem import Problem
 
 SPLITS = ("train", "test")
 # Of each level how many numbers are added, and the largest sum.

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, cast
 
-from philens.errors import InputError
-from philens.hub import reason
+from philens.bases.hub import reason
+from philens.support.errors import InputError
 
 Kind = Literal["text", "json", "jsonl", "csv", "tsv", "parquet"]
 # A longer line or record is none.

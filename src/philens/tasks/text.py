@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.errors import ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import TaskConfig
 from philens.tasks.chat import content_text, encode_chat, encode_text
 from philens.tasks.packing import TokenDocuments

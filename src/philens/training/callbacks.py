@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from philens.errors import TrainingError
-from philens.extras import require
-from philens.files import write_atomically
-from philens.model import PHiModel
+from philens.lens.model import PHiModel
+from philens.support.errors import TrainingError
+from philens.support.extras import require
+from philens.support.files import write_atomically
 from philens.tasks.packing import TokenDocuments
 from philens.training.distributed import any_process, processes
 from philens.training.evaluation import evaluate
@@ -35,7 +35,7 @@ def draw_course(folder: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    from philens.report.figures import figure_training
+    from philens.findings.figures import figure_training
 
     records = read_metrics(folder)
     if not any("loss" in record for record in records):

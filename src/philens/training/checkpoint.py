@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from philens.errors import AdapterError, TrainingError
-from philens.files import check_file, read_json
-from philens.hub import reason
-from philens.typed import convert
+from philens.bases.hub import reason
+from philens.support.errors import AdapterError, TrainingError
+from philens.support.files import check_file, read_json
+from philens.support.typed import convert
 
 CHECKPOINT_LOGS = "logs.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
-from philens.errors import PhilensError, TrainingError
-from philens.output import printable
+from philens.support.errors import PhilensError, TrainingError
+from philens.support.output import printable
 from philens.training.recipe import TrainRecipe
 
 _FAILED = "philens/failed"

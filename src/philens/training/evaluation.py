@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from philens.divergence import gaussian_kl
-from philens.layer import PHiOutput
-from philens.losses import counted_tokens
-from philens.model import PHiModel
+from philens.lens.divergence import gaussian_kl
+from philens.lens.layer import PHiOutput
+from philens.lens.losses import counted_tokens
+from philens.lens.model import PHiModel
 from philens.scoring.documents import score_documents
 from philens.tasks.automata import TASKS, generate
 from philens.tasks.packing import TokenDocuments, pad

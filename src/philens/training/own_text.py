@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from philens.errors import RecipeError
-from philens.files import read_text, write_atomically
-from philens.progress import shown
 from philens.scoring.score import evaluating
+from philens.support.errors import RecipeError
+from philens.support.files import read_text, write_atomically
+from philens.support.progress import shown
 from philens.tasks.chat import begin_of_text, chat_prompt
 from philens.tasks.random_streams import derive
 from philens.tasks.sources import SELF, TextPart

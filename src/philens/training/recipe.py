@@ -8,17 +8,17 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from philens.errors import AdapterError, ConfigError, RecipeError
-from philens.files import read_text
-from philens.hub import reason
-from philens.layer import PHiConfig
+from philens.bases.hub import reason
+from philens.lens.layer import PHiConfig
+from philens.support.errors import AdapterError, ConfigError, RecipeError
+from philens.support.files import PACKAGE, read_text
+from philens.support.typed import convert, nearest, shown
 from philens.tasks.automata import TaskConfig, task_index
 from philens.tasks.sources import SELF, TextPart
-from philens.typed import convert, nearest, shown
 
 # Some seconds to read; the recipes that come with philens have 2 kB at most.
 _MAX_BYTES = 1 << 18
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = PACKAGE / "recipes"
 
 
 @dataclass

@@ -14,11 +14,15 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from philens import hub
-from philens.adapter import WEIGHTS_FILE, load, read_layers, save_adapter
-from philens.attention import knows_packs, register_documents
-from philens.errors import AdapterError, OutputError, RecipeError, TrainingError
-from philens.files import (
+from philens.bases import hub
+from philens.lens.adapter import WEIGHTS_FILE, load, read_layers, save_adapter
+from philens.lens.attention import knows_packs, register_documents
+from philens.lens.insertion import text_config
+from philens.lens.layer import PHiConfig, PHiLayer
+from philens.lens.model import PHiModel, attach
+from philens.support.errors import AdapterError, OutputError, RecipeError, TrainingError
+from philens.support.files import (
+    PACKAGE,
     check_sums,
     load_weights,
     not_finite,
@@ -29,9 +33,6 @@ from philens.files import (
     write_sums,
     written_whole,
 )
-from philens.insertion import text_config
-from philens.layer import PHiConfig, PHiLayer
-from philens.model import PHiModel, attach
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.sources import SELF
 from philens.tasks.text import TextMixture, open_parts
@@ -40,7 +41,7 @@ from philens.training.sizes import check_data_sizes, check_weights
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).resolve().parent.parent / "shipped" / "small"
+SHIPPED = PACKAGE / "shipped" / "small"
 """The run folder of `recipes/small.yaml` that comes with philens: 1 M parameters, reads formal languages."""
 RECIPE_FILE, METRICS_FILE, VERSIONS_FILE = "recipe.yaml", "metrics.jsonl", "versions.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
@@ -136,7 +137,7 @@ def _load_named_base(recipe: Recipe, tokenizer: bool = True) -> tuple[Any, Any]:
 
 
 def _make_tokenizer(recipe: Recipe) -> Any:
-    from philens.tokenizer import byte_tokenizer, character_tokenizer, train_bpe
+    from philens.bases.tokenizer import byte_tokenizer, character_tokenizer, train_bpe
 
     if recipe.model.tokenizer == "characters":
         return character_tokenizer()
@@ -207,7 +208,7 @@ def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
         ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         tokens = {"vocab_size": len(tokenizer), **ids}
     if model.architecture == "lstm":
-        from philens.lstm import LSTMConfig, LSTMForCausalLM
+        from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 
         return LSTMForCausalLM(
             LSTMConfig(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from philens.errors import RecipeError, TrainingError
+from philens.support.errors import RecipeError, TrainingError
 from philens.training.recipe import Recipe
 
 # Weights, gradients and a moment (AdamW has two), in float32; on an accelerator all but the weights, which

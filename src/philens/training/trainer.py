@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from philens.errors import InsertionError, OutputError, TrainingError
-from philens.files import locked, read_json, write_sums, written_whole
-from philens.insertion import find_blocks
-from philens.layer import PHiLayer
-from philens.model import PHiModel
+from philens.lens.insertion import find_blocks
+from philens.lens.layer import PHiLayer
+from philens.lens.model import PHiModel
+from philens.support.errors import InsertionError, OutputError, TrainingError
+from philens.support.files import locked, read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
 from philens.training.arguments import trainer_arguments, wants_bf16

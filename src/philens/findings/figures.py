@@ -1,0 +1,444 @@
+"""Findings and training as matplotlib figures: functions from results to a Figure; `write_finding` saves it.
+
+Figures are 8 inches wide at 150 dpi and are drawn on Agg without pyplot, so nothing global is touched and no
+display is needed. Colours are Okabe and Ito's for tasks (with a marker each) and viridis for ordered bins.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
+
+from philens.findings.complexity import PARTS
+from philens.findings.tables import count_of, task_label
+from philens.findings.tasks import INTERESTING
+from philens.support.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TASK_STYLES = {  # colour (Okabe-Ito; grey for random), marker
+    "memorized_sequences": ("#0072B2", "s"),
+    "memorized_programs": ("#56B4E9", "D"),
+    "new_vocabulary": ("#009E73", "^"),
+    "in_context_language": ("#D55E00", "o"),
+    "random": ("#5F5F5F", "X"),
+    "copy": ("#CC79A7", "v"),
+}
+_OTHER_STYLE = ("#000000", "o")
+_LEVEL_STYLES = {  # as above; warm colours are what should be interesting
+    "trivial": ("#5F5F5F", "X"),
+    "memorised": ("#0072B2", "s"),
+    "shuffled": ("#CC79A7", "D"),
+    "code": ("#E69F00", "^"),
+    "prose": ("#D55E00", "o"),
+    "own": ("#D55E00", "o"),
+}
+PHI_LABEL = "PHi loss (nats per token)"
+SURPRISAL_LABEL = "surprisal (nats per token)"
+FONT = 9
+# Where a point's label may go: distance in points, then the side (right, left, above, below, corners).
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+_PLACES = [(distance, *side) for distance in (8, 12, 17, 23, 30, 40, 52, 66) for side in _SIDES]
+
+
+def figure_tasks(results: Mapping[str, Any]) -> Figure:
+    """phi against surprisal, one point per task with both 95 % intervals, and beside it phi as bars."""
+    tasks = results["tasks"]
+    figure = new_figure(height=3.9)
+    scatter, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(tasks)
+    points = [(tasks[name]["surprisal"]["mean"], tasks[name]["phi"]["mean"]) for name in names]
+    for name, point in zip(names, points, strict=True):
+        colour, marker = TASK_STYLES.get(name, _OTHER_STYLE)
+        scatter.errorbar(
+            *point,
+            xerr=error_of(tasks[name]["surprisal"]),
+            yerr=error_of(tasks[name]["phi"]),
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            elinewidth=1.5,
+        )
+    scatter.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
+    scatter.margins(0.15)
+    scatter.set_ylim(0, 1.12 * max([scatter.dataLim.y1, 1e-3]))
+
+    places = np.arange(len(names))[::-1]
+    for place, name in zip(places, names, strict=True):
+        colour, _ = TASK_STYLES.get(name, _OTHER_STYLE)
+        faint = name != INTERESTING
+        bars.barh(
+            place,
+            tasks[name]["phi"]["mean"],
+            xerr=error_of(tasks[name]["phi"]),
+            color=colour,
+            alpha=0.75 if faint else 1.0,
+            capsize=3,
+            height=0.7,
+        )
+    bars.set_yticks(places, [_short_label(name) for name in names])
+    bars.set(xlabel=PHI_LABEL)
+    for label, name in zip(bars.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name == INTERESTING else "normal")
+    scatter.set_title("phi against surprisal, 95 % intervals", fontsize=FONT + 1, loc="left")
+    bars.set_title("phi", fontsize=FONT + 1, loc="left")
+    set_fonts(figure)
+    _label_points(figure, scatter, points, [task_label(name) for name in names])
+    return figure
+
+
+def figure_complexity(results: Mapping[str, Any]) -> Figure:
+    """Mean phi against surprisal for each bin of description length, and the correlations beside it."""
+    figure = new_figure(height=4.2)
+    curves_axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves = results["curves"]
+    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(curves), 2)))  # pale yellow is hard to see
+    for curve, colour in zip(curves, colours, strict=False):
+        points = curve["points"]
+        surprisal = [point["surprisal"]["mean"] for point in points]
+        phi = [point["phi"]["mean"] for point in points]
+        span = curve["description_length"]
+        label = f"{span['low']:.0f} to {span['high']:.0f}"
+        curves_axes.plot(surprisal, phi, marker="o", markersize=4, color=colour, label=label)
+        # A cell with one document has a mean but no interval: no band there.
+        low, high = np.array([point["phi"]["ci95"] for point in points], dtype=float).T  # None becomes NaN
+        curves_axes.fill_between(surprisal, low, high, color=colour, alpha=0.18, linewidth=0)
+    curves_axes.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
+    curves_axes.set_title("in-context language, tokens", fontsize=FONT + 1, loc="left")
+    curves_axes.legend(
+        title="description length (nats)",
+        fontsize=FONT - 1,
+        title_fontsize=FONT - 1,
+        ncols=2,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.18),
+        frameon=False,
+    )
+
+    kinds = (
+        ("spearman", "phi (Spearman)", "#56B4E9"),
+        ("partial_given_surprisal", "phi given surprisal", "#D55E00"),
+        ("partial_given_surprisal_and_square", "phi given surprisal, surprisal²", "#E69F00"),
+        ("spearman_of_surprisal", "surprisal (Spearman)", "#999999"),
+    )
+    groups = [(level, part) for level in ("token_wise", "document_means") for part in PARTS]
+    height = 0.8 / len(kinds)
+    for number, (name, label, colour) in enumerate(kinds):
+        places, values, errors = [], [], []
+        for group, (level, part) in enumerate(groups):
+            found = results[level][part][name]
+            if found["value"] is None:
+                continue
+            places.append(-group - (number - (len(kinds) - 1) / 2) * height)
+            values.append(found["value"])
+            errors.append(error_of(found, "value"))
+        bars.barh(
+            places,
+            values,
+            xerr=np.concatenate(errors, axis=1) if errors else None,
+            height=height,
+            color=colour,
+            label=label,
+            error_kw={"elinewidth": 0.8},
+        )
+    headings = {"token_wise": "tokens", "document_means": "document\nmeans"}
+    labels = [
+        headings[level] + "\nwhole" if part == "whole" else part.replace("_", " ") for level, part in groups
+    ]
+    bars.set_yticks(-np.arange(len(groups)), labels)
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.axhline(-len(PARTS) + 0.5, color="#BBBBBB", linewidth=0.8)
+    bars.set(xlabel="correlation with description length")
+    bars.set_title("95 % intervals over documents", fontsize=FONT + 1, loc="left")
+    bars.legend(fontsize=FONT - 1, loc="upper right", bbox_to_anchor=(1, -0.18), frameon=False)
+    set_fonts(figure)
+    return figure
+
+
+def figure_texts(results: Mapping[str, Any]) -> Figure:
+    """phi and surprisal of each level of text: means with 95 % intervals, and a dot for every text."""
+    levels, texts = results["levels"], results["texts"]
+    figure = new_figure(height=1.1 + 0.62 * len(levels))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, quantity, label in ((panels[0], "phi", PHI_LABEL), (panels[1], "surprisal", SURPRISAL_LABEL)):
+        for row, (name, level) in enumerate(levels.items()):
+            colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+            values = [text[quantity] for text in texts if text["level"] == name]
+            values = [value for value in values if value is not None]
+            # Below each other, so that equal ones are seen.
+            rows = row + np.linspace(0.1, 0.42, len(values) + 2)[1:-1]
+            axes.plot(values, rows, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
+            if level[quantity] is not None:
+                style = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.6, "capsize": 6}
+                style |= {"xerr": error_of(level[quantity])}
+                axes.errorbar(level[quantity]["mean"], row - 0.1, **style)
+        axes.set(xlabel=label)
+        axes.margins(x=0.06)
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1e-3))
+        axes.set_title(quantity, fontsize=FONT + 1, loc="left")
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    labels = [
+        f"{name}{', built' * level['built']}\n{count_of(level['texts'], 'text')}"
+        for name, level in levels.items()
+    ]
+    panels[0].set_yticks(range(len(levels)), labels)
+    panels[0].set_ylim(len(levels) - 0.5, -0.5)
+    for label in panels[0].get_yticklabels():
+        label.set_parse_math(False)  # a level's name may hold dollar signs
+    panels[1].set_title("95 % intervals over texts; dots: texts", fontsize=FONT - 1, loc="right")
+    set_fonts(figure)
+    return figure
+
+
+def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at equal surprisal, and of memorised text where it is recited and where it is not."""
+    figure = new_figure(height=3.9)
+    bins, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    labels: list[str] = []
+    for number, (name, level) in enumerate(results["levels"].items()):
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        found = level["by_surprisal"]
+        labels = [
+            f"{one['from']:g} to {one['below']:g}"
+            if one["below"] is not None
+            else f"{one['from']:g} and more"
+            for one in found
+        ]
+        places = np.arange(len(found)) + (number - (len(results["levels"]) - 1) / 2) * 0.11
+        means = np.array([one["mean"] for one in found], dtype=float)
+        errors = np.concatenate([error_of(one) for one in found], axis=1)
+        style = {"color": colour, "fmt": marker, "markersize": 5, "linestyle": "-", "linewidth": 0.8}
+        bins.errorbar(places, means, yerr=errors, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
+    bins.set_xticks(range(len(labels)), labels)
+    bins.set(xlabel="surprisal of the token (nats)", ylabel=PHI_LABEL)
+    bins.set_ylim(bottom=0)
+    bins.set_title("phi at equal surprisal", fontsize=FONT + 1, loc="left")
+    bins.legend(fontsize=FONT - 1, frameon=False, ncols=2)
+    verbatim = results["verbatim"] or {}
+    rows = {"recited": "recited", "sure_rest": "sure, in\nthe rest", "rest": "the rest"}
+    for row, key in enumerate(rows):
+        if verbatim.get(key):
+            colour = _LEVEL_STYLES["memorised"][0] if key == "recited" else "#8A8A8A"
+            bars.barh(row, verbatim[key]["mean"], xerr=error_of(verbatim[key]), color=colour, height=0.6)
+    bars.set_yticks(range(len(rows)), list(rows.values()))
+    bars.set_ylim(len(rows) - 0.5, -0.5)
+    bars.set(xlabel=PHI_LABEL)
+    bars.set_title("memorised text", fontsize=FONT + 1, loc="left")
+    set_fonts(figure)
+    return figure
+
+
+def figure_levels_course(results: Mapping[str, Any]) -> Figure:
+    """Phi of each level at each point: along the steps of a training, else side by side."""
+    points, along = results["points"], results["course"]["along"]
+    places = [point["step"] for point in points] if along else list(range(len(points)))
+    figure = new_figure(height=3.9)
+    axes = figure.subplots()
+    beside = 0 if along else 0.08
+    for number, (name, level) in enumerate(results["levels"].items()):
+        colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
+        at = np.array(places) + beside * (number - (len(results["levels"]) - 1) / 2)
+        found = [point["levels"][name]["phi"] or {"mean": None, "ci95": [None, None]} for point in points]
+        means = np.array([one["mean"] for one in found], dtype=float)
+        low, high = np.array([one["ci95"] for one in found], dtype=float).T
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": name.replace("$", r"\$")}
+        axes.plot(at, means, linewidth=1.3 if along else 0, **style)
+        if along:
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(at, low, high, color=colour, linewidth=1.2)
+    if not along:
+        axes.set_xticks(places, [point["label"] for point in points])
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
+    axes.set(xlabel="step" if along else "", ylabel=PHI_LABEL)
+    title = "phi of each level along the training" if along else "phi of each level"
+    axes.set_title(f"{title}, 95 % intervals over texts", fontsize=FONT + 1, loc="left")
+    axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    set_fonts(figure)
+    _log_if_wide(axes)
+    return figure
+
+
+def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training curves from log records: losses per step, and what every evaluation found.
+
+    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/PART/phi`, `eval/PART/surprisal`,
+    `eval/PART/loss_gap` for the parts of a text or for tasks. With several layers at once, evaluations are
+    drawn by insertion point (`eval/phi@POINT`), not by part; of layers in a trained base with the loss gap.
+    """
+    if not history:
+        raise InputError("There is no training history to draw; train for at least one logged step.")
+    figure = new_figure(height=5.4)
+    (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
+    keys = dict.fromkeys(key for record in history for key in record)
+    points = list(dict.fromkeys(key.split("@")[1] for key in keys if "@" in key))
+    parts = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
+    _line(losses, history, "loss", color="#000000", label="loss")
+    for at in [f"@{point}" for point in points] or [""]:
+        styles = _style(at, [f"@{point}" for point in points]) if at else {"color": "#0072B2"}
+        _line(losses, history, f"surprisal{at}", color=styles["color"], label=None if at else "surprisal")
+        _line(train_phi, history, f"phi{at}", color=styles["color"] if at else "#D55E00")
+    losses.set(ylabel="nats per token")
+    losses.set_title("training loss", fontsize=FONT + 1, loc="left")
+    train_phi.set(ylabel=PHI_LABEL)
+    train_phi.set_title("training phi", fontsize=FONT + 1, loc="left")
+    quantity, label = "surprisal", SURPRISAL_LABEL
+    if any("loss_gap" in key for key in keys):
+        quantity, label = "loss_gap", "loss gap (nats per token)"
+    for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
+        for series in points or parts:
+            key = f"eval/{name}@{series}" if points else f"eval/{series}/{name}"
+            style = _style(series, points or parts)
+            _line(axes, history, key, label=task_label(series), markersize=4, **style)
+        axes.set(xlabel="step", ylabel=ylabel)
+        kind = "insertion point" if points else "task" if quantity == "surprisal" else "part"
+        axes.set_title(f"{name.replace('_', ' ')} per {kind}", fontsize=FONT + 1, loc="left")
+    for axes in (train_phi, right):
+        _log_if_wide(axes)
+    if losses.get_legend_handles_labels()[1]:
+        losses.legend(fontsize=FONT - 1, frameon=False)
+    handles, labels = right.get_legend_handles_labels()
+    if not handles:
+        handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
+    set_fonts(figure)
+    return figure
+
+
+def figure_sweep(results: Mapping[str, Any]) -> Figure:
+    """Phi and loss gap of each insertion point at the end (above), and on the way there (below)."""
+    points, course = results["points"], results["course"]
+    figure = new_figure(height=5.4)
+    above, below = figure.subplots(2, 2)
+    for top, bottom, name, label in (
+        (above[0], below[0], "phi", PHI_LABEL),
+        (above[1], below[1], "loss_gap", "loss gap (nats per token)"),
+    ):
+        values = [found.get(name) for found in points.values()]
+        top.plot(range(len(points)), values, color="#8A8A8A", linewidth=1)
+        for place, point in enumerate(points):
+            style = _style(point, list(points))
+            top.plot([place], [values[place]], linestyle="", markersize=6, **style)
+            history = [record for record in course if record["insertion_point"] == point]
+            _line(bottom, history, name, label=point, markersize=4, **style)
+        top.set_xticks(range(len(points)), [point.rsplit(".", 1)[-1] for point in points])
+        low, high = min(0.0, *values), max(0.0, *values)
+        margin = 0.1 * (high - low or 1.0)
+        top.set(
+            xlabel="insertion point (block)", ylabel=label, ylim=(low - margin * (low < 0), high + margin)
+        )
+        bottom.set(xlabel="step", ylabel=label)
+    _log_if_wide(below[0])
+    handles, labels = below[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
+    set_fonts(figure)
+    return figure
+
+
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Colour and marker of a series: a task's own, else by its place among all."""
+    if name in TASK_STYLES:
+        colour, marker = TASK_STYLES[name]
+    else:
+        # Grey stays for what is random.
+        styles = [style for task, style in TASK_STYLES.items() if task != "random"]
+        colour, marker = styles[names.index(name) % len(styles)]
+    return {"color": colour, "marker": marker}
+
+
+def new_figure(height: float) -> Figure:
+    figure = Figure(figsize=(8, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def set_fonts(figure: Figure) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=FONT)
+        axes.xaxis.label.set_fontsize(FONT)
+        axes.yaxis.label.set_fontsize(FONT)
+
+
+def _short_label(task: str) -> str:
+    return task_label(task).replace(" ", "\n", 1)
+
+
+def error_of(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
+    """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
+    value, bounds = estimate[name], estimate["ci95"]
+    if value is None or None in bounds:
+        return np.full((2, 1), np.nan)
+    # A percentile interval need not contain the estimate; matplotlib takes no negative distances.
+    return np.maximum([[value - bounds[0]], [bounds[1] - value]], 0.0)
+
+
+def _line(axes: "Axes", history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+    records = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+    if records:
+        steps, values = zip(*records, strict=True)
+        axes.plot(steps, values, linewidth=1.3, **style)
+
+
+def _log_if_wide(axes: "Axes") -> None:
+    """phi falls from thousands of nats to a few while a fresh layer learns: show that on a log scale."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] or [[1.0]])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+
+
+def _label_points(
+    figure: Figure,
+    axes: "Axes",
+    points: Sequence[tuple[float | None, float | None]],
+    texts: Sequence[str],
+) -> None:
+    """Write each text beside its point, where it covers no point and no text already placed."""
+    figure.draw_without_rendering()  # fixes the layout, so that pixels can be compared
+    figure.set_layout_engine("none")
+    frame = axes.get_window_extent()
+    unit = figure.dpi / 72
+    known = [(point, text) for point, text in zip(points, texts, strict=True) if None not in point]
+    pixels = [axes.transData.transform(np.array(point, dtype=float)) for point, _ in known]
+    taken = [_box(x, y, (0, 0), 10 * unit, 10 * unit) for x, y in pixels]
+    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4}
+    for (point, text), (x, y) in zip(known, pixels, strict=True):
+        note = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=FONT, arrowprops=line)
+        size = Text.get_window_extent(note)  # of the text alone, without the line
+
+        def box_at(place: tuple[int, int, int], x: float = x, y: float = y, size: Bbox = size) -> Bbox:
+            distance, *side = place
+            reach = distance * unit
+            return _box(x + side[0] * reach, y + side[1] * reach, side, size.width, size.height)
+
+        def cost(place: tuple[int, int, int], box_at: Callable[..., Bbox] = box_at) -> int:
+            box = box_at(place)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            return sum(box.overlaps(other) for other in taken) + 10 * (not inside)
+
+        place = distance, horizontal, vertical = min(_PLACES, key=cost)  # of equals the first: the nearest
+        note.set(ha=("center", "left", "right")[horizontal], va=("center", "bottom", "top")[vertical])
+        note.xyann = (horizontal * distance, vertical * distance)
+        taken.append(box_at(place))
+        if distance < 20 and note.arrow_patch is not None:
+            note.arrow_patch.set_visible(False)  # beside its point a label needs no line
+
+
+def _box(x: float, y: float, side: Sequence[int], width: float, height: float) -> Bbox:
+    """The box whose middle (side 0), left or bottom (1), right or top (-1) is at x, y."""
+    left, bottom = x + (side[0] - 1) * width / 2, y + (side[1] - 1) * height / 2
+    return Bbox.from_extents(left, bottom, left + width, bottom + height)

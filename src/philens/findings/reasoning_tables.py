@@ -1,0 +1,370 @@
+"""The findings on solutions of problems as rows for files, figures, and tables for a terminal.
+
+`seeds` are the results of each seed, as `philens.findings.reasoning` makes them: `points`, those at each
+insertion point, and `sweep`, which compares several of these.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from philens.findings.correctness import (
+    LOGISTIC,
+    SUBSETS,
+    WITHOUT_PHI,
+    choice_rows,
+    partial_rows,
+    selection_rows,
+)
+from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
+from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI, point_rows
+from philens.findings.tables import count_of, counts_text, estimate_text, new_table, number_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Intervals over fewer problems say little.
+FEW_PROBLEMS = 20
+LABELS = {
+    "choice": "highest phi picks right",
+    "counterintuitive": "counter-intuitive pairs",
+    "partial_given_surprisal": "correlation given surprisal",
+    "balanced": "balanced pairs",
+    "within_given_surprisal_and_length": "same problem, given surprisal & length",
+    "spearman": "correlation (Spearman)",
+    "partial_given_length": "correlation given length",
+    "partial_given_surprisal_and_length": "correlation given surprisal & length",
+    LOGISTIC: "combination",
+    WITHOUT_PHI: "combination without phi",
+    "phi_mean": "phi",
+    "surprisal_mean": "surprisal",
+    "entropy_mean": "entropy",
+    "phi_untrained_mean": "phi, untrained layer",
+    "state_norm_mean": "size of the state",
+    "highest_phi_untrained_mean": "highest phi, untrained",
+    "highest_state_norm_mean": "largest state",
+    "surprisal_and_length": "both",
+    "within_levels": "same level",
+    "within_problems": "same problem",
+    "pooled": "all solutions",
+    "any": "any is right",
+    "random": "a random one",
+    "majority": "majority vote",
+}
+_SUBSET_LABELS = dict(
+    zip(SUBSETS, ("all pairs", "counter-\nintuitive", "intuitive", "balanced"), strict=True)
+)
+_ROWS: dict[str, dict[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]] = {
+    "correctness": {"choices": choice_rows, "correlations": partial_rows, "selections": selection_rows},
+    "difficulty": {"levels": difficulty_rows, "correlations": difficulty_correlation_rows},
+}
+
+
+def label(name: str) -> str:
+    """A rule, metric or statistic in words."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def tables(finding: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a finding's CSV files by their names, those of all seeds and insertion points together."""
+    found = {
+        name: [
+            {"seed": one.get("seed"), "insertion_point": point, **row}
+            for one in seeds
+            for point, results in one["points"].items()
+            for row in rows(results)
+        ]
+        for name, rows in _ROWS[finding].items()
+    }
+    if any("sweep" in one for one in seeds):
+        found["sweep"] = [
+            {"seed": one.get("seed"), **row}
+            for one in seeds
+            if "sweep" in one
+            for row in point_rows(one["sweep"])
+        ]
+    return found
+
+
+def terminal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]:
+    """What to print of a finding: the first seed's results at each insertion point, and over seeds."""
+    first, several = results["seeds"][0], len(results["seeds"]) > 1
+    for point, found in first["points"].items():
+        of = f"after {point}" + f", seed {first.get('seed')}" * several
+        if finding == "correctness":
+            yield correctness_table(found, of)
+            if found["levels"]:
+                yield correctness_levels_table(found, of)
+            yield correctness_correlations_table(found, of)
+            yield selection_table(found, of)
+        else:
+            yield difficulty_table(found, of)
+            yield difficulty_correlations_table(found, of)
+    if "sweep" in first:
+        yield points_table(first["sweep"], f"seed {first.get('seed')}" * several)
+    for point, spread in results.get("spread", {}).items():
+        yield headline_spread_table(spread, f"after {point}")
+
+
+def figures(finding: str, seeds: Sequence[Mapping[str, Any]]) -> "dict[str, Figure]":
+    """A finding's figures by their names: one for each insertion point, and `sweep` over several of these."""
+    from philens.findings.reasoning_figures import figure_correctness, figure_difficulty, figure_points
+
+    draw = figure_correctness if finding == "correctness" else figure_difficulty
+    points = list(dict.fromkeys(point for one in seeds for point in one["points"]))
+    found = {
+        finding if len(points) == 1 else f"{finding}-{point}": draw(
+            [one["points"][point] for one in seeds if point in one["points"]], f"after {point}"
+        )
+        for point in points
+    }
+    sweeps = [one["sweep"] for one in seeds if "sweep" in one]
+    if sweeps:
+        found["sweep"] = figure_points(sweeps)
+    return found
+
+
+def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """Choice accuracy of each rule, in percent, over all pairs and in the subsets."""
+    counts = results["counts"]
+    table = new_table(
+        _title("Choosing the right one of a right and a wrong solution", of),
+        f"Percent, with 95 % intervals over problems; chance is 50. {count_of(counts['pairs'], 'pair')} of "
+        f"{count_of(counts['mixed'], 'problem')}, each problem counting once.\n"
+        "Counter-intuitive: the wrong solution has the lower surprisal; intuitive: the right one. What goes "
+        "along with surprisal is good there and bad here by this selection alone; balanced is the mean of "
+        "both.\n" + _exclusions(results) + _verdict(results, "right solutions have the higher phi"),
+    )
+    table.add_column("rule")
+    for subset in SUBSETS:
+        table.add_column(_SUBSET_LABELS[subset], justify="right", no_wrap=True)
+    for rule in results["choice"]["all"]["rules"]:
+        cells = [results["choice"][subset]["rules"][rule] for subset in SUBSETS]
+        table.add_row(label(rule), *(_cell(cell, "accuracy", 100, 1) for cell in cells))
+    return table
+
+
+def correctness_levels_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """Per level: how many solutions are right, and how phi and surprisal choose."""
+    table = new_table(
+        _title(f"By {results['by']}", of),
+        "Percent, and correlation of phi with being right given surprisal; 95 % intervals over problems."
+        + _few(results["levels"], lambda found: found["choice"]["all"]["problems"]),
+    )
+    table.add_column(f"{results['by']}\npairs", no_wrap=True)
+    for heading in (
+        "solved",
+        "highest\nphi",
+        "lowest\nsurprisal",
+        "phi, counter-\nintuitive",
+        "correlation\nof phi",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for level, found in results["levels"].items():
+        choice = found["choice"]
+        table.add_row(
+            Text(f"{level}\n{choice['all']['pairs']:,}"),
+            _cell(found["accuracy"], "value", 100, 1),
+            _cell(choice["all"]["rules"].get("highest_phi"), "accuracy", 100, 1),
+            _cell(choice["all"]["rules"].get("lowest_surprisal"), "accuracy", 100, 1),
+            _cell(choice["counterintuitive"]["rules"].get("highest_phi"), "accuracy", 100, 1),
+            _cell(found["partial"]["pooled"]["phi_mean"]["surprisal"], "value", 1, 2),
+        )
+    return table
+
+
+def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """Correlations of metrics with being right: over all solutions, of one level, of one problem."""
+    table = new_table(
+        _title("Correlation with being right", of),
+        "Given others as the columns say, with 95 % intervals over problems. Solutions of different problems "
+        "differ in difficulty too; those of the same level or problem do not, or less."
+        + _ALL_ELSE
+        * ("all_else" in results["partial"]["pooled"]["phi_mean"]),
+    )
+    _add_given(table)
+    for kind, found in results["partial"].items():
+        table.add_row(Text(label(kind), style="bold"))
+        rows = [name for name in (*PHI, *BASELINES, *CONTROLS) if name in found]
+        for name in rows:
+            _add_correlations(table, name, found[name], end_section=name == rows[-1])
+    return table
+
+
+def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """How often one solution of each problem, taken by a rule, is right."""
+    selection = results["selection"]
+    samples = selection["samples_per_problem"]
+    table = new_table(
+        _title("Taking one of all solutions of a problem", of),
+        f"Percent right, with 95 % intervals over {count_of(selection['problems'], 'problem')} of "
+        f"{counts_text([samples['fewest'], samples['most']], 'solutions')}; gain: over a random one.",
+    )
+    for heading in ("rule", "right", "gain"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+    for rule, found in selection["rules"].items():
+        table.add_row(
+            label(rule),
+            _cell(found, "accuracy", 100, 1, between=" "),
+            _cell(found["gain"], "value", 100, 1, between=" "),
+        )
+    return table
+
+
+def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """Per level: phi, surprisal, entropy and length of solutions."""
+    table = new_table(
+        _title(f"Solutions by {results['by']}", of),
+        "Means over solutions with 95 % intervals over problems; nats per token, phi sum in nats.\n"
+        + _exclusions(results)
+        + _verdict(results, "phi grows with difficulty")
+        + _few(results["levels"], lambda found: found["problems"]),
+    )
+    table.add_column(f"{results['by']}\nproblems", no_wrap=True)
+    names = ("phi_mean", "phi_sum", *BASELINES)
+    for name in names:
+        table.add_column(label(name), justify="right", no_wrap=True)
+    for level, found in results["levels"].items():
+        table.add_row(
+            Text(f"{level}\n{found['problems']:,}"), *(_cell(found[name], "mean") for name in names)
+        )
+    return table
+
+
+def difficulty_correlations_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """Spearman's correlations of metrics with difficulty, alone and given others."""
+    table = new_table(
+        _title(f"Spearman's correlation with {results['by']}", of),
+        "Given others as the columns say (of ranks), with 95 % intervals over problems."
+        + _ALL_ELSE * ("all_else" in results["partial"]["phi_mean"]),
+    )
+    _add_given(table)
+    for name, alone in results["spearman"].items():
+        _add_correlations(table, name, {GIVEN[0]: alone, **results["partial"].get(name, {})})
+    return table
+
+
+_ALL_ELSE = (
+    "\nAll else: surprisal, entropy, length, phi of a layer that was never trained, and the size of the "
+    "hidden state."
+)
+
+
+def _add_given(table: Table) -> None:
+    table.add_column("")
+    for given in GIVEN[:-1]:
+        table.add_column(f"given\n{label(given)}", justify="right", no_wrap=True)
+
+
+def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_section: bool = False) -> None:
+    """A row, and one more below phi with all else held fixed."""
+    below = name == PHI[0] and GIVEN[-1] in found
+    cells = [_cell(found.get(given), "value", 1, 2) for given in GIVEN[:-1]]
+    table.add_row(label(name), *cells, end_section=end_section and not below)
+    if below:
+        cell = _cell(found[GIVEN[-1]], "value", 1, 2)
+        table.add_row(f"{label(name)}, given all else", cell, end_section=end_section)
+
+
+def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
+    """The headline numbers at each insertion point, with the intervals that hold all at once."""
+    table = new_table(_title("Insertion points", of), sweep["note"])
+    table.add_column("", no_wrap=True)
+    for heading in ("value", f"{100 * sweep['level']:.2f} % interval", "chance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    points = sweep["points"]
+    for name in headline_names(sweep):
+        table.add_row(Text(label(name), style="bold"))
+        for number, (point, found) in enumerate(points.items(), start=1):
+            item = found[name]
+            low, high = item["interval"]
+            table.add_row(
+                Text(point),
+                number_text(item["value"], 3),
+                Text("" if low is None else f"[{low:z.3f}, {high:z.3f}]"),
+                "" if item["side"] == "neither" else item["side"],
+                end_section=number == len(points),
+            )
+    return table
+
+
+def headline_spread_table(spread: Mapping[str, Any], of: str = "") -> Table:
+    """What `philens.findings.combine_seeds` made of either finding's headline numbers."""
+    holds = spread.get("holds")
+    caption = f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
+    table = new_table(_title("Over seeds", of), caption)
+    table.add_column("")
+    for heading in ("mean", "sd", "lowest", "highest", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, item in spread["headline"].items():
+        found = item.get("value")
+        if found:
+            values = [number_text(found[key], 3) for key in ("mean", "sd", "min", "max")]
+            table.add_row(Text(label(name)), *values, str(found["seeds"]))
+    return table
+
+
+def _title(text: str, of: str) -> str:
+    return f"{text}, {of}" if of else text
+
+
+def _cell(
+    estimate: Mapping[str, Any] | None,
+    key: str,
+    scale: float = 1,
+    digits: int | None = None,
+    between: str = "\n",
+) -> Text:
+    """A number with its interval; without `digits` two after the point of small ones, and fewer of large."""
+    if estimate is None:
+        return Text("")
+    value, low, high = (
+        None if number is None else scale * number for number in (estimate[key], *estimate["ci95"])
+    )
+    if digits is None:
+        digits = int(np.clip(2 - np.floor(np.log10(abs(value) or 1)), 0, 2)) if value is not None else 2
+    return Text(estimate_text(value, [low, high], digits).replace(" [", f"{between}["))
+
+
+def _exclusions(results: Mapping[str, Any]) -> str:
+    """What was left out and why, in a sentence or none."""
+    counts = results["counts"]
+    texts = {
+        "all_right": "problems have only right solutions and no pair",
+        "all_wrong": "problems have only wrong solutions and no pair",
+        "unscored": "empty solutions left out",
+        "without_difficulty": "solutions without a difficulty left out",
+        "unparsed": "solutions without a readable answer count as wrong",
+        "unfinished": "solutions were cut at the length given",
+    }
+    if "pairs" not in counts:
+        texts["unparsed"] = "solutions have no readable answer"
+    found = [f"{counts[name]:,} {text}" for name, text in texts.items() if counts.get(name)]
+    return "; ".join(found).capitalize() + ".\n" if found else ""
+
+
+def _verdict(results: Mapping[str, Any], claim: str) -> str:
+    headline = results["headline"]
+    words = {"above": "above chance", "below": "below chance", "neither": "not told from chance"}
+    sides = [
+        f"{label(name)} {number_text(item['value'], 3)} ({words[item['side']]})"
+        for name, item in headline.items()
+    ]
+    verdict = f"The claim that {claim} {'holds' if results['holds'] else 'does not hold'} here"
+    return f"{verdict}: {'; '.join(sides)}."
+
+
+def _few(levels: Mapping[str, Any], problems: Any) -> str:
+    few = [level for level, found in levels.items() if problems(found) < FEW_PROBLEMS]
+    return f"\nFewer than {FEW_PROBLEMS} problems, so that an interval says little: {', '.join(few)}." * bool(
+        few
+    )
+
+
+def headline_names(sweep: Mapping[str, Any]) -> list[str]:
+    """The statistics of a sweep."""
+    first = next(iter(sweep["points"].values()))
+    return [name for name, item in first.items() if isinstance(item, Mapping)]

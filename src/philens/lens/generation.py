@@ -1,0 +1,437 @@
+"""Generation with phi and surprisal of every token; `transformers`' own generate does the generating.
+
+Shapes: B rows, T tokens.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from philens.lens.insertion import CACHE_NAMES, cache_argument, find_cache, text_config, transform_output
+from philens.lens.losses import PHiModelOutput, token_surprisal
+from philens.support.errors import InputError
+
+if TYPE_CHECKING:
+    from philens.lens.model import PHiModel
+    from philens.scoring.overflow import Overflow
+
+# Called with each token's id, phi and surprisal.
+OnToken = Callable[[int, float, float], None]
+
+
+class PriorMemory(DynamicLayer):
+    """A cache layer of the prior's own, after those of the base: it reorders with the beams and is cropped
+    with them. The latents are kept as keys, as the next token is predicted from the last of them."""
+
+
+def new_cache(base: nn.Module) -> Cache:
+    """An empty cache for a base model.
+
+    Raises:
+        InputError: the model keeps another kind of cache, or none.
+    """
+    if not isinstance(base, GenerationMixin) or cache_argument(base) is None:
+        raise InputError(
+            f"{type(base).__name__} has no cache of the usual kind; read the whole text at once."
+        )
+    return DynamicCache(config=text_config(base))
+
+
+def prior_memories(cache: Any, counts: Sequence[int]) -> list[list[PriorMemory]]:
+    """What the priors keep in a cache: for each PHi layer as many memories as it needs, made when missing.
+
+    Raises:
+        InputError: the cache cannot carry them.
+    """
+    if not isinstance(cache, Cache) or cache.layer_class_to_replicate is not None:
+        raise InputError(
+            "The prior can only go on from a cache made from the model's config: give "
+            "DynamicCache(config=base.config), or use_cache=True."
+        )
+    found = [layer for layer in cache.layers if isinstance(layer, PriorMemory)]
+    if not found and sum(counts):
+        if any(_is_filled(layer) for layer in cache.layers):
+            raise InputError(
+                "This cache was filled without the PHi layer; read the text again with the layer."
+            )
+        found = [PriorMemory() for _ in range(sum(counts))]
+        cache.layers.extend(found)
+    memories = iter(found)
+    return [[next(memories) for _ in range(count)] for count in counts]
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a cache layer, of attention or of a recurrent kind, has read anything."""
+    read = getattr(layer, "is_initialized", False), *getattr(layer, "has_previous_state", {}).values()
+    return any(map(bool, read))
+
+
+@dataclass(frozen=True)
+class PHiGeneration:
+    """Generated tokens and their scores, prompt included.
+
+    Attributes:
+        sequences: (B, T) token ids, as `transformers` returns them.
+        phi: (B, T) nats ((B, T, N) with N `layers`), NaN on padding; None while the layer is disabled.
+        surprisal: (B, T) nats, of the distribution that the model generates from before temperature and
+            other changes of it; NaN on each row's first token and on padding.
+        prompt_length: tokens of the prompt, padding included.
+        output: what `transformers` returned; more than sequences with `return_dict_in_generate`.
+    """
+
+    sequences: Tensor
+    phi: Tensor | None
+    surprisal: Tensor
+    prompt_length: int
+    output: Any
+
+
+def generate(
+    lens: "PHiModel",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    on_token: OnToken | None = None,
+    overflow: "Overflow" = "error",
+    **options: Any,
+) -> PHiGeneration:
+    """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
+
+    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say. Scores are those of any
+    other reading of the same text. Where the base reads each row once, token after token, the layers and the
+    output head see afterwards what it had in passing; beams, assisted generation and the like take one more
+    pass over the finished rows.
+
+    Args:
+        input_ids: (B, T) prompts.
+        attention_mask: (B, T), 0 on padding, which is on the left.
+        on_token: called with id, phi and surprisal of every token as soon as the model has read it, those of
+            the prompt first; for one row without padding, token by token, and one PHi layer.
+        overflow: what becomes of tokens whose phi or surprisal the model cannot hold, as in `philens.score`;
+            what has no finite predictions cannot be drawn from either way.
+        options: of the base's `generate`.
+
+    Raises:
+        InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
+    """
+    from philens.scoring.overflow import Overflowed, check_overflow, overflow_error
+
+    check_overflow(overflow)
+    generator: Any = lens.base
+    if not isinstance(lens.base, GenerationMixin):
+        raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if on_token is not None and (len(input_ids) > 1 or not mask.all()):
+        raise InputError("Tokens can be followed in one row without padding; leave out on_token.")
+    if on_token is not None and len(lens.layers) * lens.enabled != 1:
+        raise InputError("Tokens can be followed with one PHi layer, enabled; leave out on_token.")
+    if overflow == "error" or _setting(generator, options, "do_sample"):
+        own = LogitsProcessorList([_Finite(mask), *(options.get("logits_processor") or ())])
+        options = options | {"logits_processor": own}
+    modes = [(module, module.training) for module in lens.modules()]
+    lens.eval()
+
+    def hand_on(ids: Tensor, phi: Tensor | None, surprisal: Tensor, places: range) -> None:
+        for place in places:
+            if on_token is not None and phi is not None:
+                on_token(int(ids[0, place]), float(phi[0, place]), float(surprisal[0, place]))
+
+    try:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            record, read = None, [0]
+            if on_token is not None:
+                count = input_ids.shape[1]
+                hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
+                read = stack.enter_context(_followed(lens, on_token, count, overflow))
+            # Beams change rows; a cache of the user's must not be read on; sampled latents are drawn once.
+            elif (
+                (_setting(generator, options, "num_beams") or 1) == 1
+                and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
+                and lens.config.inference == "mean"
+            ):
+                record = _Record(lens, input_ids.shape[1])
+                stack.enter_context(record.recording())
+                if "logits_to_keep" in lens._arguments:
+                    options = {"logits_to_keep": 0} | options
+            output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
+        lens._start()
+        mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
+        mask = _finished_mask(generator, sequences, mask, options)
+        phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
+        hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
+    except Overflowed as error:
+        lens._start()
+        raise overflow_error(lens, error.token_ids, "The text") from error
+    finally:
+        lens._start()
+        for module, training in modes:
+            module.training = training
+    return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
+
+
+class _Finite(LogitsProcessor):
+    """Changes nothing, and ends generation where predictions are no numbers: none can be drawn."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        from philens.scoring.overflow import Overflowed, first_row
+
+        broken = (scores.isnan() | scores.isposinf()).any(-1)
+        if broken.any():
+            raise Overflowed(first_row(input_ids, self.mask, broken))
+        return scores
+
+
+@contextlib.contextmanager
+def unmeasured(lens: "PHiModel") -> Iterator[None]:
+    """Within this context the base runs as with its layers, in evaluation, and nothing is measured.
+
+    The layers are in the path or not as `lens.config.mode` and `lens.enabled` say; no prior predicts.
+    """
+    if lens.config.inference != "mean":  # what is drawn is the layer's affair
+        yield
+        return
+    numbers = range(len(lens.layers) * lens.enabled)
+    with lens.disabled(), contextlib.ExitStack() as stack:
+        for number in numbers:
+            hook = transform_output(lens._modules_at[number], partial(_above, lens, number))
+            stack.callback(hook.remove)
+        yield
+
+
+def _above(lens: "PHiModel", number: int, states: Tensor) -> Tensor:
+    """(B, T, D) what the blocks above a layer read in place of its block's output, without a prior."""
+    if lens._observing:
+        return states
+    layer = lens.layers[number]
+    sinks = layer.find_sinks(states)
+    return layer.pass_through(states, layer.encode(states, sinks)[0], sinks)
+
+
+class _Record:
+    """What a base has at its insertion points and at its output head while it generates: all that scores are
+    made of, if it reads each row once and token after token."""
+
+    def __init__(self, lens: "PHiModel", prompt_length: int) -> None:
+        self.lens, self.prompt_length = lens, prompt_length
+        self.states: list[list[Tensor]] = [[] for _ in lens.layers] if lens.enabled else []
+        self.ids: list[Tensor] = []
+        self.at_head: list[Tensor] = []
+        self.arguments: dict[str, Any] = {}  # of the base's last call
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the calls of the base within this context; the layers are in the path as always."""
+        lens, head = self.lens, cast(Any, self.lens.base).get_output_embeddings()
+        if lens._head_is_last is None:
+            with lens.disabled():
+                lens(torch.zeros((1, 1), dtype=torch.long, device=head.weight.device), returns="states")
+        with lens.disabled(), contextlib.ExitStack() as stack:
+            for number in range(len(self.states)):
+                hook = transform_output(lens._modules_at[number], partial(self._at_layer, number))
+                stack.callback(hook.remove)
+            stack.callback(head.register_forward_pre_hook(self._at_head).remove)
+            stack.callback(lens.base.register_forward_pre_hook(self._at_base, with_kwargs=True).remove)
+            yield
+
+    def _at_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.arguments = kwargs
+        self.ids.append(kwargs["input_ids"])
+
+    def _at_layer(self, number: int, states: Tensor) -> Tensor:
+        self.states[number].append(states)
+        return _above(self.lens, number, states)
+
+    def _at_head(self, module: nn.Module, args: Any) -> Any:
+        self.at_head.append(args[0])
+        # Of the prompt's logits only the last are used. Other calls that read several tokens are those of
+        # assisted generation, which needs them all.
+        is_prompt = len(self.ids) == 1 and self.ids[0].shape[1] == self.prompt_length
+        return (args[0][:, -1:], *args[1:]) if is_prompt else None
+
+    def finish(self, sequences: Tensor) -> bool:
+        """Read the last token, which nobody needed so far; False where the record is not that of these rows
+        (B, T)."""
+        cache = find_cache(self.arguments)
+        mask, positions = (self.arguments.get(name) for name in ("attention_mask", "position_ids"))
+        ids = torch.cat(self.ids, 1) if len({len(some) for some in self.ids}) == 1 else sequences[:0]
+        complete = (
+            bool(self.lens._head_is_last)
+            and isinstance(cache, Cache)
+            and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+            and all(some.shape[1] == 1 for some in self.ids[1:])
+            and sum(some.shape[1] for some in self.at_head) == ids.shape[1]
+            and torch.equal(ids, sequences[:, :-1])
+        )
+        if complete:
+            following: dict[str, Any] = {"input_ids": sequences[:, -1:].clamp(min=0)}
+            if mask is not None:
+                following["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if positions is not None:
+                following["position_ids"] = positions[..., -1:] + 1
+            self.lens.base(**(self.arguments | following))
+        return complete
+
+    def result(self, order: Tensor, hidden: Tensor) -> PHiModelOutput:
+        """What a pass over the rows' tokens in this order (B, T) gives; (B, T) bool `hidden` are padding."""
+
+        def ordered(parts: list[Tensor]) -> Tensor:
+            states = torch.cat(parts, 1)
+            states = states.gather(1, order[..., None].expand_as(states))
+            return states.masked_fill(hidden[..., None], 0)
+
+        layers = zip(self.lens.layers, self.states, strict=False)
+        phis = [layer(ordered(parts), contrastive=False).phi for layer, parts in layers]
+        phi = None if not phis else phis[0] if self.lens.config.layers is None else torch.stack(phis, -1)
+        head = cast(Any, self.lens.base).get_output_embeddings()
+        return PHiModelOutput(phi=phi, head=head, head_states=ordered(self.at_head))
+
+
+def _setting(base: Any, options: dict[str, Any], name: str) -> Any:
+    """What `transformers` takes for a setting of generation."""
+    given = getattr(options.get("generation_config"), name, None)
+    return options.get(name, getattr(base.generation_config, name) if given is None else given)
+
+
+def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """(B, T) 1 on the prompt's tokens and on generated ones up to the one that ended the row."""
+    generated = sequences[:, prompt_mask.shape[1] :]
+    ends = _setting(base, options, "eos_token_id")
+    ends = torch.as_tensor([] if ends is None else ends, device=generated.device, dtype=generated.dtype)
+    is_end = torch.isin(generated, ends)
+    ended = (is_end.cumsum(1) - is_end.long()) > 0
+    # What fills rows that other criteria ended; transformers does so only where there is a token that ends.
+    pad = _setting(base, options, "pad_token_id") if ends.numel() else -1
+    if pad is not None:
+        ended |= (generated != pad).flip(1).cumsum(1).flip(1) == 0
+        ended &= ~(is_end & (is_end.cumsum(1) == 1))  # padding may be the token that ends, too
+    return torch.cat((prompt_mask, (~ended).to(prompt_mask.dtype)), 1)
+
+
+@torch.no_grad()
+def _scores(
+    lens: "PHiModel", sequences: Tensor, mask: Tensor, overflow: "Overflow", record: _Record | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
+    from philens.scoring.overflow import Overflowed
+
+    place = torch.arange(mask.shape[1], device=mask.device)
+    # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
+    order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
+    real = mask.gather(1, order)
+    ids = sequences.gather(1, order).masked_fill(real == 0, 0)  # what fills a row may be no token at all
+    result = lens(ids, returns="states") if record is None else record.result(order, real == 0)
+    surprisal = token_surprisal(result, ids)
+    later = (real != 0) & (place > 0)
+    for values in (surprisal, result.phi):
+        if values is not None:
+            lost = ~values.isfinite() & (later if values.ndim == 2 else later[..., None])
+            if overflow == "error" and lost.any():
+                row = int(lost.flatten(1).any(1).nonzero()[0, 0])
+                raise Overflowed(ids[row, real[row] != 0])
+            values.masked_fill_(lost, torch.nan)
+
+    def back(values: Tensor) -> Tensor:
+        spread = order if values.ndim == 2 else order[..., None].expand_as(values)
+        hidden = (mask == 0) if values.ndim == 2 else (mask == 0)[..., None]
+        return torch.empty_like(values).scatter(1, spread, values).masked_fill(hidden, torch.nan)
+
+    return None if result.phi is None else back(result.phi), back(surprisal)
+
+
+@contextlib.contextmanager
+def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overflow") -> Iterator[list[int]]:
+    """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
+
+    Yields a list whose only item is the number of tokens read.
+    """
+    from philens.scoring.overflow import Overflowed
+
+    read = [0]
+    ids: list[Tensor] = []
+    expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        rows, length = kwargs["input_ids"].shape
+        if rows > 1 or (length > 1 and read[0] + length > count):
+            raise InputError(
+                "Tokens can be followed in one row and token by token: not with beams, several sequences or "
+                "assistance; leave out on_token."
+            )
+        cache = find_cache(kwargs)
+        if cache is None:
+            raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
+        lens._start(kwargs.get("attention_mask"), cache=cache)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        token, phi = kwargs["input_ids"][0, -1], lens._outputs[0].phi[0, -1]
+        read[0] += kwargs["input_ids"].shape[1]
+        ids.append(kwargs["input_ids"][0])
+        if read[0] > count:
+            values = (float(phi), -float(expected.pop()[token]))
+            if overflow == "error" and not all(map(math.isfinite, values)):
+                raise Overflowed(torch.cat(ids))
+            on_token(int(token), *(value if math.isfinite(value) else math.nan for value in values))
+        expected[:] = [output.logits[0, -1].float().log_softmax(-1)]
+
+    handles = (
+        lens.base.register_forward_pre_hook(before, with_kwargs=True),
+        lens.base.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stream(
+    lens: "PHiModel",
+    tokenizer: Any,
+    prompt: str,
+    write: Callable[[str, float, float], None],
+    **options: Any,
+) -> PHiGeneration:
+    """Generate after a prompt and call `write` with the text, phi and surprisal of every token as it comes.
+
+    Tokens that end within a character are held back until it is whole; their values are summed.
+
+    Raises:
+        InputError: an empty prompt, or tokens cannot be streamed.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise InputError("The prompt is empty; give at least one token to start from.")
+    device = next(lens.parameters()).device
+    ids: list[int] = []
+    held: list[tuple[float, float]] = []
+    shown = ""
+
+    def on_token(token: int, phi: float, surprisal: float) -> None:
+        nonlocal shown
+        ids.append(token)
+        held.append((phi, surprisal))
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+        held.clear()
+        shown = text
+
+    prompt_ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+    generation = generate(lens, prompt_ids, mask, on_token, **options)
+    if held:  # it ended within a character
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+    return generation

@@ -1,0 +1,401 @@
+"""What a forward pass returns, and the losses made of it. Shapes: B rows, T tokens, V vocabulary."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from philens.lens.layer import PHiConfig, PHiOutput
+from philens.support.errors import InputError
+
+# Logits in float32 that training holds at once where they are made in parts: 128 MiB.
+LOGITS_AT_ONCE = 2**25
+# Of two distributions compared, at once: few enough to stay in a processor's cache.
+COMPARED_AT_ONCE = 2**23
+# Where they are only read, those of as many positions are made at once: few enough for memory and a
+# processor's cache, enough for a product at full speed; of more, where the vocabulary is small.
+POSITIONS_AT_ONCE, LOGITS_READ_AT_ONCE = 256, 2**21
+
+
+@dataclass
+class PHiModelOutput:
+    """What a `PHiModel` returns.
+
+    Attributes:
+        loss: scalar, what is trained: for each layer the loss that keeps information in its latent
+            (next-token cross-entropy with the layer in the path, the divergence from the base's distribution,
+            or reconstruction) + phi_weight * phi / L +
+            contrastive_weight * contrastive loss (phi itself with `reduction="sum"`), each averaged over the
+            tokens that carry a label. None without labels.
+        logits: (B, T, V): with the layer in the path (`mode="bottleneck"`), or the base's own. None unless
+            asked for by `returns="logits"`.
+        phi: (B, T) PHi loss in nats, float32, 0 on padding; (B, T, N) with N `layers`. None while disabled.
+        losses: means over labelled tokens, detached: `surprisal` (with the layer in the path),
+            `surprisal_base` (observing, or with the pressure distill), `divergence` of the distribution with
+            the layer in the path from the base's, `phi`, all in nats per token; `contrastive`,
+            `reconstruction`.
+            With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
+        layer_outputs: everything each layer computed; empty while disabled.
+        cache: where one was asked for; `past_key_values` is another name of it.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    phi: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    layer_outputs: list[PHiOutput] = field(default_factory=list)
+    cache: Any = None
+    head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    head_states: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, as transformers called it before 5.24."""
+        return self.cache
+
+    def logits_at(self, positions: slice) -> Tensor:
+        """(B, t, V) float32 logits of some positions of T, made when asked for.
+
+        Raises:
+            InputError: the forward pass stopped below the output head.
+        """
+        if self.logits is not None:
+            return self.logits[:, positions].float()
+        if self.head is None or self.head_states is None:
+            raise InputError('There are no logits after returns="phi"; ask for returns="states".')
+        return self.head(self.head_states[:, positions]).float()
+
+
+def counted_tokens(
+    labels: Tensor, attention_mask: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which tokens (B, T) carry a label, and which of those but the first (B, T - 1) are predicted from the
+    token before: not across documents, and not from padding."""
+    counted = labels != -100
+    if attention_mask is not None:
+        counted = counted & (attention_mask != 0)
+    predicted = counted[:, 1:]
+    if documents is not None:
+        predicted = predicted & (documents[:, 1:] == documents[:, :-1])
+    elif attention_mask is not None:
+        predicted = predicted & (attention_mask[:, :-1] != 0)
+    return counted, predicted
+
+
+def mean_surprisal(result: PHiModelOutput, labels: Tensor, predicted: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats over the predicted tokens (B, T - 1); 0 where there are none.
+
+    Logits that were not made yet are made in parts.
+    """
+    count = predicted.sum().clamp(min=1)
+    # The last position predicts nothing; so no states need to be copied.
+    targets = F.pad(labels[:, 1:].masked_fill(~predicted, -100), (0, 1), value=-100).flatten()
+    if result.logits is not None:
+        return F.cross_entropy(result.logits.flatten(0, 1).float(), targets, reduction="sum") / count
+    head, states = result.head, result.head_states
+    if head is None or states is None:
+        raise InputError('There are no logits after returns="phi"; leave out labels.')
+    return head_cross_entropy(states.flatten(0, 1), head, targets) / count
+
+
+def head_cross_entropy(states: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed, of what an output head makes of (N, D) states and (N,) targets, -100 on
+    those that do not count. Logits are made in parts, in the forward pass only where the head is linear."""
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]  # pyright: ignore[reportFunctionMemberAccess]
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    gradients = torch.is_grad_enabled()
+    if type(head) is nn.Linear:
+        return _LinearCrossEntropy.apply(states, head.weight, head.bias, targets, size, gradients)  # pyright: ignore[reportReturnType]
+
+    def part(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    total = states.new_zeros((), dtype=torch.float32)
+    for some in zip(states.split(size), targets.split(size), strict=True):
+        recomputed = gradients and states.requires_grad
+        total = total + (checkpoint(part, *some, use_reentrant=False) if recomputed else part(*some))  # pyright: ignore[reportOperatorIssue]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are known as soon as a part's logits are: nothing of their size is kept or made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        size: int,
+        gradients: bool,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad if gradients else (False, False, False)
+        of_states = torch.empty_like(states) if needed[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), size):
+            some = slice(start, start + size)
+            made = F.linear(states[some], weight, bias)
+            logits, target = made.float(), targets[some]
+            counted = target != -100
+            place = torch.where(counted, target, 0)[:, None]
+            sums = logits.logsumexp(-1, keepdim=True)
+            total += ((sums - logits.gather(1, place))[:, 0] * counted).sum()
+            if not any(needed):
+                continue
+            # Softmax minus one at the target: the gradient of the logits.
+            change = torch.sub(logits, sums).exp_()
+            change.scatter_add_(1, place, torch.full_like(sums, -1.0)).mul_(counted[:, None])
+            change = change.to(made.dtype)
+            if of_states is not None:
+                of_states[some] = (change @ weight.to(made.dtype)).to(of_states.dtype)
+            if of_weight is not None:
+                of_weight += change.mT @ states[some].to(made.dtype)
+            if of_bias is not None:
+                of_bias += change.sum(0)
+        ctx.save_for_backward(of_states, of_weight, of_bias)
+        ctx.kinds = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kinds = (None, *ctx.kinds)
+        scaled = (
+            None if x is None else (x * grads[0]).to(kind or x.dtype)
+            for x, kind in zip(ctx.saved_tensors, kinds, strict=True)
+        )
+        return *scaled, None, None, None
+
+
+class Divergence(NamedTuple):
+    """How next-token distributions differ from the untouched base's, means in nats.
+
+    Attributes:
+        divergence: (n,) KL(base || with the layer) of each of n layers.
+        surprisal: (n,) with each layer in the path.
+        surprisal_base: () of the base.
+    """
+
+    divergence: Tensor
+    surprisal: Tensor
+    surprisal_base: Tensor
+
+
+def divergence_from(
+    untouched: PHiModelOutput, passes: Sequence[PHiModelOutput], labels: Tensor, predicted: Tensor
+) -> Divergence:
+    """Means over the predicted tokens (B, T - 1); logits that were not made yet are made in parts.
+
+    Nothing reaches the base's own distribution: it is what the layers are to keep.
+    """
+    mask, targets = F.pad(predicted, (0, 1)).flatten(), F.pad(labels[:, 1:], (0, 1)).flatten()
+    whole = untouched.logits is not None or any(one.logits is not None for one in passes)
+    states = [_before_comparison(one, whole).flatten(0, 1) for one in (untouched, *passes)]
+    if mask.device.type == "cpu":  # elsewhere one would have to wait to see which
+        places = mask.nonzero()[:, 0]
+        mask, targets, states = mask[places], targets[places], [one[places] for one in states]
+    head: Any = nn.Identity() if whole else untouched.head
+    frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
+    if frozen:
+        sums = _LinearComparison.apply(
+            head.weight, head.bias, targets, mask, torch.is_grad_enabled(), *states
+        )
+    else:
+        sums = states[0].new_zeros(2 * len(passes) + 1, dtype=torch.float32)
+        size = max(1, COMPARED_AT_ONCE // (states[0].shape[-1] if whole else len(head.weight)))
+        for some in _stretches_of(len(mask), size):
+            inputs = [head, targets[some], mask[some], *(one[some] for one in states)]
+            sums = sums + checkpoint(_compare, *inputs, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
+    found = sums / predicted.sum().clamp(min=1)  # pyright: ignore[reportOperatorIssue]
+    return Divergence(found[: len(passes)], found[len(passes) : -1], found[-1])
+
+
+def _stretches_of(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _before_comparison(one: PHiModelOutput, whole: bool) -> Tensor:
+    """What the output head reads, or its logits where one of the passes has those alone."""
+    if one.logits is not None:
+        return one.logits
+    if one.head is None or one.head_states is None:
+        raise InputError('There are no logits after returns="phi"; leave out labels.')
+    return one.head(one.head_states) if whole else one.head_states
+
+
+def _compare(head: Any, targets: Tensor, mask: Tensor, base: Tensor, *states: Tensor) -> Tensor:
+    """Sums over (N,) positions: of n passes' divergences, of their surprisals, of the base's: (2 n + 1,)."""
+    with torch.no_grad():
+        own = F.log_softmax(head(base).float(), -1)
+    others = [F.log_softmax(head(one).float(), -1) for one in states]
+    losses = [(own.exp() * (own - one)).sum(-1) for one in others]
+    losses += [F.nll_loss(one, targets, reduction="none") for one in (*others, own)]
+    return (torch.stack(losses) * mask).sum(-1)
+
+
+class _LinearComparison(torch.autograd.Function):
+    """`_compare` in parts, for a head that is linear and frozen; as in `_LinearCrossEntropy`, gradients are
+    known as soon as a part's logits are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        mask: Tensor,
+        gradients: bool,
+        base: Tensor,
+        *states: Tensor,
+    ) -> Tensor:
+        needed = [gradients and needs for needs in ctx.needs_input_grad[6:]]
+        grads = [torch.empty_like(one) if needs else None for one, needs in zip(states, needed, strict=True)]
+        sums = base.new_zeros(2 * len(states) + 1, dtype=torch.float32)
+        for some in _stretches_of(len(targets), max(1, COMPARED_AT_ONCE // len(weight))):
+            place, counted = targets[some, None].clamp(min=0), mask[some]
+            own = F.log_softmax(F.linear(base[some], weight, bias).float(), -1)
+            sums[-1] -= (own.gather(1, place)[:, 0] * counted).sum()
+            likely = own.exp()
+            for number, one in enumerate(states):
+                other = F.log_softmax(F.linear(one[some], weight, bias).float(), -1)
+                sums[len(states) + number] -= (other.gather(1, place)[:, 0] * counted).sum()
+                sums[number] += ((own - other).mul_(likely).sum(-1) * counted).sum()
+                if (grad := grads[number]) is not None:
+                    # The divergence's gradient of the logits: this distribution minus the base's.
+                    change = other.exp_().sub_(likely).mul_(counted[:, None]).to(weight.dtype)
+                    grad[some] = (change @ weight).to(grad.dtype)
+        ctx.save_for_backward(*grads)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Of the sums only the divergences are trained by.
+        of_states = (
+            None if grad is None else (grad * grads[0][number]).to(grad.dtype)
+            for number, grad in enumerate(ctx.saved_tensors)
+        )
+        return None, None, None, None, None, None, *of_states
+
+
+def token_surprisal(result: PHiModelOutput, input_ids: Tensor) -> Tensor:
+    """(B, T) surprisal of each token in nats, float32, NaN on the first; logits are made in parts."""
+    rows, length = input_ids.shape
+    before = torch.arange(rows * length, device=input_ids.device).view(rows, length)[:, :-1].flatten()
+    targets = input_ids[:, 1:].flatten()
+    parts = [
+        F.cross_entropy(logits, targets[part], reduction="none")
+        for part, logits in logits_in_parts(result, before)
+    ]
+    surprisal = torch.cat(parts).view(rows, length - 1) if parts else input_ids.new_empty(rows, 0).float()
+    return F.pad(surprisal, (1, 0), value=torch.nan)
+
+
+def logits_in_parts(output: PHiModelOutput, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The float32 logits (n, V) of some of the B * T positions, `places` (N,), a part of N at a time.
+
+    Raises:
+        InputError: the forward pass stopped below the output head.
+    """
+    whole = output.head_states if output.logits is None else output.logits
+    if whole is None or (output.logits is None and output.head is None):
+        raise InputError('There are no logits after returns="phi"; ask for returns="states".')
+    start, size = 0, POSITIONS_AT_ONCE
+    while start < len(places):
+        part = slice(start, start + size)
+        rows = whole.flatten(0, 1)[places[part]]
+        logits = (rows if output.logits is not None or output.head is None else output.head(rows)).float()
+        yield part, logits
+        start, size = start + size, max(size, LOGITS_READ_AT_ONCE // logits.shape[1])
+
+
+def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:
+    """Share of the hidden states' variance that the decoded latents miss, averaged over dimensions.
+
+    Every dimension counts alike, however large a model lets a few of them grow; attention sinks, in which
+    almost all of the variance of some dimensions lies, don't count.
+    """
+    counted = counted & ~output.sinks
+    weights = counted[..., None] / counted.sum().clamp(min=1)
+    target = output.observed.float()
+    missed = ((output.hidden_states.float() - target).square() * weights).sum((0, 1))
+    mean = (target * weights).sum((0, 1))
+    variance = ((target - mean).square() * weights).sum((0, 1))
+    return (missed / variance.clamp(min=1e-8)).mean()
+
+
+def add_losses(
+    result: PHiModelOutput,
+    labels: Tensor,
+    counted: Tensor,
+    predicted: Tensor,
+    passes: Sequence[PHiModelOutput | None],
+    untouched: PHiModelOutput | None,
+    config: PHiConfig,
+    weight_scale: Tensor,
+    paths: Sequence[str],
+) -> None:
+    """Set `loss` and `losses`.
+
+    Args:
+        labels, predicted: (b, T) and (b, T - 1), as of `counted_tokens`; of the rows of `passes`.
+        counted: (B, T), likewise, of all rows.
+        passes: for each layer the pass with it in the path, None where there is none; without any layer, the
+            base's.
+        untouched: the base's own pass, if there was one beside these.
+        config: of the layers.
+        weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
+        paths: the layers' insertion points.
+    """
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=labels.device)
+    outputs = result.layer_outputs
+    suffixes = [f"@{path}" for path in paths] if config.layers is not None and outputs else [""]
+    for output, at in zip(outputs, suffixes, strict=False):
+        total = total + _layer_loss(output, counted, at, parts, config, weight_scale)
+    through = {at: one for at, one in zip(suffixes, passes, strict=True) if one is not None}
+    if config.pressure == "distill" and outputs:
+        assert untouched is not None
+        found = divergence_from(untouched, list(through.values()), labels, predicted)
+        parts["surprisal_base"] = found.surprisal_base
+        for number, at in enumerate(through):
+            parts[f"surprisal{at}"] = found.surprisal[number].detach()
+            parts[f"divergence{at}"] = found.divergence[number]
+            total = total + found.divergence[number]
+    else:
+        if untouched is not None:
+            with torch.no_grad():
+                parts["surprisal_base"] = mean_surprisal(untouched, labels, predicted)
+        for at, one in through.items():
+            surprisal = parts[f"surprisal{at}"] = mean_surprisal(one, labels, predicted)
+            if config.pressure == "next_token":
+                total = total + surprisal
+    result.loss = total
+    result.losses = {name: value.detach() for name, value in parts.items()}
+
+
+def _layer_loss(
+    output: PHiOutput,
+    counted: Tensor,
+    at: str,
+    parts: dict[str, Tensor],
+    config: PHiConfig,
+    weight_scale: Tensor,
+) -> Tensor:
+    """What one layer adds to the loss; its parts are noted under their names followed by `at`."""
+    weights, count = counted.float(), counted.sum().clamp(min=1)
+    phi = parts[f"phi{at}"] = (output.phi * weights).sum() / count
+    scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
+    loss = weight_scale * config.phi_weight * scale * phi
+    if output.contrastive is not None:
+        contrastive = parts[f"contrastive{at}"] = (output.contrastive * weights).sum() / count
+        loss = loss + weight_scale * config.contrastive_weight * contrastive
+    if config.pressure == "reconstruction":
+        lost = parts[f"reconstruction{at}"] = lost_variance(output, counted)
+        loss = loss + config.reconstruction_weight * lost
+    return loss

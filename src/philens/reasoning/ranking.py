@@ -1,0 +1,343 @@
+"""Candidate answers put in order by a rule, the best first."""
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, tee
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from philens.bases.hub import reason
+from philens.reasoning.rules import Rule
+from philens.reasoning.solutions import METRICS, iter_replies
+from philens.scoring.texts import Text
+from philens.support.errors import ConfigError, InputError
+from philens.support.files import same_file, write_atomically
+from philens.support.output import utf8_output
+from philens.support.progress import shown
+from philens.tasks.chat import check_chat, content_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from philens.lens.model import PHiModel
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["terminal", "jsonl", "csv"]
+# Fields of a record; of several the first counts.
+PROMPT_FIELDS = ("prompt", "problem", "question")
+CANDIDATE_FIELDS = ("candidate", "response", "completion", "solution")
+PAIR_FIELDS = ("chosen", "rejected")  # of TRL's preferences
+_MUST = 'it must have a "prompt" and "candidates", a list, or one of them as "response"'
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Answers among which to choose.
+
+    Attributes:
+        id: what the prompt is called.
+        prompt: as in `philens.reasoning.solutions.measure_replies`.
+        texts: the answers, at least two, none empty.
+    """
+
+    id: str | int
+    prompt: Text
+    texts: Sequence[str]
+
+
+def rank(
+    lens: "PHiModel",
+    tokenizer: Any,
+    prompts: Text | Sequence[Text],
+    candidates: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    rule: str | Rule = "highest_phi",
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> "pd.DataFrame":
+    """Order the candidate answers to each prompt by a rule.
+
+    Args:
+        lens: a model with a PHi layer.
+        tokenizer: its tokenizer.
+        prompts: a prompt, or several: plain text in front of the answers, or a chat, a list of messages.
+        candidates: the answers to the prompt; to several prompts, a list of answers for each.
+        rule: `highest_COLUMN` or `lowest_COLUMN` of this table, where a metric means its mean per token; or
+            `shortest`.
+        metrics: of the tokens, for the columns, as `philens.score` takes them; what the rule needs is added.
+        batch_tokens: tokens read at once, padding included.
+        window: as in `philens.score`.
+
+    Returns:
+        A row for each candidate, prompt by prompt and in these the best first: prompt and candidate (numbers
+        from 0), rank (1 is the best; of equal ones all have the better), score (what the rule looks at, the
+        higher the better, so for `lowest_` the negative), the columns of `measure_replies`, and text.
+
+    Raises:
+        ConfigError: no rule.
+        InputError: a prompt with fewer than two candidates, or with an empty one; a column that does not
+            exist; or what `measure_replies` raises.
+    """
+    import pandas as pd
+
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+        prompts, candidates = [prompts], [candidates]  # pyright: ignore[reportAssignmentType]
+    if len(prompts) != len(candidates):
+        raise InputError(
+            f"There are {len(prompts)} prompts and {len(candidates)} lists of candidates; give one for each."
+        )
+    if not prompts:
+        raise InputError("There is nothing to rank; give at least one prompt with its candidates.")
+    groups = [
+        Candidates(number, prompt, texts)  # pyright: ignore[reportArgumentType]
+        for number, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True))
+    ]
+    options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)
+    return pd.concat([table for _, table in ranked], ignore_index=True)
+
+
+def iter_ranked(
+    lens: "PHiModel",
+    tokenizer: Any,
+    groups: Iterable[Candidates],
+    *,
+    rule: str | Rule = "highest_phi",
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> "Iterator[tuple[Candidates, pd.DataFrame]]":
+    """The table of `rank` prompt by prompt, for any number of prompts, which are read a few batches ahead.
+
+    Raises:
+        ConfigError, InputError: as `rank`; about a prompt when it is reached, about anything else at once.
+    """
+    rule = Rule.parse(rule) if isinstance(rule, str) else rule
+    waiting: deque[Candidates] = deque()
+
+    def replies() -> Iterator[tuple[Text, str, str]]:
+        for group in groups:
+            _check_candidates(group.texts, f"Prompt {group.id}")
+            waiting.append(group)
+            for number, text in enumerate(group.texts):
+                yield group.prompt, text, f"candidate {number} of prompt {group.id}"
+
+    pairs, names = tee(replies())
+    rows = iter_replies(
+        lens,
+        tokenizer,
+        ((prompt, text) for prompt, text, _ in pairs),
+        (name for *_, name in names),
+        metrics=list(dict.fromkeys([*metrics, *rule.metrics])),
+        batch_tokens=batch_tokens,
+        window=window,
+    )
+
+    def tables() -> "Iterator[tuple[Candidates, pd.DataFrame]]":
+        for first in rows:
+            group = waiting.popleft()
+            yield group, _ranked(group, [first, *islice(rows, len(group.texts) - 1)], rule)
+
+    return tables()
+
+
+def _ranked(group: Candidates, rows: Sequence[Mapping[str, float]], rule: Rule) -> "pd.DataFrame":
+    import pandas as pd
+
+    for number, row in enumerate(rows):
+        if not row["tokens"]:
+            raise InputError(f"Candidate {number} of prompt {group.id} has no token; leave it out.")
+    table = pd.DataFrame(rows)
+    scores = pd.Series(rule.scores(table))
+    table.insert(0, "prompt", group.id)
+    table.insert(1, "candidate", range(len(table)))
+    table.insert(2, "rank", scores.rank(method="min", ascending=False).astype(int))
+    table.insert(3, "score", scores)
+    table["text"] = list(group.texts)
+    return table.sort_values("rank", kind="stable", ignore_index=True)
+
+
+def _check_candidates(texts: Any, where: str) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise InputError(f"{where} has {type(texts).__name__} for candidates; give a list of strings.")
+    if len(texts) < 2:
+        count = "one candidate" if texts else "no candidate"
+        raise InputError(f"{where} has {count}; choosing takes at least two.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            what = "empty" if text == "" else f"of type {type(text).__name__}, not a string"
+            raise InputError(f"{where}: candidate {number} is {what}; correct it or leave it out.")
+
+
+class CandidatesFile:
+    """Prompts with their candidates from a file of JSON Lines, in the order in which prompts come first.
+
+    A line is a prompt with all its candidates, `{"prompt": ..., "candidates": [...]}` or a preference of
+    TRL (`chosen`, `rejected`); or it is one candidate, `{"prompt": ..., "response": ...}`, wherever the
+    others of the same prompt are, as in what `philens solve` writes. A prompt is text or a chat; a `problem`
+    or `question` is a user's message. Prompts are called by their `prompt_id` or `problem_id` (or `id`, in a
+    line with all candidates), else by number from 0.
+
+    Opening reads the file once to check every line; all that is kept is where lines are. Empty solutions of
+    `philens solve` are left out.
+
+    Raises:
+        InputError: no such file, or nothing in it; a line that is something else; a prompt with fewer than
+            two candidates, or with an empty one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"There is no file {path}; check the path.")
+        # Of each prompt, the bytes at which its lines start.
+        self._places: dict[bytes | int, list[int]] = {}
+        alone: dict[bytes | int, int] = {}
+        place, silent = 0, 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    group, whole = _read_line(line, where)
+                    key = number if whole else hashlib.sha256(json.dumps(group.prompt).encode()).digest()
+                    if whole:
+                        _check_candidates(group.texts, where)
+                    elif not group.texts:
+                        silent += 1
+                    elif key not in self._places:
+                        alone[key] = number
+                    else:
+                        alone.pop(key, None)
+                    if group.texts:
+                        self._places.setdefault(key, []).append(place)
+                place += len(line)
+        if silent:
+            logger.warning("Empty solutions in %s left out: %d.", path, silent)
+        if not self._places:
+            raise InputError(f"{path} holds no candidates; give a file of JSON Lines.")
+        if alone:
+            number = min(alone.values())
+            raise InputError(
+                f"{path} line {number} has the only candidate of its prompt; choosing takes at least two."
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Candidates]:
+        with self.path.open("rb") as file:
+            for number, places in enumerate(self._places.values()):
+                groups = []
+                for place in places:
+                    file.seek(place)
+                    groups.append(_read_line(file.readline(), f"{self.path} byte {place}")[0])
+                name = number if groups[0].id == "" else groups[0].id
+                yield Candidates(name, groups[0].prompt, [text for group in groups for text in group.texts])
+
+
+def _read_line(line: bytes, where: str) -> tuple[Candidates, bool]:
+    """What a line holds, its id empty if it has none, and whether that is all candidates of the prompt."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({reason(error)}); correct or remove it.") from error
+    fields = record if isinstance(record, dict) else {}
+    field = next((name for name in PROMPT_FIELDS if name in fields), None)
+    single = next((name for name in CANDIDATE_FIELDS if name in fields), None)
+    if field is None:
+        raise InputError(f"{where} holds no candidates of a prompt: {_MUST}.")
+    if "candidates" in fields:
+        texts, whole = fields["candidates"], True
+    elif all(name in fields for name in PAIR_FIELDS):
+        texts, whole = [_reply(fields[name]) for name in PAIR_FIELDS], True
+    elif single is not None:
+        texts, whole = [_reply(fields[single])], False
+        if single == "solution" and texts == [""]:  # a model that was asked may say nothing
+            texts = []
+        # One alone: checked as a list would be.
+        _check_candidates([*texts, "another", "one more"], where)
+    else:
+        raise InputError(f"{where} has a {field} and no candidate: {_MUST}.")
+    prompt = fields[field]
+    if isinstance(prompt, str) and field != "prompt":
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, str):
+        check_chat(prompt, where)
+    names = ("prompt_id", "problem_id", *(["id"] if whole else []))
+    name = next((fields[name] for name in names if isinstance(fields.get(name), str | int)), "")
+    return Candidates(name, prompt, texts), whole
+
+
+def _reply(value: Any) -> Any:
+    """A reply that is a chat of one message, as TRL has it, as its text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return content_text(value[0])
+    return value
+
+
+def rank_file(
+    path: str | Path,
+    load: "Callable[[], tuple[PHiModel, Any]]",
+    form: Form = "terminal",
+    output: Path | None = None,
+    *,
+    rule: str | Rule = "highest_phi",
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> int:
+    """Rank the candidates of a file, and show or write the rows of `rank`.
+
+    Args:
+        path: as `CandidatesFile` reads it. What is held of it at once is a few batches.
+        load: gives the lens and its tokenizer; called once the file is known to be right.
+        form: a `terminal`'s tables, or rows as `jsonl` or `csv`.
+        output: file for the rows; None means standard output.
+        rule: as for `rank`, like `metrics`, `batch_tokens` and `window`.
+
+    Returns:
+        How many prompts there were.
+
+    Raises:
+        ConfigError: form and output do not fit, or what `rank` raises.
+        InputError: what `CandidatesFile` and `rank` raise.
+        OutputError: the file cannot be written.
+    """
+    from rich.console import Console
+
+    if form == "terminal" and output is not None:
+        raise ConfigError("--format terminal goes to the terminal; with --output give --format jsonl or csv.")
+    if output is not None and same_file(path, output):
+        raise ConfigError(f"{output} is an input, which would be replaced; choose another --output.")
+    rule = Rule.parse(rule) if isinstance(rule, str) else rule
+    groups = CandidatesFile(path)
+    lens, tokenizer = load()
+    ranked = iter_ranked(
+        lens, tokenizer, groups, rule=rule, metrics=metrics, batch_tokens=batch_tokens, window=window
+    )
+    if form == "terminal":
+        from philens.reasoning.ranking_table import ranking_table
+
+        console = Console()
+        for group, table in ranked:
+            console.print(ranking_table(table, group.prompt, rule.name), "")
+        return len(groups)
+
+    def lines() -> Iterator[str]:
+        for number, (_, table) in enumerate(shown(ranked, "ranking", len(groups))):
+            if form == "jsonl":
+                yield str(table.to_json(orient="records", lines=True, force_ascii=False, double_precision=15))
+            else:
+                yield str(table.to_csv(index=False, header=number == 0))
+
+    if output is None:
+        utf8_output().writelines(lines())
+    else:
+        write_atomically(output, lambda file: file.writelines(line.encode() for line in lines()))
+    return len(groups)

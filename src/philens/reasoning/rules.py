@@ -1,0 +1,84 @@
+"""Rules for choosing among answers, written as `highest_COLUMN` or `lowest_COLUMN`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from philens.support.errors import ConfigError, InputError
+from philens.support.typed import nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# How a metric of the tokens becomes a number of the answer; the first is meant where none is named.
+AGGREGATES = ("mean", "sum", "max", "last_fifth")
+ALIASES = {"shortest": "lowest_tokens"}
+_SIGNS: dict[str, Literal[1, -1]] = {"highest": 1, "lowest": -1}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The better of two answers is the one with the higher `sign` times `column`.
+
+    Attributes:
+        name: the rule as it was written.
+        column: of the tables that `philens.reasoning.solutions` makes.
+        sign: 1 where the highest value is the best, -1 where the lowest is.
+    """
+
+    name: str
+    column: str
+    sign: Literal[1, -1]
+
+    @classmethod
+    def parse(cls, text: str) -> "Rule":
+        """The rule that a text writes.
+
+        Args:
+            text: `highest_COLUMN` or `lowest_COLUMN`; a metric alone means its mean over the answer's tokens,
+                so that `highest_phi` is `highest_phi_mean`. `shortest` is `lowest_tokens`.
+
+        Raises:
+            ConfigError: it is no rule.
+        """
+        direction, _, column = ALIASES.get(text, text).partition("_")
+        if direction not in _SIGNS or not column:
+            raise ConfigError(
+                f"There is no rule {text!r}; write highest_COLUMN or lowest_COLUMN, such as highest_phi or "
+                f"lowest_surprisal, or {' or '.join(ALIASES)}."
+            )
+        aggregated = column.endswith(tuple(f"_{kind}" for kind in AGGREGATES))
+        if not aggregated and _metric(column) == column.partition("@")[0]:
+            column = f"{column}_{AGGREGATES[0]}"
+        return cls(text, column, _SIGNS[direction])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric of the tokens that the column is made from, as `philens.score` takes it; or none."""
+        metric = _metric(self.column)
+        return () if metric is None else (metric,)
+
+    def scores(self, table: "pd.DataFrame") -> NDArray[np.float64]:
+        """(N,) the sign times the column of a table of N answers: the higher the better.
+
+        Raises:
+            InputError: the table has no such column.
+        """
+        if self.column not in table:
+            mean = f"_{AGGREGATES[0]}"
+            valid = [name.removesuffix(mean) for name in table.select_dtypes("number")]
+            direction = "highest" if self.sign > 0 else "lowest"
+            close = f"{direction}_{nearest(self.column.removesuffix(mean), valid)}" if valid else ""
+            meant = f"; did you mean {close} (there are {', '.join(valid)})?" if valid else "."
+            raise InputError(f"The rule {self.name} needs a column {self.column} and there is none{meant}")
+        return self.sign * table[self.column].to_numpy(np.float64)
+
+
+def _metric(column: str) -> str | None:
+    """The metric that a column's name begins with, the longest where several fit."""
+    from philens.scoring.score import METRICS
+
+    fitting = [name for name in METRICS if column == name or column.startswith((f"{name}_", f"{name}@"))]
+    return max(fitting, key=len, default=None)

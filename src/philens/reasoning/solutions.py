@@ -1,0 +1,323 @@
+"""Metrics of replies: what a model, or someone else, wrote after a prompt.
+
+Every number is over the reply's own tokens. The prompt and the template's marks are read, as the reply
+depends on them, and do not count; nor does the token that ends a text.
+"""
+
+import copy
+import logging
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import tee
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from philens.reasoning.problems import plain_text
+from philens.reasoning.rules import AGGREGATES
+from philens.scoring.texts import Text, check_tokenizer
+from philens.support.errors import InputError
+from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
+from philens.tasks.problem import messages
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from philens.lens.model import PHiModel
+    from philens.reasoning.sampling import Solution
+    from philens.scoring.scores import TokenScores
+    from philens.tasks.problem import Problem, Prompt
+
+logger = logging.getLogger(__name__)
+
+# In nats, all of them.
+METRICS = ("phi", "surprisal", "entropy")
+# A chat of two texts, the prompt as the model's template has it and the reply, that go together unchanged.
+_AS_THEY_ARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+Row = Mapping[str, float]
+
+
+def measure_replies(
+    lens: "PHiModel",
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    replies: Sequence[str],
+    *,
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> "pd.DataFrame":
+    """Measure replies, each after its prompt.
+
+    Args:
+        lens: a model with a PHi layer.
+        tokenizer: its tokenizer, a fast one of transformers; it is left as it was.
+        prompts: one for each reply: plain text in front of it, or a chat, a list of messages with `role` and
+            `content`, that the reply answers (`render_prompt`).
+        replies: as the model wrote them, nothing trimmed. An empty one has 0 tokens and NaN in all metrics.
+        metrics: of the tokens, as `philens.score` takes them.
+        batch_tokens: tokens read at once, padding included; numbers do not depend on it.
+        window: as in `philens.score`.
+
+    Returns:
+        A row for each reply, in order: `tokens`, and for each metric m over these n tokens `m_mean`, `m_sum`,
+        `m_max` and `m_last_fifth`, the mean over the last ⌈n/5⌉. Where a lens observes with several layers,
+        the columns of the layer carry the insertion point, as in `phi@model.layers.8_mean`.
+
+    Raises:
+        InputError: not one prompt for each reply; no reply with a token; a chat that the template refuses; or
+            what `philens.score` raises.
+    """
+    import pandas as pd
+
+    if len(prompts) != len(replies):
+        raise InputError(
+            f"There are {len(prompts)} prompts and {len(replies)} replies; give one prompt for each reply."
+        )
+    pairs = zip(prompts, replies, strict=True)
+    names = (f"replies[{number}]" for number in range(len(replies)))
+    options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    rows = list(iter_replies(lens, tokenizer, pairs, names, **options))
+    if not any(row["tokens"] for row in rows):
+        raise InputError("There is nothing to measure: no reply has a token; give one that is not empty.")
+    return pd.DataFrame(rows)
+
+
+def measure(
+    lens: "PHiModel",
+    tokenizer: Any,
+    solutions: Sequence["Solution"],
+    problems: Iterable["Problem"],
+    prompt: "Prompt",
+    *,
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> "pd.DataFrame":
+    """Measure solutions, each after its problem as a model reads it when it is to solve it.
+
+    A sampled one is read as it was written. One from elsewhere begins with a space where the tokenizer has no
+    chat template, as replies do after the `Answer:` of plain text.
+
+    Args:
+        lens: a model with a PHi layer.
+        tokenizer: its tokenizer.
+        solutions: of these problems, as `philens.reasoning.sampling` samples or reads them, or
+            `reference_solutions` makes them.
+        problems: at least those that were solved.
+        prompt: what they were put in when they were solved.
+        metrics: as for `measure_replies`, like `batch_tokens` and `window`.
+
+    Returns:
+        A row for each solution, in order: problem_id, level and steps (NaN where not known), sample, correct,
+        answer, parsed (an answer was found), finished (it ended by itself; None where not known), and what
+        `measure_replies` gives.
+
+    Raises:
+        InputError: a solution of none of the problems; or as `measure_replies`.
+    """
+    import pandas as pd
+
+    by_id = {problem.id: problem for problem in problems}
+    for number, solution in enumerate(solutions):
+        if solution.problem_id not in by_id:
+            raise InputError(
+                f"solutions[{number}] is of problem {solution.problem_id!r}, which is not among the "
+                f"{len(by_id)} problems; give the problems that were solved."
+            )
+    measured = measure_replies(
+        lens,
+        tokenizer,
+        [messages(by_id[solution.problem_id], prompt) for solution in solutions],
+        [_as_written(solution, tokenizer) for solution in solutions],
+        metrics=metrics,
+        batch_tokens=batch_tokens,
+        window=window,
+    )
+    empty = int((measured["tokens"].to_numpy() == 0).sum())
+    if empty:
+        logger.warning("%d of %d solutions have no token, and so no metrics.", empty, len(measured))
+    facts = pd.DataFrame(
+        {
+            "problem_id": solution.problem_id,
+            "level": solution.level,
+            "steps": solution.steps,
+            "sample": solution.sample,
+            "correct": solution.correct,
+            "answer": solution.answer,
+            "parsed": solution.answer is not None,
+            "finished": solution.finished,
+        }
+        for solution in solutions
+    )
+    for name in ("level", "steps"):  # None alone would make a column of objects
+        facts[name] = pd.to_numeric(facts[name])
+    return pd.concat([facts, measured], axis=1)
+
+
+def _as_written(solution: "Solution", tokenizer: Any) -> str:
+    text = solution.solution
+    begins = tokenizer.chat_template or solution.token_ids is not None or text[:1].isspace()
+    return text if begins or not text else f" {text}"
+
+
+def reference_solutions(problems: Iterable["Problem"]) -> list["Solution"]:
+    """The problems' own worked solutions, as `measure` takes them; a problem without one is left out."""
+    from philens.reasoning.sampling import Solution
+
+    return [
+        Solution(
+            problem_id=problem.id,
+            problem=problem.problem,
+            level=problem.level,
+            steps=problem.steps,
+            reference=problem.answer,
+            sample=0,
+            solution=problem.solution,
+            answer=problem.answer,
+            correct=True,
+            finished=True,
+        )
+        for problem in problems
+        if problem.solution is not None
+    ]
+
+
+def by_insertion_point(table: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
+    """The table of a lens with several layers as one for each layer, as a lens with that layer alone has it.
+
+    By insertion point: `phi@model.layers.8_mean` is `phi_mean` in the table of `model.layers.8`.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for name in table:
+        match = re.fullmatch(rf"(\w+)@(.+)(_(?:{'|'.join(AGGREGATES)}))", name)
+        if match:
+            layers.setdefault(match[2], {})[name] = match[1] + match[3]
+    return {
+        path: table.drop(
+            columns=[name for names in layers.values() if names is not own for name in names]
+        ).rename(columns=own)
+        for path, own in layers.items()
+    }
+
+
+def iter_replies(
+    lens: "PHiModel",
+    tokenizer: Any,
+    pairs: Iterable[tuple[Text, str]],
+    names: Iterable[str],
+    *,
+    metrics: Sequence[str] = METRICS,
+    batch_tokens: int = 4096,
+    window: int | None = None,
+) -> Iterator[Row]:
+    """The rows of `measure_replies` for any number of (prompt, reply), which are read a few batches ahead.
+
+    Args:
+        names: what errors call the replies, one for each.
+
+    Raises:
+        InputError: as `measure_replies`; about a reply when it is reached, about anything else at once.
+    """
+    from philens.scoring.score import check_metrics, iter_scores
+
+    check_tokenizer(tokenizer)
+    # Where each reply starts and ends in the text that is read; None for an empty one, which is not.
+    places: deque[tuple[int, int] | None] = deque()
+    ending = end_marks(tokenizer)
+
+    def texts() -> Iterator[tuple[Text, str]]:
+        for (prompt, reply), name in zip(pairs, names, strict=False):
+            if not isinstance(reply, str):
+                raise InputError(f"{name} is of type {type(reply).__name__}; a reply is a string.")
+            if not reply:
+                places.append(None)
+                continue
+            text, start = after_prompt(tokenizer, prompt, reply, f"the prompt of {name}")
+            places.append((start, start + len(ending.sub("", reply))))
+            yield text, name
+
+    contents, labels = tee(texts())
+    scored = iter_scores(
+        lens,
+        joining(tokenizer),
+        (content for content, _ in contents),
+        metrics=metrics,
+        batch_tokens=batch_tokens,
+        window=window,
+        names=(name for _, name in labels),
+    )
+    wanted = check_metrics(lens, metrics)
+
+    def rows() -> Iterator[Row]:
+        for scores in scored:
+            while (place := places.popleft()) is None:
+                yield {"tokens": 0}
+            starts, ends = scores.offsets.T
+            own = (ends > place[0]) & (ends > starts) & (ends <= place[1])
+            yield _aggregate(scores, own, wanted)
+        yield from ({"tokens": 0} for _ in places)
+
+    return rows()
+
+
+def joining(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that reads what `after_prompt` gives."""
+    copied = copy.copy(tokenizer)
+    copied.chat_template = _AS_THEY_ARE
+    return copied
+
+
+def after_prompt(tokenizer: Any, prompt: Text, reply: str, where: str = "the prompt") -> tuple[Text, int]:
+    """A reply after its prompt, for `joining(tokenizer)` to read, and the character where the reply starts.
+
+    Raises:
+        InputError: as `render_prompt`.
+    """
+    before = render_prompt(tokenizer, prompt, where)
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return before + reply, len(before)
+    # What a template writes brings its own special tokens.
+    parts = (("prompt", before), ("reply", reply))
+    return [{"role": role, "content": content} for role, content in parts], len(before)
+
+
+def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> str:
+    """What stands in front of a reply: a text as it is, a chat as the tokenizer's template has it.
+
+    The reply itself does not go through the template, as it did not when the model wrote it: templates
+    change messages (Llama 3's trims them, Qwen 3's leaves out thoughts). Without a template, a chat is
+    `philens.reasoning.problems.plain_text`.
+
+    Raises:
+        InputError: neither text nor chat, or the template refuses the chat or leaves out its tool calls.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template:
+        return chat_prompt(tokenizer, prompt, where)
+    chat = plain_chat(tokenizer, prompt, where)
+    refuse_tool_calls(chat, where)
+    return plain_text(chat)
+
+
+def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[str]) -> Row:
+    """The row of a reply whose tokens are those where `own`, (T,), is true."""
+    row: dict[str, float] = {"tokens": int(own.sum())}
+    for name, column in scores.columns.items():
+        if not row["tokens"] or name.partition("@")[0] not in metrics:  # a standard error has no sum
+            continue
+        kept = own & scores.counts(name)
+        values = column[kept if kept.any() else own].astype(np.float64)
+        if np.isnan(values).any():
+            raise InputError(
+                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it."
+            )
+        last_fifth = values[-ceil(len(values) / 5) :]
+        found = (values.mean(), values.sum(), values.max(), last_fifth.mean())
+        row |= {f"{name}_{kind}": float(value) for kind, value in zip(AGGREGATES, found, strict=True)}
+    return row

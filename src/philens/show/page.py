@@ -1,0 +1,358 @@
+"""A page to read: every piece of a text coloured by phi and, beside it, by surprisal or any other column.
+
+One HTML file that loads nothing: no script, no font, no image from elsewhere. It follows the reader's light
+or dark theme. All values are shown on hover.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from philens.scoring.scores import TokenScores, unit
+from philens.show.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label
+from philens.support.errors import InputError
+from philens.support.files import write_atomically
+from philens.support.output import visible
+
+MAX_TOKENS, MAX_DOCUMENTS = 50_000, 1_000
+NO_SPAN = ""
+
+
+@dataclass(frozen=True)
+class PageDocument:
+    """A text in T pieces (characters, tokens or words), each with its values."""
+
+    name: str
+    description: str
+    pieces: Sequence[str]  # (T,)
+    columns: Mapping[str, ArrayLike]  # (T,) each, in nats unless said otherwise, NaN where there is no value
+    spans: Sequence[str] = ()  # (T,) name of the span each piece is in, "" for none; or nothing
+    means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
+
+
+def write_scores_page(
+    path: str | os.PathLike[str],
+    scores: Sequence[TokenScores],
+    metrics: Sequence[str] | None = None,
+    title: str = "Token scores",
+) -> Path:
+    """Write scored texts as one self-contained page, whole or not at all; each under its name or number.
+
+    Args:
+        path: the HTML file.
+        scores: the texts.
+        metrics: the columns drawn, side by side; by default the first of phi and the surprisal.
+        title: heading of the page.
+
+    Raises:
+        InputError: a metric that the scores do not have.
+        OutputError: the file cannot be written.
+    """
+    documents = [
+        PageDocument(
+            item.provenance.get("name") or f"Text {number}",
+            "",
+            item.pieces(),
+            item.columns,
+            _span_of_each(item),
+            item.means(),
+        )
+        for number, item in enumerate(scores, start=1)
+    ]
+    return write_page(
+        path, title, documents, metrics, provenance=_shared([item.provenance for item in scores])
+    )
+
+
+def _span_of_each(scores: TokenScores) -> list[str]:
+    """The name of the span that the middle of each token lies in."""
+    names = np.full(len(scores), NO_SPAN, dtype=object)
+    middles = scores.offsets.mean(axis=1)
+    for span in scores.spans:
+        names[(span.start < middles) & (middles < span.end)] = span.name
+    return names.tolist()
+
+
+def _shared(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all records, and a word where it differs."""
+    first = records[0] if records else {}
+    return {
+        key: value if all(record.get(key) == value for record in records) else "differs between texts"
+        for key, value in first.items()
+        if key != "name"
+    }
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    title: str,
+    documents: Sequence[PageDocument],
+    metrics: Sequence[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the page of `documents` to `path` (UTF-8), whole or not at all.
+
+    Each metric has one colour scale over all documents, from 0 (or the lowest value, if negative) to the
+    99th percentile; values above have the last colour. A piece without a value is drawn grey. A page ends
+    after MAX_TOKENS pieces or MAX_DOCUMENTS documents and then says so; means are over whole documents.
+
+    Args:
+        path: the HTML file.
+        title: heading of the page.
+        documents: what is shown.
+        metrics: the columns drawn, side by side; by default the first two.
+        provenance: shown at the end of the page.
+
+    Raises:
+        InputError: pieces and values differ in number, or a document lacks a metric.
+        OutputError: the file cannot be written.
+    """
+    metrics = _chosen(documents, metrics)
+    shown, note = _cut(documents)
+    values = [{name: np.asarray(array, np.float64) for name, array in item.columns.items()} for item in shown]
+    scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
+
+    def write(file: BinaryIO) -> None:
+        file.write(_head(title).encode())
+        if note:
+            file.write(f'<p class="note">{note}</p>\n'.encode())
+        file.write(means_table(documents[: len(shown)]).encode())
+        file.write(_legends(scales).encode())
+        for number, (document, columns) in enumerate(zip(shown, values, strict=True), start=1):
+            for part in _section(number, document, columns, scales):
+                file.write(part.encode())
+        file.write(_foot(provenance or {}).encode())
+
+    return write_atomically(path, write)
+
+
+def _chosen(documents: Sequence[PageDocument], metrics: Sequence[str] | None) -> list[str]:
+    if metrics is None:
+        names = list(documents[0].columns) if documents else []
+        first = next((name for name in names if name.partition("@")[0] == "phi"), "phi")
+        metrics = sorted(names, key=lambda name: (name != first, name != "surprisal"))[:2]
+    for document in documents:
+        for name, array in document.columns.items():
+            if np.shape(array) != (len(document.pieces),):
+                raise InputError(
+                    f"Document {document.name!r} has {len(document.pieces)} pieces but {name} of shape "
+                    f"{np.shape(array)}; give one value for each piece, NaN where there is none."
+                )
+        for name in metrics:
+            if name not in document.columns:
+                have = ", ".join(document.columns) or "none"
+                raise InputError(f"Document {document.name!r} has no metric {name}; it has {have}.")
+    return list(metrics)
+
+
+def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
+    """The documents as far as a page goes, and a sentence if that is not all."""
+    shown, left = [], MAX_TOKENS
+    for document in documents[:MAX_DOCUMENTS]:
+        if not left:
+            break
+        if len(document.pieces) > left:
+            columns = {name: np.asarray(array)[:left] for name, array in document.columns.items()}
+            document = PageDocument(
+                document.name,
+                document.description,
+                document.pieces[:left],
+                columns,
+                document.spans[:left],
+                document.means,
+            )
+        shown.append(document)
+        left -= len(document.pieces)
+    total = sum(len(document.pieces) for document in documents)
+    if total == MAX_TOKENS - left:
+        return shown, ""
+    return shown, (
+        f"This page ends after {MAX_TOKENS - left:,} tokens in {len(shown):,} documents, so that a browser "
+        "can show it; there is more. Write JSON Lines or Parquet to keep everything."
+    )
+
+
+def _head(title: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        # Whatever a text holds, the browser runs no script and fetches nothing.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+        f"<title>{clean(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
+        f"<h1>{clean(title)}</h1>\n"
+    )
+
+
+def means_table(documents: Sequence[PageDocument]) -> str:
+    """Means of every column, one row a document."""
+    columns = list(dict.fromkeys(name for document in documents for name in document.columns))
+    heads = "".join(f"<th>{label(name)}</th>" for name in columns)
+    rows = []
+    for number, document in enumerate(documents, start=1):
+        own = document.means
+        means = [
+            _mean(document.columns.get(name, ()) if own is None else [own.get(name, np.nan)])
+            for name in columns
+        ]
+        cells = "".join(f"<td>{mean}</td>" for mean in (f"{len(document.pieces):,}", *means))
+        rows.append(f'<tr><th><a href="#d{number}">{clean(document.name)}</a></th>{cells}</tr>\n')
+    if not rows:
+        return "<p>There is nothing to show.</p>\n"
+    return (
+        f'<div class="means"><table><caption>Means over tokens</caption>\n<tr><th></th><th>tokens</th>{heads}'
+        f"</tr>\n{''.join(rows)}</table></div>\n"
+    )
+
+
+def _legends(scales: Mapping[str, Scale]) -> str:
+    parts = [legend(name, scale) for name, scale in scales.items()]
+    hint = 'Hover over a piece to read its values. <span class="none">Grey, dotted</span>: no value.'
+    return f'<div class="legends">{"".join(parts)}<p class="hint">{hint}</p></div>\n'
+
+
+def legend(column: str, scale: Scale) -> str:
+    """The colours of a column and what they mean."""
+    cells = "".join(f'<i class="c{level}"></i>' for level in range(LEVELS))
+    middle = (scale.low + scale.high) / 2
+    ticks = "".join(
+        f"<span>{tick}</span>" for tick in (f"{scale.low:.3g}", f"{middle:.3g}", f"{scale.high:.3g} and more")
+    )
+    return (
+        f'<div class="legend"><b>{label(column)}</b><div class="bar">{cells}</div>'
+        f'<div class="ticks">{ticks}</div></div>'
+    )
+
+
+def _section(
+    number: int, document: PageDocument, columns: Mapping[str, Floats], scales: Mapping[str, Scale]
+) -> Iterable[str]:
+    yield f'<section id="d{number}">\n<h2>{clean(document.name)}</h2>\n'
+    if document.description:
+        yield f"<p>{clean(document.description)}</p>\n"
+    pieces = [visible(piece) for piece in document.pieces]
+    titles = [
+        escape(f"{piece or 'empty'}: " + ", ".join(map(_reading, columns, row)))
+        for piece, row in zip(pieces, zip(*columns.values(), strict=True), strict=True)
+    ]
+    shown = [shown_piece(piece) for piece in document.pieces]
+    spans = document.spans or [NO_SPAN] * len(pieces)
+    yield '<div class="panes">\n'
+    for name, scale in scales.items():
+        yield f"<figure><figcaption>{label(name)}</figcaption>"
+        yield '<div class="text">'
+        inside = NO_SPAN
+        for piece, level, hover, span in zip(shown, scale.levels(columns[name]), titles, spans, strict=True):
+            if span != inside:
+                yield "</span>" if inside else ""
+                yield f'<span class="span"><b>{clean(span)}</b>' if span else ""
+                inside = span
+            yield f'<span class="{colour_class(level)}" title="{hover}">{piece}</span>'
+        yield "</span>" if inside else ""
+        yield "</div></figure>\n"
+    yield "</div>\n</section>\n"
+
+
+def _foot(provenance: Mapping[str, Any]) -> str:
+    rows = "".join(f"<dt>{clean(key)}</dt><dd>{clean(_words(item))}</dd>" for key, item in provenance.items())
+    where = f"<footer><h2>Where this comes from</h2><dl>{rows}</dl></footer>\n" if rows else ""
+    return f"{where}</body>\n</html>\n"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return "none" if value is None else str(value)
+
+
+def clean(text: str) -> str:
+    """Any text as markup."""
+    return escape(visible(text))
+
+
+def shown_piece(piece: str) -> str:
+    """A piece as markup. A line that breaks in the text also breaks on the page, after the sign for it."""
+    return clean(piece).replace("⏎", "⏎\n") or "∅"
+
+
+def colour_class(level: int | None) -> str:
+    """The class of a colour of `colour_rules`, or of no value."""
+    return "none" if level is None else f"c{level}"
+
+
+def colour_rules(scope: str = "") -> str:
+    """CSS that gives each colour's class, within `scope`, what `colour_variables` set."""
+    return "".join(
+        f"{scope}.c{level}{{background:var(--b{level});color:var(--t{level})}}" for level in range(LEVELS)
+    )
+
+
+def label(column: str) -> str:
+    """A column's name and unit as markup."""
+    words = "phi (PHi loss)" if column == "phi" else plain_label(column)
+    return clean(f"{words}, {unit(column)}" if unit(column) else words)
+
+
+def _reading(column: str, value: float) -> str:
+    number = "none" if np.isnan(value) else f"{value:.3f} {unit(column)}".rstrip()
+    return f"{plain_label(column)} {number}"
+
+
+def _mean(values: ArrayLike) -> str:
+    present = np.asarray(values, np.float64)
+    present = present[~np.isnan(present)]
+    return f"{present.mean():.3f}" if len(present) else "none"
+
+
+def _style() -> str:
+    light, dark = colour_variables(LIGHT), colour_variables(DARK)
+    themes = f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    return _STYLE + themes + colour_rules()
+
+
+def colour_variables(anchors: Sequence[str]) -> str:
+    """Background and text colour of each level as CSS variables."""
+    colours = enumerate(palette(anchors))
+    return "".join(f"--b{level}:{ground};--t{level}:{text};" for level, (ground, text) in colours)
+
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#fff;--ink:#1b1b1b;--faint:#5b5b5b;--line:#d4d4d4}
+@media (prefers-color-scheme: dark){:root{--page:#15151a;--ink:#e9e9e9;--faint:#a8a8a8;--line:#3a3a42}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.5rem;max-width:90rem;background:var(--page);color:var(--ink);
+font:16px/1.45 system-ui,sans-serif}
+h1{font-size:1.5rem;margin:0 0 1rem} h2{font-size:1.15rem;margin:2rem 0 .2rem} p{margin:0 0 .6rem}
+section>p,figcaption,.hint,.ticks,caption,footer{color:var(--faint);font-size:.875rem}
+a{color:inherit}
+.note{padding:.4rem .8rem;border:1px solid var(--line);border-left:.4rem solid var(--faint)}
+.means{overflow:auto;max-height:20rem;margin-bottom:1rem} caption{text-align:left}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem 1.2rem .2rem 0;text-align:right;vertical-align:bottom} th{font-weight:600}
+th:first-child{text-align:left} tr+tr{border-top:1px solid var(--line)}
+.legends{display:flex;flex-wrap:wrap;gap:.3rem 2rem;padding:.6rem 0;
+background:var(--page);border-bottom:1px solid var(--line);font-size:.875rem}
+@media (min-width:50rem){.legends{position:sticky;top:0} section{scroll-margin-top:7rem}}
+.legend{flex:1 1 16rem} .hint{flex:1 1 100%;margin:0}
+.bar{display:flex;height:.9rem;border:1px solid var(--line)} .bar i{flex:1}
+.ticks{display:flex;justify-content:space-between}
+.panes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem}
+figure{margin:0;min-width:0} figcaption{margin-bottom:.2rem}
+.text{padding:.6rem;border:1px solid var(--line);border-radius:4px;white-space:pre-wrap;
+overflow-wrap:anywhere;font:15px/1.6 ui-monospace,Menlo,Consolas,monospace}
+.none{color:var(--faint);text-decoration:underline dotted}
+.text span[title]:hover{outline:2px solid var(--ink)}
+.span{display:block;padding-left:.6rem;border-left:.3rem solid var(--faint)}
+.span b{display:block;font:600 .8rem system-ui,sans-serif;color:var(--faint);user-select:none}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.3rem 0;overflow-wrap:anywhere}
+dt{font-weight:600} dd{margin:0}
+"""

@@ -1,0 +1,143 @@
+"""Token scores in a terminal: texts with coloured tokens, as they come, or plain rows of values."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TextIO
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from philens.scoring.scores import TokenScores, unit
+from philens.show.colours import DARK, LEVELS, Scale, palette, plain_label
+from philens.support.output import visible
+
+# The scale is that of as many tokens as a screen or two can hold.
+SCALE_TOKENS = 10_000
+# Background and text are both set, so that a terminal's own colours, light or dark, do not matter.
+STYLES = [Style(bgcolor=ground, color=text) for ground, text in palette(DARK)]
+
+
+def has_colour(console: Console) -> bool:
+    """Whether the console shows colours: a terminal that can, without NO_COLOR."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
+
+
+def print_coloured(console: Console, scored: Iterable[tuple[str, TokenScores]], column: str = "phi") -> None:
+    """Print texts, each under its name, every token coloured by one column.
+
+    The scale is made from the first SCALE_TOKENS tokens and then stays, so that texts can be compared.
+    """
+    scored = iter(scored)
+    head: list[tuple[str, TokenScores]] = []
+    while sum(len(item) for _, item in head) < SCALE_TOKENS:
+        try:
+            head.append(next(scored))
+        except StopIteration:
+            break
+    scale = Scale.of([item.columns[column] for _, item in head])
+    for name, item in chain(head, scored):
+        console.print(Text(visible(name), style="bold"), Text(summary(item), style="italic"))
+        line = Text()
+        for piece, level in zip(item.pieces(), scale.levels(item.columns[column]), strict=True):
+            line.append_text(coloured(piece, level))
+        console.print(line, soft_wrap=True)
+        console.print()
+    console.print(legend(column, scale))
+
+
+def coloured(piece: str, level: int | None) -> Text:
+    """A token in its colour; without a value underlined. Line breaks are kept, after a sign for them."""
+    shown = visible(piece) or "∅"
+    style = Style(underline=True, dim=True) if level is None else STYLES[level]
+    text = Text()
+    for number, line in enumerate(shown.split("⏎")):
+        if number:
+            text.append("⏎", style)
+            text.append("\n")
+        text.append(line, style)
+    return text
+
+
+def legend(column: str, scale: Scale) -> Text:
+    """The colours and what they mean."""
+    text = Text(f"{plain_label(column)} {scale.low:.3g} ")
+    for level in range(0, LEVELS, 2):
+        text.append(" ", STYLES[level])
+    return text.append(f" {scale.high:.3g} {unit(column)} and more")
+
+
+def summary(scores: TokenScores) -> str:
+    """Number of tokens and mean of each column in a line."""
+    means = (f"{plain_label(name)} {_number(mean)}" for name, mean in scores.means().items())
+    sinks = int(scores.sinks.sum())
+    left_out = [f"{sinks} attention sink{'s' * (sinks > 1)} left out of phi"] if sinks else []
+    return ", ".join([f"{len(scores):,} tokens", *means, *left_out])
+
+
+def _number(value: float) -> str:
+    return "none" if np.isnan(value) else f"{value:.3f}"
+
+
+def print_rows(file: TextIO, scored: Iterable[tuple[str, TokenScores]]) -> None:
+    """Print texts as plain rows, a token each: its number, its text, and its value in every column."""
+    for name, item in scored:
+        file.write(f"{visible(name)}: {summary(item)}\n")
+        file.writelines(_rows(item))
+        file.write("\n")
+
+
+def _rows(scores: TokenScores) -> Iterator[str]:
+    yield _heads(scores.columns)
+    widths = [_width(name) for name in scores.columns]
+    values = zip(*scores.columns.values(), strict=True)
+    for number, (piece, row) in enumerate(zip(scores.pieces(), values, strict=True)):
+        yield _row(number, piece, row, widths)
+
+
+def _width(column: str) -> int:
+    return max(len(plain_label(column)), 9)
+
+
+def _heads(columns: Iterable[str]) -> str:
+    cells = (f"{plain_label(name):>{_width(name)}}" for name in columns)
+    return f"{'':>7}  {'token':16}  {'  '.join(cells)}\n"
+
+
+def _row(number: int, piece: str, values: Iterable[float], widths: Iterable[int]) -> str:
+    # A space would not be seen at the end of a column.
+    shown = visible(piece).replace(" ", "␣") or "∅"
+    cells = (f"{_number(value):>{width}}" for value, width in zip(values, widths, strict=True))
+    return f"{number:>7}  {shown}{' ' * (16 - cell_len(shown))}  {'  '.join(cells)}\n"
+
+
+class LiveTokens:
+    """Tokens printed one by one, as they come: in colours where there are any, else in rows.
+
+    The colour scale follows the tokens so far.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.colour = has_colour(console)
+        self.seen: list[float] = []
+        if not self.colour:
+            console.file.write(_heads(["phi", "surprisal"]))
+
+    def write(self, piece: str, phi: float, surprisal: float) -> None:
+        """Print a token with its phi and surprisal in nats."""
+        self.seen.append(phi)
+        if self.colour:
+            level = Scale.of([self.seen]).levels([phi])[0]
+            self.console.print(coloured(piece, level), end="", soft_wrap=True)
+        else:
+            self.console.file.write(_row(len(self.seen) - 1, piece, (phi, surprisal), (9, 9)))
+        self.console.file.flush()
+
+    def close(self) -> None:
+        """End the text; in colours, with what they meant at last."""
+        if self.colour:
+            self.console.print()
+            self.console.print(legend("phi", Scale.of([self.seen])))
