@@ -7,25 +7,25 @@ __version__ = "0.1.0"
 
 # Names are imported where they are first used, so that `philens --help` does not wait for torch.
 _HOME = {
-    "PHiConfig": "layer",
-    "PHiLayer": "layer",
-    "PHiModel": "model",
-    "attach": "model",
-    "load": "adapter",
-    "load_pretrained": "hub",
+    "PHiConfig": "lens.layer",
+    "PHiLayer": "lens.layer",
+    "PHiModel": "lens.model",
+    "attach": "lens.model",
+    "load": "lens.adapter",
+    "load_pretrained": "bases.hub",
     "load_lens": "scoring.run",
     "score": "scoring.score",
     "iter_scores": "scoring.score",
     "TokenScores": "scoring.scores",
-    "rank": "scoring.rank",
-    "PHiReward": "scoring.reward",
+    "rank": "reasoning.ranking",
+    "PHiReward": "reasoning.reward",
     "load_run": "training.run",
     "SHIPPED": "training.run",
     "score_documents": "scoring.documents",
-    "LSTMConfig": "lstm",
-    "LSTMForCausalLM": "lstm",
-    "character_tokenizer": "tokenizer",
-    "PhilensError": "errors",
+    "LSTMConfig": "bases.lstm",
+    "LSTMForCausalLM": "bases.lstm",
+    "character_tokenizer": "bases.tokenizer",
+    "PhilensError": "support.errors",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
