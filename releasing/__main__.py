@@ -2,6 +2,7 @@
 
 python -m releasing dist                               wheel, sdist and extras
 python -m releasing compat [NAME ...] [--python X.Y]   oldest and newest dependencies
+python -m releasing same CHECKOUT                      compare what is computed, bit by bit
 python -m releasing layer RUN                          make the layer that is shipped, of a run folder
 """
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(compat.RESOLUTIONS)
     old_new.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; by default all")
     old_new.add_argument("--python", help="of the environments, as uv takes it; by default this one")
+    same = checks.add_parser("same", help="compare what is computed with another checkout, bit by bit")
+    same.add_argument("checkout", metavar="CHECKOUT", type=Path, help="folder of another checkout")
     layer = checks.add_parser("layer", help="make the layer that is shipped, of a run folder or checkpoint")
     layer.add_argument("run", metavar="RUN", type=Path, help="where philens train put it")
     layer.add_argument("--base", default="smollm2", help="name of the base model; smollm2 by default")
@@ -35,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.check == "dist":
             dist.check(console)
+        elif options.check == "same":
+            from releasing.same import check
+
+            check(console, options.checkout)
         elif options.check == "layer":
             from releasing.layer import ship
 
