@@ -246,7 +246,8 @@ def test_page_shows_every_piece_twice_with_its_values(tmp_path: Path) -> None:
     surprisal = np.full(count, 1.0)
     surprisal[0] = np.nan
     columns = {"phi": phi, "surprisal": surprisal, "settling_depth": np.arange(count)}
-    document = PageDocument("a <b> & c", "made of <i>pieces</i>", PIECES, columns)
+    units = {"settling_depth": "blocks"}
+    document = PageDocument("a <b> & c", "made of <i>pieces</i>", PIECES, columns, units=units)
     path = write_page(tmp_path / "page.html", "title </title><script>", [document])
     parser = read_page(path)
     tags = [tag for tag, _ in parser.tags]

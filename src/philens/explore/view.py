@@ -1,6 +1,6 @@
 """The markup of what was read: coloured texts, means, the highest tokens, and phi along the text.
 
-Texts come into it only through `report.page.clean` and `shown_piece`.
+Texts come into it only through `show.page.clean` and `shown_piece`.
 """
 
 import json
@@ -90,7 +90,9 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str) -> str:
         InputError: a fixed range that ends before it begins.
     """
     sections = [_section(number, scores, texts, look) for number, scores in enumerate(texts)]
-    means = means_table([PageDocument(_name(one), "", one.pieces(), one.columns) for one in texts])
+    means = means_table(
+        [PageDocument(_name(one), "", one.pieces(), one.columns, units=one.units) for one in texts]
+    )
     return (
         f'<div class="ph {look.palette}"><div class="panel">{means}</div>{"".join(sections)}'
         f"{_exports(texts, exports)}</div>"
@@ -104,6 +106,10 @@ def tokens(count: int) -> str:
 
 def _name(scores: TokenScores) -> str:
     return scores.provenance.get("name") or "Text"
+
+
+def _label(column: str) -> str:
+    return label(column, unit(column))
 
 
 def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], look: Look) -> str:
@@ -135,9 +141,10 @@ def _pane(name: str, metric: str, scores: TokenScores, pieces: Sequence[str], sc
         for piece, level in zip(pieces, scale.levels(scores.columns[metric]), strict=True)
     )
     return (
-        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption>{legend(metric, scale)}</figcaption>'
+        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption>'
+        f"{legend(metric, scale, unit(metric))}</figcaption>"
         f'<div class="text" role="listbox" aria-multiselectable="true" '
-        f'aria-label="{name}, coloured by {label(metric)}">{spans}</div></figure>'
+        f'aria-label="{name}, coloured by {_label(metric)}">{spans}</div></figure>'
     )
 
 
@@ -148,10 +155,10 @@ def _plot(place: int, name: str, metric: str, values: ArrayLike, scale: Scale) -
     steps = "".join(f"V{100 - 100 * share:.4g}H{end}" for end, share in enumerate(shares.tolist(), 1))
     return (
         f'<div class="plot"><span class="high">{scale.high:.3g}</span><svg class="p{place}" role="img" '
-        f'aria-label="{label(metric)} along {name}" viewBox="0 0 {len(floats)} 100" '
+        f'aria-label="{_label(metric)} along {name}" viewBox="0 0 {len(floats)} 100" '
         f'preserveAspectRatio="none"><rect class="marked" y="0" height="100" width="0"/>'
         f'<path d="M0 100{steps}V100Z"/><rect class="here" y="0" height="100" width="0"/></svg>'
-        f'<span class="low">{scale.low:.3g}</span><span class="what">{label(metric)}</span></div>'
+        f'<span class="low">{scale.low:.3g}</span><span class="what">{_label(metric)}</span></div>'
     )
 
 
@@ -174,7 +181,7 @@ def _highest(scores: TokenScores, metrics: Sequence[str]) -> str:
         )
     heads = "".join(f"<th>{clean(plain_label(metric))}</th>" for metric in metrics)
     return (
-        f'<div class="panel highest"><h4>Highest {label(metrics[0])}</h4><table><tr><th>token</th>'
+        f'<div class="panel highest"><h4>Highest {_label(metrics[0])}</h4><table><tr><th>token</th>'
         f'<th class="around">in the text</th>{heads}</tr>{"".join(rows)}</table></div>'
     )
 
@@ -210,7 +217,7 @@ def marked(scores: TokenScores, number: int, first: int, last: int) -> str:
     span = slice(first, last + 1)
     whole = scores.means()
     means = "".join(
-        f"<div><dt>{label(column)}</dt><dd><b>{_mean(values[span])}</b> "
+        f"<div><dt>{_label(column)}</dt><dd><b>{_mean(values[span])}</b> "
         f"<small>(whole text {_number(whole[column])})</small></dd></div>"
         for column, values in scores.without_sinks().items()
     )

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.show.colours import plain_label
+from philens.show.page import write_scores_page
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
+from philens.support.output import visible
 from philens.support.typed import nearest
 
 if TYPE_CHECKING:
@@ -108,6 +111,11 @@ class TokenScores:
         start = self.text if len(self.text) <= 32 else self.text[:31] + "…"
         means = ", ".join(f"{name} {value:.3g}" for name, value in self.means().items())
         return f"TokenScores({start!r}, {len(self)} tokens; means: {means})"
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of each column, empty where it is a plain number."""
+        return {name: unit(name) for name in self.columns}
 
     @property
     def phi(self) -> NDArray[np.float32]:
@@ -270,8 +278,6 @@ class TokenScores:
             InputError: an unknown metric.
             OutputError: the file cannot be written.
         """
-        from philens.show.page import write_scores_page
-
         return write_scores_page(path, [self], self._chosen(metrics))
 
     def plot(self, metrics: Sequence[str] | None = None) -> "Figure":
@@ -284,9 +290,6 @@ class TokenScores:
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-
-        from philens.show.colours import plain_label
-        from philens.support.output import visible
 
         chosen = self._chosen(metrics)
         few = len(self) <= _TOKENS_NAMED

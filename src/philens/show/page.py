@@ -6,7 +6,7 @@ or dark theme. All values are shown on hover.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike
 
-from philens.scoring.scores import TokenScores, unit
 from philens.show.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label
+from philens.show.scored import ScoredText
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.support.output import visible
@@ -31,14 +31,18 @@ class PageDocument:
     name: str
     description: str
     pieces: Sequence[str]  # (T,)
-    columns: Mapping[str, ArrayLike]  # (T,) each, in nats unless said otherwise, NaN where there is no value
+    columns: Mapping[str, ArrayLike]  # (T,) each, NaN where there is no value
     spans: Sequence[str] = ()  # (T,) name of the span each piece is in, "" for none; or nothing
     means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
+    units: Mapping[str, str] = field(default_factory=dict)  # of columns, nats where nothing is said
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | self.units)
 
 
 def write_scores_page(
     path: str | os.PathLike[str],
-    scores: Sequence[TokenScores],
+    scores: Sequence[ScoredText],
     metrics: Sequence[str] | None = None,
     title: str = "Token scores",
 ) -> Path:
@@ -62,6 +66,7 @@ def write_scores_page(
             item.columns,
             _span_of_each(item),
             item.means(),
+            item.units,
         )
         for number, item in enumerate(scores, start=1)
     ]
@@ -70,12 +75,12 @@ def write_scores_page(
     )
 
 
-def _span_of_each(scores: TokenScores) -> list[str]:
+def _span_of_each(scores: ScoredText) -> list[str]:
     """The name of the span that the middle of each token lies in."""
     names = np.full(len(scores), NO_SPAN, dtype=object)
     middles = scores.offsets.mean(axis=1)
-    for span in scores.spans:
-        names[(span.start < middles) & (middles < span.end)] = span.name
+    for name, start, end in scores.spans:
+        names[(start < middles) & (middles < end)] = name
     return names.tolist()
 
 
@@ -117,13 +122,14 @@ def write_page(
     shown, note = _cut(documents)
     values = [{name: np.asarray(array, np.float64) for name, array in item.columns.items()} for item in shown]
     scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
+    units = dict.fromkeys(metrics, "nats") | _units(documents)
 
     def write(file: BinaryIO) -> None:
         file.write(_head(title).encode())
         if note:
             file.write(f'<p class="note">{note}</p>\n'.encode())
         file.write(means_table(documents[: len(shown)]).encode())
-        file.write(_legends(scales).encode())
+        file.write(_legends(scales, units).encode())
         for number, (document, columns) in enumerate(zip(shown, values, strict=True), start=1):
             for part in _section(number, document, columns, scales):
                 file.write(part.encode())
@@ -159,14 +165,8 @@ def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
             break
         if len(document.pieces) > left:
             columns = {name: np.asarray(array)[:left] for name, array in document.columns.items()}
-            document = PageDocument(
-                document.name,
-                document.description,
-                document.pieces[:left],
-                columns,
-                document.spans[:left],
-                document.means,
-            )
+            pieces, spans = document.pieces[:left], document.spans[:left]
+            document = replace(document, pieces=pieces, columns=columns, spans=spans)
         shown.append(document)
         left -= len(document.pieces)
     total = sum(len(document.pieces) for document in documents)
@@ -194,7 +194,8 @@ def _head(title: str) -> str:
 def means_table(documents: Sequence[PageDocument]) -> str:
     """Means of every column, one row a document."""
     columns = list(dict.fromkeys(name for document in documents for name in document.columns))
-    heads = "".join(f"<th>{label(name)}</th>" for name in columns)
+    units = _units(documents)
+    heads = "".join(f"<th>{label(name, units[name])}</th>" for name in columns)
     rows = []
     for number, document in enumerate(documents, start=1):
         own = document.means
@@ -212,13 +213,13 @@ def means_table(documents: Sequence[PageDocument]) -> str:
     )
 
 
-def _legends(scales: Mapping[str, Scale]) -> str:
-    parts = [legend(name, scale) for name, scale in scales.items()]
+def _legends(scales: Mapping[str, Scale], units: Mapping[str, str]) -> str:
+    parts = [legend(name, scale, units[name]) for name, scale in scales.items()]
     hint = 'Hover over a piece to read its values. <span class="none">Grey, dotted</span>: no value.'
     return f'<div class="legends">{"".join(parts)}<p class="hint">{hint}</p></div>\n'
 
 
-def legend(column: str, scale: Scale) -> str:
+def legend(column: str, scale: Scale, unit: str) -> str:
     """The colours of a column and what they mean."""
     cells = "".join(f'<i class="c{level}"></i>' for level in range(LEVELS))
     middle = (scale.low + scale.high) / 2
@@ -226,7 +227,7 @@ def legend(column: str, scale: Scale) -> str:
         f"<span>{tick}</span>" for tick in (f"{scale.low:.3g}", f"{middle:.3g}", f"{scale.high:.3g} and more")
     )
     return (
-        f'<div class="legend"><b>{label(column)}</b><div class="bar">{cells}</div>'
+        f'<div class="legend"><b>{label(column, unit)}</b><div class="bar">{cells}</div>'
         f'<div class="ticks">{ticks}</div></div>'
     )
 
@@ -238,15 +239,16 @@ def _section(
     if document.description:
         yield f"<p>{clean(document.description)}</p>\n"
     pieces = [visible(piece) for piece in document.pieces]
+    units = [document.units[name] for name in columns]
     titles = [
-        escape(f"{piece or 'empty'}: " + ", ".join(map(_reading, columns, row)))
+        escape(f"{piece or 'empty'}: " + ", ".join(map(_reading, columns, units, row)))
         for piece, row in zip(pieces, zip(*columns.values(), strict=True), strict=True)
     ]
     shown = [shown_piece(piece) for piece in document.pieces]
     spans = document.spans or [NO_SPAN] * len(pieces)
     yield '<div class="panes">\n'
     for name, scale in scales.items():
-        yield f"<figure><figcaption>{label(name)}</figcaption>"
+        yield f"<figure><figcaption>{label(name, document.units[name])}</figcaption>"
         yield '<div class="text">'
         inside = NO_SPAN
         for piece, level, hover, span in zip(shown, scale.levels(columns[name]), titles, spans, strict=True):
@@ -296,14 +298,18 @@ def colour_rules(scope: str = "") -> str:
     )
 
 
-def label(column: str) -> str:
+def label(column: str, unit: str) -> str:
     """A column's name and unit as markup."""
     words = "phi (PHi loss)" if column == "phi" else plain_label(column)
-    return clean(f"{words}, {unit(column)}" if unit(column) else words)
+    return clean(f"{words}, {unit}" if unit else words)
 
 
-def _reading(column: str, value: float) -> str:
-    number = "none" if np.isnan(value) else f"{value:.3f} {unit(column)}".rstrip()
+def _units(documents: Sequence[PageDocument]) -> dict[str, str]:
+    return {name: unit for document in documents for name, unit in document.units.items()}
+
+
+def _reading(column: str, unit: str, value: float) -> str:
+    number = "none" if np.isnan(value) else f"{value:.3f} {unit}".rstrip()
     return f"{plain_label(column)} {number}"
 
 

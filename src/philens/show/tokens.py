@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from philens.scoring.scores import TokenScores, unit
 from philens.show.colours import DARK, LEVELS, Scale, palette, plain_label
+from philens.show.scored import ScoredText
 from philens.support.output import visible
 
 # The scale is that of as many tokens as a screen or two can hold.
@@ -25,13 +25,13 @@ def has_colour(console: Console) -> bool:
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
-def print_coloured(console: Console, scored: Iterable[tuple[str, TokenScores]], column: str = "phi") -> None:
+def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]], column: str = "phi") -> None:
     """Print texts, each under its name, every token coloured by one column.
 
     The scale is made from the first SCALE_TOKENS tokens and then stays, so that texts can be compared.
     """
     scored = iter(scored)
-    head: list[tuple[str, TokenScores]] = []
+    head: list[tuple[str, ScoredText]] = []
     while sum(len(item) for _, item in head) < SCALE_TOKENS:
         try:
             head.append(next(scored))
@@ -45,7 +45,7 @@ def print_coloured(console: Console, scored: Iterable[tuple[str, TokenScores]], 
             line.append_text(coloured(piece, level))
         console.print(line, soft_wrap=True)
         console.print()
-    console.print(legend(column, scale))
+    console.print(legend(column, scale, head[0][1].units[column] if head else ""))
 
 
 def coloured(piece: str, level: int | None) -> Text:
@@ -61,15 +61,15 @@ def coloured(piece: str, level: int | None) -> Text:
     return text
 
 
-def legend(column: str, scale: Scale) -> Text:
+def legend(column: str, scale: Scale, unit: str) -> Text:
     """The colours and what they mean."""
     text = Text(f"{plain_label(column)} {scale.low:.3g} ")
     for level in range(0, LEVELS, 2):
         text.append(" ", STYLES[level])
-    return text.append(f" {scale.high:.3g} {unit(column)} and more")
+    return text.append(f" {scale.high:.3g} {unit} and more")
 
 
-def summary(scores: TokenScores) -> str:
+def summary(scores: ScoredText) -> str:
     """Number of tokens and mean of each column in a line."""
     means = (f"{plain_label(name)} {_number(mean)}" for name, mean in scores.means().items())
     sinks = int(scores.sinks.sum())
@@ -81,7 +81,7 @@ def _number(value: float) -> str:
     return "none" if np.isnan(value) else f"{value:.3f}"
 
 
-def print_rows(file: TextIO, scored: Iterable[tuple[str, TokenScores]]) -> None:
+def print_rows(file: TextIO, scored: Iterable[tuple[str, ScoredText]]) -> None:
     """Print texts as plain rows, a token each: its number, its text, and its value in every column."""
     for name, item in scored:
         file.write(f"{visible(name)}: {summary(item)}\n")
@@ -89,7 +89,7 @@ def print_rows(file: TextIO, scored: Iterable[tuple[str, TokenScores]]) -> None:
         file.write("\n")
 
 
-def _rows(scores: TokenScores) -> Iterator[str]:
+def _rows(scores: ScoredText) -> Iterator[str]:
     yield _heads(scores.columns)
     widths = [_width(name) for name in scores.columns]
     values = zip(*scores.columns.values(), strict=True)
@@ -140,4 +140,4 @@ class LiveTokens:
         """End the text; in colours, with what they meant at last."""
         if self.colour:
             self.console.print()
-            self.console.print(legend("phi", Scale.of([self.seen])))
+            self.console.print(legend("phi", Scale.of([self.seen]), "nats"))

@@ -1,0 +1,51 @@
+"""What pages and terminals need of a scored text, wherever it comes from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ScoredText(Protocol):
+    """A text of T tokens with values; `philens.TokenScores` is one and says more of each field."""
+
+    def __len__(self) -> int: ...
+
+    def pieces(self) -> list[str]:
+        """The text of each token."""
+        ...
+
+    def means(self) -> dict[str, float]:
+        """The mean of each column."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[np.float32]]:
+        """(T,) each, NaN where there is no value."""
+        ...
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """The unit of each column, empty where it is a plain number."""
+        ...
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """(T, 2) the characters of each token."""
+        ...
+
+    @property
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Named parts of the text: name, start and end in characters."""
+        ...
+
+    @property
+    def sinks(self) -> NDArray[np.bool_]:
+        """(T,) the tokens that are left out of the means of phi."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What the values were made with."""
+        ...
