@@ -157,7 +157,7 @@ def figure(content: dict[str, Any]) -> "Figure":
     """Small multiples: tokens a second of each work along each curve with its spread, logarithmic axes."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    from philens.findings.figures import FONT, new_figure, set_fonts
+    from philens.show.plots import FONT, new_figure, set_fonts
 
     found = content["curves"]
     drawing = new_figure(height=6.2)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.harness import Comparison, Series
-from philens.findings.tables import new_table
+from philens.show.tables import new_table
 from philens.support.files import write_atomically
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def figure(rows: Sequence[Row], machine: Mapping[str, Any], scale: str) -> "Figu
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from philens.findings.figures import FONT, new_figure, set_fonts
+    from philens.show.plots import FONT, new_figure, set_fonts
 
     lines = [(row.name, one) for row in rows for one in row.comparisons]
     drawing = new_figure(height=1.9 + 0.36 * max(1, len(lines)))

@@ -21,7 +21,8 @@ from rich.table import Table
 
 import philens
 from philens.reasoning.problems import load_problems
-from philens.reasoning.sampling import Solution, read_solutions
+from philens.reasoning.sampling import read_solutions
+from philens.reasoning.solutions import Solution
 from philens.scoring.run import load_lens
 from philens.tasks.problem import Problem
 

@@ -9,9 +9,9 @@ import pyarrow.parquet  # noqa: F401
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import philens.cli
-import philens.findings.figures
 import philens.reasoning.engines
 import philens.scoring.score
+import philens.show.plots
 import philens.training.trainer  # noqa: F401
 
 torch.set_num_threads(1)

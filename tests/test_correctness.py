@@ -24,7 +24,7 @@ from philens.findings.correctness import (
     selection_rows,
     sweep_correctness,
 )
-from philens.findings.reasoning_figures import figure_correctness, figure_points
+from philens.findings.reasoning_figures import figure_correctness, figure_points, figures
 from philens.support.errors import ConfigError, InputError
 from solved import solved
 
@@ -433,7 +433,7 @@ def test_figures_draw_the_results() -> None:
 
 
 def test_figures_of_several_seeds_show_each(tmp_path: Path) -> None:
-    found = reasoning.figures("correctness", seeds(3))
+    found = figures("correctness", seeds(3))
     assert list(found) == ["correctness-model.layers.1", "correctness-model.layers.3", "sweep"]
     axes = found["sweep"].axes[0]
     values = [one["sweep"]["points"]["model.layers.3"]["choice"]["value"] for one in seeds(3)]

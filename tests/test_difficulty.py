@@ -20,7 +20,7 @@ from philens.findings.difficulty import (
     measure_difficulty,
     sweep_difficulty,
 )
-from philens.findings.reasoning_figures import figure_difficulty
+from philens.findings.reasoning_figures import figure_difficulty, figures
 from philens.support.errors import InputError
 from solved import solved
 
@@ -228,10 +228,10 @@ def test_figures_draw_the_results() -> None:
     place = right.containers[labels.index("phi given both")].lines[0]
     value = results["partial"]["phi_mean"]["surprisal_and_length"]["value"]
     assert place.get_xdata() == pytest.approx([value])
-    figures = reasoning.figures("difficulty", seeds(2))
-    assert list(figures) == ["difficulty-model.layers.1", "difficulty-model.layers.3", "sweep"]
+    found = figures("difficulty", seeds(2))
+    assert list(found) == ["difficulty-model.layers.1", "difficulty-model.layers.3", "sweep"]
     only = [{**one, "points": {"x": one["points"]["model.layers.1"]}} for one in seeds(2)]
-    assert list(reasoning.figures("difficulty", only)) == ["difficulty", "sweep"]
-    for figure in figures.values():
+    assert list(figures("difficulty", only)) == ["difficulty", "sweep"]
+    for figure in found.values():
         figure.draw_without_rendering()
     assert set(reasoning.tables("difficulty", seeds(2))) == {"levels", "correlations", "sweep"}

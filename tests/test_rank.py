@@ -15,8 +15,8 @@ from rich.console import Console
 from conftest import make_llama
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
 from philens.reasoning.ranking import CandidatesFile, rank, rank_file
-from philens.reasoning.ranking_table import ranking_table
 from philens.reasoning.solutions import METRICS, measure_replies
+from philens.reasoning.tables import ranking_table
 from philens.support.errors import ConfigError, InputError, OutputError
 from test_score import lens_of
 

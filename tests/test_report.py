@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
-from philens.findings.figures import TASK_STYLES, figure_complexity, figure_tasks, figure_training
+from philens.findings.figures import TASK_STYLES, figure_complexity, figure_tasks
 from philens.findings.tables import complexity_table, spread_table, tasks_table
 from philens.scoring.scores import TokenScores
 from philens.show import colours, page, tokens
 from philens.show.page import PageDocument, write_page, write_scores_page
 from philens.support.errors import InputError, OutputError
 from philens.tasks.automata import TASKS
+from philens.training.course import figure_training
 
 
 def estimate(value: float | None, name: str = "value", half: float = 0.05) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from conftest import make_llama
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
 from philens.reasoning.problems import plain_text
 from philens.reasoning.rules import AGGREGATES, Rule
-from philens.reasoning.sampling import Solution, read_solutions, solve
+from philens.reasoning.sampling import read_solutions, solve
 from philens.reasoning.solutions import (
+    Solution,
     by_insertion_point,
     iter_replies,
     measure,

@@ -23,7 +23,8 @@ from philens.bases.tokenizer import byte_tokenizer
 from philens.lens.prior import Prior
 from philens.reasoning.engines import TransformersEngine
 from philens.reasoning.problems import PLAIN_STOP, plain_text
-from philens.reasoning.sampling import Solution, prompt_ids, read_solutions, solve
+from philens.reasoning.sampling import prompt_ids, read_solutions, solve
+from philens.reasoning.solutions import Solution
 from philens.scoring.texts import tokenize
 from philens.support.errors import AdapterError, ConfigError, InputError, OutputError
 from philens.tasks.chat import encode_chat

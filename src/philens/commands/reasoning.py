@@ -96,15 +96,15 @@ def grade(
         split: of the problems.
         limit: how many of them.
     """
-    from philens.reasoning import grading_table as grading
     from philens.reasoning.grading import marks_report, read_marked_solutions, reference_report
     from philens.reasoning.problems import load_problems
+    from philens.reasoning.tables import marks_tables, reference_tables
 
     chosen = load_problems(problems, split, limit)
     if solutions is None:
-        tables = grading.reference_tables(reference_report(chosen))
+        tables = reference_tables(reference_report(chosen))
     else:
-        tables = grading.marks_tables(marks_report(chosen, read_marked_solutions(solutions)))
+        tables = marks_tables(marks_report(chosen, read_marked_solutions(solutions)))
     for table in tables:
         console().print(table)
 

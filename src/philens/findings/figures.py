@@ -1,36 +1,34 @@
-"""Findings and training as matplotlib figures: functions from results to a Figure; `write_finding` saves it.
-
-Figures are 8 inches wide at 150 dpi and are drawn on Agg without pyplot, so nothing global is touched and no
-display is needed. Colours are Okabe and Ito's for tasks (with a marker each) and viridis for ordered bins.
-"""
+"""Findings as matplotlib figures: functions from results to a Figure; `write_finding` saves it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
 from philens.findings.complexity import PARTS
-from philens.findings.tables import count_of, task_label
 from philens.findings.tasks import INTERESTING
-from philens.support.errors import InputError
+from philens.show.plots import (
+    FONT,
+    PHI_LABEL,
+    SURPRISAL_LABEL,
+    TASK_STYLES,
+    draw_series,
+    error_of,
+    log_if_wide,
+    new_figure,
+    series_style,
+    set_fonts,
+)
+from philens.show.tables import count_of
+from philens.tasks.automata import task_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TASK_STYLES = {  # colour (Okabe-Ito; grey for random), marker
-    "memorized_sequences": ("#0072B2", "s"),
-    "memorized_programs": ("#56B4E9", "D"),
-    "new_vocabulary": ("#009E73", "^"),
-    "in_context_language": ("#D55E00", "o"),
-    "random": ("#5F5F5F", "X"),
-    "copy": ("#CC79A7", "v"),
-}
 _OTHER_STYLE = ("#000000", "o")
 _LEVEL_STYLES = {  # as above; warm colours are what should be interesting
     "trivial": ("#5F5F5F", "X"),
@@ -40,9 +38,6 @@ _LEVEL_STYLES = {  # as above; warm colours are what should be interesting
     "prose": ("#D55E00", "o"),
     "own": ("#D55E00", "o"),
 }
-PHI_LABEL = "PHi loss (nats per token)"
-SURPRISAL_LABEL = "surprisal (nats per token)"
-FONT = 9
 # Where a point's label may go: distance in points, then the side (right, left, above, below, corners).
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _PLACES = [(distance, *side) for distance in (8, 12, 17, 23, 30, 40, 52, 66) for side in _SIDES]
@@ -264,54 +259,7 @@ def figure_levels_course(results: Mapping[str, Any]) -> Figure:
     axes.set_title(f"{title}, 95 % intervals over texts", fontsize=FONT + 1, loc="left")
     axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     set_fonts(figure)
-    _log_if_wide(axes)
-    return figure
-
-
-def figure_training(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training curves from log records: losses per step, and what every evaluation found.
-
-    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/PART/phi`, `eval/PART/surprisal`,
-    `eval/PART/loss_gap` for the parts of a text or for tasks. With several layers at once, evaluations are
-    drawn by insertion point (`eval/phi@POINT`), not by part; of layers in a trained base with the loss gap.
-    """
-    if not history:
-        raise InputError("There is no training history to draw; train for at least one logged step.")
-    figure = new_figure(height=5.4)
-    (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
-    keys = dict.fromkeys(key for record in history for key in record)
-    points = list(dict.fromkeys(key.split("@")[1] for key in keys if "@" in key))
-    parts = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
-    _line(losses, history, "loss", color="#000000", label="loss")
-    for at in [f"@{point}" for point in points] or [""]:
-        styles = _style(at, [f"@{point}" for point in points]) if at else {"color": "#0072B2"}
-        _line(losses, history, f"surprisal{at}", color=styles["color"], label=None if at else "surprisal")
-        _line(train_phi, history, f"phi{at}", color=styles["color"] if at else "#D55E00")
-    losses.set(ylabel="nats per token")
-    losses.set_title("training loss", fontsize=FONT + 1, loc="left")
-    train_phi.set(ylabel=PHI_LABEL)
-    train_phi.set_title("training phi", fontsize=FONT + 1, loc="left")
-    quantity, label = "surprisal", SURPRISAL_LABEL
-    if any("loss_gap" in key for key in keys):
-        quantity, label = "loss_gap", "loss gap (nats per token)"
-    for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
-        for series in points or parts:
-            key = f"eval/{name}@{series}" if points else f"eval/{series}/{name}"
-            style = _style(series, points or parts)
-            _line(axes, history, key, label=task_label(series), markersize=4, **style)
-        axes.set(xlabel="step", ylabel=ylabel)
-        kind = "insertion point" if points else "task" if quantity == "surprisal" else "part"
-        axes.set_title(f"{name.replace('_', ' ')} per {kind}", fontsize=FONT + 1, loc="left")
-    for axes in (train_phi, right):
-        _log_if_wide(axes)
-    if losses.get_legend_handles_labels()[1]:
-        losses.legend(fontsize=FONT - 1, frameon=False)
-    handles, labels = right.get_legend_handles_labels()
-    if not handles:
-        handles, labels = left.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
-    set_fonts(figure)
+    log_if_wide(axes)
     return figure
 
 
@@ -327,10 +275,10 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
         values = [found.get(name) for found in points.values()]
         top.plot(range(len(points)), values, color="#8A8A8A", linewidth=1)
         for place, point in enumerate(points):
-            style = _style(point, list(points))
+            style = series_style(point, list(points))
             top.plot([place], [values[place]], linestyle="", markersize=6, **style)
             history = [record for record in course if record["insertion_point"] == point]
-            _line(bottom, history, name, label=point, markersize=4, **style)
+            draw_series(bottom, history, name, label=point, markersize=4, **style)
         top.set_xticks(range(len(points)), [point.rsplit(".", 1)[-1] for point in points])
         low, high = min(0.0, *values), max(0.0, *values)
         margin = 0.1 * (high - low or 1.0)
@@ -338,67 +286,15 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
             xlabel="insertion point (block)", ylabel=label, ylim=(low - margin * (low < 0), high + margin)
         )
         bottom.set(xlabel="step", ylabel=label)
-    _log_if_wide(below[0])
+    log_if_wide(below[0])
     handles, labels = below[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
     set_fonts(figure)
     return figure
 
 
-def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour and marker of a series: a task's own, else by its place among all."""
-    if name in TASK_STYLES:
-        colour, marker = TASK_STYLES[name]
-    else:
-        # Grey stays for what is random.
-        styles = [style for task, style in TASK_STYLES.items() if task != "random"]
-        colour, marker = styles[names.index(name) % len(styles)]
-    return {"color": colour, "marker": marker}
-
-
-def new_figure(height: float) -> Figure:
-    figure = Figure(figsize=(8, height), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def set_fonts(figure: Figure) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=FONT)
-        axes.xaxis.label.set_fontsize(FONT)
-        axes.yaxis.label.set_fontsize(FONT)
-
-
 def _short_label(task: str) -> str:
     return task_label(task).replace(" ", "\n", 1)
-
-
-def error_of(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
-    """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
-    value, bounds = estimate[name], estimate["ci95"]
-    if value is None or None in bounds:
-        return np.full((2, 1), np.nan)
-    # A percentile interval need not contain the estimate; matplotlib takes no negative distances.
-    return np.maximum([[value - bounds[0]], [bounds[1] - value]], 0.0)
-
-
-def _line(axes: "Axes", history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
-    records = [(record["step"], record[key]) for record in history if record.get(key) is not None]
-    if records:
-        steps, values = zip(*records, strict=True)
-        axes.plot(steps, values, linewidth=1.3, **style)
-
-
-def _log_if_wide(axes: "Axes") -> None:
-    """phi falls from thousands of nats to a few while a fresh layer learns: show that on a log scale."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] or [[1.0]])
-    values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() > 10 * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
 
 
 def _label_points(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from philens.lens.model import PHiModel
-    from philens.reasoning.sampling import Solution
+    from philens.reasoning.solutions import Solution
     from philens.tasks.problem import Problem, Prompt
 
 logger = logging.getLogger(__name__)
@@ -175,12 +175,13 @@ def write_reasoning(
     finding: Finding, folder: Path, seeds: Sequence[dict[str, Any]], run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the results of each seed with tables and figures; returns them as one."""
-    from philens.findings import reasoning_tables as report
+    from philens.findings.reasoning_figures import figures
+    from philens.findings.reasoning_tables import tables
 
     results: dict[str, Any] = {"seeds": list(seeds)}
     if len(seeds) > 1:
         results["spread"] = combine_seeds([one["points"] for one in seeds])
-    write_finding(folder, results, report.tables(finding, seeds), report.figures(finding, seeds), run)
+    write_finding(folder, results, tables(finding, seeds), figures(finding, seeds), run)
     return {**run, **results}
 
 

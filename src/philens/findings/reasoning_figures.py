@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from philens.findings.figures import FONT, PHI_LABEL, SURPRISAL_LABEL, new_figure, set_fonts
 from philens.findings.reasoning_tables import headline_names, label
 from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI
+from philens.show.plots import FONT, PHI_LABEL, SURPRISAL_LABEL, new_figure, set_fonts
 
 _PHI_COLOUR, _BASELINE_COLOUR, _AGAINST_COLOUR, _CORRELATION_COLOUR = (
     "#D55E00",
@@ -21,6 +21,22 @@ _PHI_COLOUR, _BASELINE_COLOUR, _AGAINST_COLOUR, _CORRELATION_COLOUR = (
     "#009E73",
     "#5F5F5F",
 )
+
+
+def figures(finding: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """A finding's figures by their names: one for each insertion point, and `sweep` over several of these."""
+    draw = figure_correctness if finding == "correctness" else figure_difficulty
+    points = list(dict.fromkeys(point for one in seeds for point in one["points"]))
+    found = {
+        finding if len(points) == 1 else f"{finding}-{point}": draw(
+            [one["points"][point] for one in seeds if point in one["points"]], f"after {point}"
+        )
+        for point in points
+    }
+    sweeps = [one["sweep"] for one in seeds if "sweep" in one]
+    if sweeps:
+        found["sweep"] = figure_points(sweeps)
+    return found
 
 
 def figure_correctness(results: Sequence[Mapping[str, Any]], of: str = "") -> Figure:

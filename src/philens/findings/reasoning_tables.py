@@ -1,11 +1,11 @@
-"""The findings on solutions of problems as rows for files, figures, and tables for a terminal.
+"""The findings on solutions of problems as rows for files and tables for a terminal.
 
 `seeds` are the results of each seed, as `philens.findings.reasoning` makes them: `points`, those at each
 insertion point, and `sweep`, which compares several of these.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -21,10 +21,7 @@ from philens.findings.correctness import (
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
 from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI, point_rows
-from philens.findings.tables import count_of, counts_text, estimate_text, new_table, number_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from philens.show.tables import count_of, counts_text, estimate_text, new_table, number_text
 
 # Intervals over fewer problems say little.
 FEW_PROBLEMS = 20
@@ -107,24 +104,6 @@ def terminal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]
         yield points_table(first["sweep"], f"seed {first.get('seed')}" * several)
     for point, spread in results.get("spread", {}).items():
         yield headline_spread_table(spread, f"after {point}")
-
-
-def figures(finding: str, seeds: Sequence[Mapping[str, Any]]) -> "dict[str, Figure]":
-    """A finding's figures by their names: one for each insertion point, and `sweep` over several of these."""
-    from philens.findings.reasoning_figures import figure_correctness, figure_difficulty, figure_points
-
-    draw = figure_correctness if finding == "correctness" else figure_difficulty
-    points = list(dict.fromkeys(point for one in seeds for point in one["points"]))
-    found = {
-        finding if len(points) == 1 else f"{finding}-{point}": draw(
-            [one["points"][point] for one in seeds if point in one["points"]], f"after {point}"
-        )
-        for point in points
-    }
-    sweeps = [one["sweep"] for one in seeds if "sweep" in one]
-    if sweeps:
-        found["sweep"] = figure_points(sweeps)
-    return found
 
 
 def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:

@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from philens.findings.figures import FONT, error_of, new_figure, set_fonts
 from philens.findings.results_tables import PREDICTOR_LABELS, ROLE_LABELS, label
 from philens.scoring.scores import TokenScores, unit
 from philens.show.colours import LEVELS, LIGHT, Scale, palette, plain_label
+from philens.show.plots import FONT, error_of, new_figure, set_fonts
 from philens.support.output import visible
 
 if TYPE_CHECKING:

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from philens.findings.complexity import CORRELATIONS, PARTS
 from philens.findings.tasks import INTERESTING
 from philens.findings.texts import PAPER
+from philens.show.tables import count_of, counts_text, estimate_text, new_table, number_text
+from philens.tasks.automata import task_label
 from philens.tasks.levels import INTERESTING as INTERESTING_LEVELS
 
 CORRELATION_LABELS = {
@@ -234,37 +235,6 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def new_table(title: str, caption: str) -> Table:
-    """An empty table in the style of all of them."""
-    # Text, not str: rich would read square brackets as markup.
-    return Table(
-        title=Text(title, style="bold"),
-        caption=Text(caption),
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-        title_justify="left",
-        caption_justify="left",
-    )
-
-
-def counts_text(numbers: list[int], unit: str) -> str:
-    """From the smallest to the largest of some numbers, with their unit."""
-    low, high = min(numbers, default=0), max(numbers, default=0)
-    return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
-
-
-def count_of(number: int, unit: str) -> str:
-    """A number with its unit, in the plural where it is not one."""
-    return f"{number:,} {unit}{'s' * (number != 1)}"
-
-
-def task_label(name: str) -> str:
-    """A task's name as people read it: `in_context_language` becomes `in-context language`."""
-    return name.replace("in_context", "in-context").replace("_", " ")
-
-
 def _verdict_on_tasks(results: Mapping[str, Any]) -> str:
     if not results["ratios"]:
         return "Nothing to compare."
@@ -294,13 +264,3 @@ def _verdict_on_texts(results: Mapping[str, Any]) -> str:
 def _listed(names: Sequence[str]) -> str:
     once = list(dict.fromkeys(names))
     return ", ".join([*once[:-2], " and ".join(once[-2:])])
-
-
-def estimate_text(value: float | None, interval: list[float | None], digits: int = 2) -> str:
-    low, high = interval
-    between = "" if low is None or high is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
-    return number_text(value, digits) + between
-
-
-def number_text(value: float | None, digits: int) -> str:
-    return "none" if value is None else f"{value:z.{digits}f}"

@@ -322,7 +322,7 @@ def rank_file(
         lens, tokenizer, groups, rule=rule, metrics=metrics, batch_tokens=batch_tokens, window=window
     )
     if form == "terminal":
-        from philens.reasoning.ranking_table import ranking_table
+        from philens.reasoning.tables import ranking_table
 
         console = Console()
         for group, table in ranked:

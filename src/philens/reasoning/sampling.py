@@ -31,7 +31,7 @@ from philens.reasoning.folder import (
 )
 from philens.reasoning.grading import grade
 from philens.reasoning.problems import read_rows
-from philens.reasoning.solutions import render_prompt
+from philens.reasoning.solutions import Solution, render_prompt
 from philens.scoring.shards import check_same_settings
 from philens.scoring.texts import check_tokenizer, settings_kept
 from philens.support.errors import ConfigError, InputError
@@ -48,38 +48,6 @@ logger = logging.getLogger(__name__)
 BATCH_SIZES = {"transformers": 128, "vllm": 4096}
 # Where solutions from elsewhere keep their text, in this order.
 _TEXT_FIELDS = ("solution", "response", "completion", "text")
-
-
-@dataclass(frozen=True)
-class Solution:
-    """One solution of a problem.
-
-    Attributes:
-        problem_id: with `problem`, `level`, `steps` and `reference`, its answer, as the problem has them.
-        sample: its number among the problem's solutions, from 0.
-        solution: the text, without special tokens.
-        answer: its final answer; None where none was found.
-        correct: whether that is right.
-        tokens: how many the model wrote, like all that follows without the token that ends a text; None, like
-            all that follows, for solutions from elsewhere.
-        finished: it ended by itself, not by reaching the limit.
-        token_ids: as they were drawn; the text need not give the same when it is tokenized.
-        logprobs: of these tokens, in nats, before temperature and top-p.
-    """
-
-    problem_id: str
-    problem: str
-    level: int | None
-    steps: int | None
-    reference: str
-    sample: int
-    solution: str
-    answer: str | None
-    correct: bool
-    tokens: int | None = None
-    finished: bool | None = None
-    token_ids: list[int] | None = None
-    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import tee
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from philens.lens.model import PHiModel
-    from philens.reasoning.sampling import Solution
     from philens.scoring.scores import TokenScores
     from philens.tasks.problem import Problem, Prompt
 
@@ -39,6 +39,38 @@ METRICS = ("phi", "surprisal", "entropy")
 _AS_THEY_ARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solution of a problem.
+
+    Attributes:
+        problem_id: with `problem`, `level`, `steps` and `reference`, its answer, as the problem has them.
+        sample: its number among the problem's solutions, from 0.
+        solution: the text, without special tokens.
+        answer: its final answer; None where none was found.
+        correct: whether that is right.
+        tokens: how many the model wrote, like all that follows without the token that ends a text; None, like
+            all that follows, for solutions from elsewhere.
+        finished: it ended by itself, not by reaching the limit.
+        token_ids: as they were drawn; the text need not give the same when it is tokenized.
+        logprobs: of these tokens, in nats, before temperature and top-p.
+    """
+
+    problem_id: str
+    problem: str
+    level: int | None
+    steps: int | None
+    reference: str
+    sample: int
+    solution: str
+    answer: str | None
+    correct: bool
+    tokens: int | None = None
+    finished: bool | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
 
 
 def measure_replies(
@@ -90,7 +122,7 @@ def measure_replies(
 def measure(
     lens: "PHiModel",
     tokenizer: Any,
-    solutions: Sequence["Solution"],
+    solutions: Sequence[Solution],
     problems: Iterable["Problem"],
     prompt: "Prompt",
     *,
@@ -159,16 +191,14 @@ def measure(
     return pd.concat([facts, measured], axis=1)
 
 
-def _as_written(solution: "Solution", tokenizer: Any) -> str:
+def _as_written(solution: Solution, tokenizer: Any) -> str:
     text = solution.solution
     begins = tokenizer.chat_template or solution.token_ids is not None or text[:1].isspace()
     return text if begins or not text else f" {text}"
 
 
-def reference_solutions(problems: Iterable["Problem"]) -> list["Solution"]:
+def reference_solutions(problems: Iterable["Problem"]) -> list[Solution]:
     """The problems' own worked solutions, as `measure` takes them; a problem without one is left out."""
-    from philens.reasoning.sampling import Solution
-
     return [
         Solution(
             problem_id=problem.id,

@@ -30,6 +30,11 @@ _FIRST_LETTER, _SPACE = ord("a"), ord(" ")
 _CHOICE, _STRINGS, _ALPHABET, _COUNT, _NOISE, _AUTOMATON = range(6)
 
 
+def task_label(name: str) -> str:
+    """A task's name as people read it: `in_context_language` becomes `in-context language`."""
+    return name.replace("in_context", "in-context").replace("_", " ")
+
+
 @dataclass
 class TaskConfig:
     """Sizes of the synthetic tasks; the defaults are the paper's.

@@ -16,34 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from philens.lens.model import PHiModel
 from philens.support.errors import TrainingError
 from philens.support.extras import require
-from philens.support.files import write_atomically
 from philens.tasks.packing import TokenDocuments
+from philens.training.course import draw_course
 from philens.training.distributed import any_process, processes
 from philens.training.evaluation import evaluate
 from philens.training.recipe import Recipe
-from philens.training.run import METRICS_FILE, read_metrics
+from philens.training.run import METRICS_FILE
 
 if TYPE_CHECKING:
     from philens.training.trainer import PHiTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def draw_course(folder: Path) -> None:
-    """Draw a run's `metrics.jsonl` as `training.png`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    from philens.findings.figures import figure_training
-
-    records = read_metrics(folder)
-    if not any("loss" in record for record in records):
-        return
-    figure = figure_training(records)
-    if [record["collapsed"] for record in records if "collapsed" in record][-1:] == [1.0]:
-        figure.suptitle("The PHi layer has collapsed: its latents carry almost no information.")
-    write_atomically(folder / "training.png", lambda file: figure.savefig(file, format="png"))
 
 
 class Phases(TrainerCallback):

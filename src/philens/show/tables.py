@@ -1,0 +1,43 @@
+"""Tables for a terminal: their style, and numbers as they stand in them."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+
+def new_table(title: str, caption: str) -> Table:
+    """An empty table in the style of all of them."""
+    # Text, not str: rich would read square brackets as markup.
+    return Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )
+
+
+def counts_text(numbers: list[int], unit: str) -> str:
+    """From the smallest to the largest of some numbers, with their unit."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}"
+
+
+def count_of(number: int, unit: str) -> str:
+    """A number with its unit, in the plural where it is not one."""
+    return f"{number:,} {unit}{'s' * (number != 1)}"
+
+
+def estimate_text(value: float | None, interval: list[float | None], digits: int = 2) -> str:
+    """A value with its interval, where it has one."""
+    low, high = interval
+    between = "" if low is None or high is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+    return number_text(value, digits) + between
+
+
+def number_text(value: float | None, digits: int) -> str:
+    """A value, `none` where there is none."""
+    return "none" if value is None else f"{value:z.{digits}f}"

@@ -1,0 +1,88 @@
+"""The course of a training as a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from philens.support.errors import InputError
+from philens.support.files import write_atomically
+from philens.tasks.automata import task_label
+from philens.training.run import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_course(folder: Path) -> None:
+    """Draw a run's `metrics.jsonl` as `training.png`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    records = read_metrics(folder)
+    if not any("loss" in record for record in records):
+        return
+    figure = figure_training(records)
+    if [record["collapsed"] for record in records if "collapsed" in record][-1:] == [1.0]:
+        figure.suptitle("The PHi layer has collapsed: its latents carry almost no information.")
+    write_atomically(folder / "training.png", lambda file: figure.savefig(file, format="png"))
+
+
+def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Training curves from log records: losses per step, and what every evaluation found.
+
+    A record has `step` and any of `loss`, `phi`, `surprisal`, `eval/PART/phi`, `eval/PART/surprisal`,
+    `eval/PART/loss_gap` for the parts of a text or for tasks. With several layers at once, evaluations are
+    drawn by insertion point (`eval/phi@POINT`), not by part; of layers in a trained base with the loss gap.
+    """
+    from philens.show.plots import (
+        FONT,
+        PHI_LABEL,
+        SURPRISAL_LABEL,
+        draw_series,
+        log_if_wide,
+        new_figure,
+        series_style,
+        set_fonts,
+    )
+
+    if not history:
+        raise InputError("There is no training history to draw; train for at least one logged step.")
+    figure = new_figure(height=5.4)
+    (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
+    keys = dict.fromkeys(key for record in history for key in record)
+    points = list(dict.fromkeys(key.split("@")[1] for key in keys if "@" in key))
+    parts = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
+    draw_series(losses, history, "loss", color="#000000", label="loss")
+    for at in [f"@{point}" for point in points] or [""]:
+        styles = series_style(at, [f"@{point}" for point in points]) if at else {"color": "#0072B2"}
+        draw_series(
+            losses, history, f"surprisal{at}", color=styles["color"], label=None if at else "surprisal"
+        )
+        draw_series(train_phi, history, f"phi{at}", color=styles["color"] if at else "#D55E00")
+    losses.set(ylabel="nats per token")
+    losses.set_title("training loss", fontsize=FONT + 1, loc="left")
+    train_phi.set(ylabel=PHI_LABEL)
+    train_phi.set_title("training phi", fontsize=FONT + 1, loc="left")
+    quantity, label = "surprisal", SURPRISAL_LABEL
+    if any("loss_gap" in key for key in keys):
+        quantity, label = "loss_gap", "loss gap (nats per token)"
+    for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
+        for series in points or parts:
+            key = f"eval/{name}@{series}" if points else f"eval/{series}/{name}"
+            style = series_style(series, points or parts)
+            draw_series(axes, history, key, label=task_label(series), markersize=4, **style)
+        axes.set(xlabel="step", ylabel=ylabel)
+        kind = "insertion point" if points else "task" if quantity == "surprisal" else "part"
+        axes.set_title(f"{name.replace('_', ' ')} per {kind}", fontsize=FONT + 1, loc="left")
+    for axes in (train_phi, right):
+        log_if_wide(axes)
+    if losses.get_legend_handles_labels()[1]:
+        losses.legend(fontsize=FONT - 1, frameon=False)
+    handles, labels = right.get_legend_handles_labels()
+    if not handles:
+        handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
+    set_fonts(figure)
+    return figure
