@@ -97,6 +97,7 @@ def score(
     window: int | None = None,
     batch_tokens: int = 4096,
     overflow: Literal["error", "nan"] = "error",
+    alternatives: bool = False,
     shard_characters: int = 1_000_000,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
@@ -129,6 +130,7 @@ def score(
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
         overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
+        alternatives: also the likeliest tokens in each token's place, and the rank of its own.
         shard_characters: characters of text in a file of the output folder, about.
         engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
@@ -177,6 +179,7 @@ def score(
             batch_tokens=batch_tokens,
             window=window,
             overflow=overflow,
+            alternatives=alternatives,
             shard_characters=shard_characters,
             options=dict(zip(("model", "adapter", "revision", "dtype"), source, strict=False)),
             rank=process,

@@ -70,7 +70,7 @@ def score_documents(
             input_ids, places = rows["input_ids"].to(device), real.to(device)
             output = lens(input_ids, returns="states")
             place = np.concatenate([np.arange(*docs.offsets[number : number + 2]) for number in chosen])
-            found = predictions(output, input_ids, places, {"surprisal"})["surprisal"]
+            found = predictions(output, input_ids, places, {"surprisal"})[0]["surprisal"]
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,30 @@ from torch import Tensor, nn
 from philens.lens.insertion import find_blocks, recorded_forms, skipped, transform_output
 from philens.lens.losses import PHiModelOutput, logits_in_parts
 from philens.lens.model import PHiModel
+from philens.scoring.alternatives import MOST
 from philens.support.errors import InputError, InsertionError
+
+
+class Likeliest(NamedTuple):
+    """Of n distributions, how far down the token that came is, and the k likeliest ones, the likeliest first.
+
+    Attributes:
+        ranks: (n,) 1 if none is likelier than the one that came, and so on; 0 where there is no distribution.
+        token_ids: (n, k).
+        probabilities: (n, k) float32.
+    """
+
+    ranks: Tensor
+    token_ids: Tensor
+    probabilities: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> "Likeliest":
+        """From logits (n, V) float32 and the tokens that came (n,)."""
+        best, token_ids = logits.topk(min(MOST, logits.shape[-1]), dim=-1)
+        probabilities = (best - logits.logsumexp(-1, keepdim=True)).exp()
+        ranks = 1 + (logits > logits.gather(-1, targets[:, None])).sum(-1)
+        return cls(ranks.masked_fill(probabilities[:, 0].isnan(), 0), token_ids, probabilities)
 
 
 def reduce_logits(logits: Tensor, targets: Tensor, wanted: Set[str]) -> dict[str, Tensor]:
@@ -38,18 +61,26 @@ def reduce_logits(logits: Tensor, targets: Tensor, wanted: Set[str]) -> dict[str
 
 
 def predictions(
-    output: PHiModelOutput, input_ids: Tensor, places: Tensor, wanted: Set[str]
-) -> dict[str, Tensor]:
-    """`reduce_logits` for the tokens (N,) at some of the B * T positions, by the distribution before each;
-    NaN for the first of a row."""
-    if not wanted:
-        return {}
+    output: PHiModelOutput, input_ids: Tensor, places: Tensor, wanted: Set[str], alternatives: bool = False
+) -> tuple[dict[str, Tensor], Likeliest | None]:
+    """`reduce_logits` for the tokens (N,) at some of the B * T positions, by the distribution before each,
+    and if asked for the likeliest ones in their place; NaN, and a rank of 0, for the first of a row."""
+    if not (wanted or alternatives):
+        return {}, None
     targets, before = input_ids.flatten()[places], (places - 1).clamp(min=0)
-    parts = [reduce_logits(logits, targets[part], wanted) for part, logits in logits_in_parts(output, before)]
+    parts, likeliest = [], []
+    for part, logits in logits_in_parts(output, before):
+        parts.append(reduce_logits(logits, targets[part], wanted))
+        if alternatives:
+            likeliest.append(Likeliest.of(logits, targets[part]))
     first = places % input_ids.shape[1] == 0
-    return {
+    found = {
         name: torch.cat([part[name] for part in parts]).masked_fill(first, torch.nan) for name in parts[0]
     }
+    if not alternatives:
+        return found, None
+    ranks, token_ids, probabilities = map(torch.cat, zip(*likeliest, strict=True))
+    return found, Likeliest(ranks.masked_fill(first, 0), token_ids, probabilities)
 
 
 class LogitLens:

@@ -136,7 +136,7 @@ class Scorer:
 
     Attributes:
         load: gives the lens and its tokenizer.
-        metrics: as for `philens.score`, like `batch_tokens`, `window` and `overflow`.
+        metrics: as for `philens.score`, like `batch_tokens`, `window`, `overflow` and `alternatives`.
     """
 
     load: "Callable[[], tuple[PHiModel, Any]]"
@@ -144,6 +144,7 @@ class Scorer:
     batch_tokens: int
     window: int | None
     overflow: "Overflow" = "error"
+    alternatives: bool = False
     _loaded: "tuple[PHiModel, Any] | None" = None
 
     def __call__(self, group: Sequence[Document]) -> "Iterator[TokenScores]":
@@ -158,6 +159,7 @@ class Scorer:
             window=self.window,
             names=[document.id for document in group],
             overflow=self.overflow,
+            alternatives=self.alternatives,
         )
 
 
@@ -171,6 +173,7 @@ def score_corpus(
     batch_tokens: int = 4096,
     window: int | None = None,
     overflow: "Overflow" = "error",
+    alternatives: bool = False,
     shard_characters: int = SHARD_CHARACTERS,
     options: dict[str, Any] | None = None,
     rank: Rank = ALONE,
@@ -183,7 +186,7 @@ def score_corpus(
         load: gives the lens and its tokenizer; called when there is something to score.
         form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
         output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
-        metrics: as for `philens.score`, like `batch_tokens`, `window` and `overflow`.
+        metrics: as for `philens.score`, like `batch_tokens`, `window`, `overflow` and `alternatives`.
         shard_characters: of text in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
         rank: which of several processes this is, that write a folder together.
@@ -199,7 +202,11 @@ def score_corpus(
         _check_shared(corpus, form, output)
     if shard_characters < 1:
         raise ConfigError(f"shard_characters must be at least 1, not {shard_characters}.")
-    score = Scorer(load, metrics, batch_tokens, window, overflow)
+    if alternatives and form == "terminal":
+        raise ConfigError(
+            "--alternatives has no place among coloured tokens; give --format table, html, jsonl or parquet."
+        )
+    score = Scorer(load, metrics, batch_tokens, window, overflow, alternatives)
     shown = rank.number == 0 and (output is not None or not sys.stdout.isatty())
     with _progress(corpus, shown) as done:
         if output is not None and form in ("jsonl", "parquet"):
@@ -213,7 +220,9 @@ def score_corpus(
                 "batch_tokens": batch_tokens,
                 "window": window,
             }
-            decisive |= {"overflow": overflow} if overflow != "error" else {}  # as before there was a choice
+            # As before there was a choice.
+            decisive |= {"overflow": overflow} if overflow != "error" else {}
+            decisive |= {"alternatives": True} if alternatives else {}
             decisive |= options or {}
             state, new = write_shards(
                 output, corpus, score, decisive, form, shard_characters, done, schedule, rank

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -16,7 +16,8 @@ import philens
 from philens.lens.adapter import fingerprint
 from philens.lens.insertion import recorded_forms, text_config
 from philens.lens.model import PHiModel
-from philens.scoring.metrics import LogitLens, divergence, predictions, settling_depth, steps
+from philens.scoring.alternatives import Alternatives, TokenTexts
+from philens.scoring.metrics import Likeliest, LogitLens, divergence, predictions, settling_depth, steps
 from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
@@ -57,6 +58,7 @@ def score(
     window: int | None = None,
     names: Sequence[str] | None = None,
     overflow: Overflow = "error",
+    alternatives: bool = False,
 ) -> list[TokenScores]:
     """Score texts token by token.
 
@@ -75,6 +77,9 @@ def score(
         overflow: what becomes of a token that should have a value and gets NaN or an infinity from the model:
             an `error` that says where it began, or `nan`, with how many there are in the text's provenance
             as `overflowed`. First tokens and those that begin a text stay as they are.
+        alternatives: also keep the likeliest tokens in each token's place and the rank of the one that stands
+            there, as `TokenScores.alternatives`: of the base's distribution, or of that with the layer in the
+            path where `surprisal_with_layer` is asked for and `surprisal` is not.
 
     Returns:
         One `TokenScores` for each text, in order.
@@ -101,6 +106,7 @@ def score(
             window=window,
             names=names,
             overflow=overflow,
+            alternatives=alternatives,
         )
     )
 
@@ -115,6 +121,7 @@ def iter_scores(
     window: int | None = None,
     names: Iterable[str] | None = None,
     overflow: Overflow = "error",
+    alternatives: bool = False,
 ) -> Iterator[TokenScores]:
     """As `score`, for any number of texts: they are read a few batches ahead and their scores come in order.
 
@@ -133,20 +140,35 @@ def iter_scores(
     wanted = check_metrics(lens, metrics)
     context = context_length(lens.base, window)
     origin = provenance(lens, tokenizer, context)
+    others = alternatives_of(wanted) if alternatives else None
+    token_texts = TokenTexts(tokenizer) if alternatives else {}
 
     def scores() -> Iterator[TokenScores]:
         prepared = _tokenized(lens, tokenizer, texts, names)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
-            columns = _read_texts(lens, [text for *_, text in ahead], wanted, batch_tokens, context)
-            for (name, where, text), (found, sinks, lost) in zip(ahead, columns, strict=True):
+            readings = _read_texts(lens, [text for *_, text in ahead], wanted, others, batch_tokens, context)
+            for (name, where, text), read in zip(ahead, readings, strict=True):
                 own = origin if name is None else {"name": name, **origin}
-                if lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
-                    ((found, sinks, lost),) = _read_texts(lens, [text], wanted, 1, context)
-                if lost.any():
+                if read.lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
+                    (read,) = _read_texts(lens, [text], wanted, others, 1, context)
+                if read.lost.any():
                     if overflow == "error":
-                        raise overflow_error(lens, _read_with(text, int(lost.argmax()), context), where)
-                    own = own | {"overflowed": int(lost.sum())}
-                yield TokenScores(text.text, text.token_ids, text.offsets, found, text.spans, own, sinks)  # pyright: ignore[reportArgumentType]
+                        raise overflow_error(lens, _read_with(text, int(read.lost.argmax()), context), where)
+                    own = own | {"overflowed": int(read.lost.sum())}
+                kept = None
+                if others is not None and read.likeliest is not None:
+                    kept = Alternatives.of_likeliest(others, *read.likeliest, token_texts)
+                    token_texts.learn(kept.token_ids)
+                yield TokenScores(
+                    text.text,
+                    text.token_ids,
+                    text.offsets,
+                    read.columns,
+                    text.spans,  # pyright: ignore[reportArgumentType]
+                    own,
+                    read.sinks,
+                    kept,
+                )
 
     return scores()
 
@@ -179,6 +201,12 @@ def check_metrics(lens: PHiModel, metrics: Sequence[str] | None) -> list[str]:
             f"The PHi layer is disabled and {needing[0]} needs it; enable() it or ask for other metrics."
         )
     return [name for name in METRICS if name in chosen]
+
+
+def alternatives_of(metrics: Sequence[str]) -> str:
+    """The surprisal whose distribution alternatives beside these metrics are of."""
+    layers = "surprisal_with_layer"
+    return layers if layers in metrics and "surprisal" not in metrics else "surprisal"
 
 
 def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> dict[str, Any]:
@@ -259,15 +287,31 @@ def _take(
     return taken
 
 
+class _Reading(NamedTuple):
+    """What was found in a text of T tokens.
+
+    Attributes:
+        columns: in order.
+        sinks: (T,) which are attention sinks.
+        lost: (T,) which lack a value because the model overflowed.
+        likeliest: ranks (T,), and ids and probabilities (T, k) of the likeliest tokens, if asked for.
+    """
+
+    columns: Columns
+    sinks: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
+    likeliest: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]] | None
+
+
 def _read_texts(
     lens: PHiModel,
     texts: Sequence[TokenizedText],
     wanted: Sequence[str],
+    alternatives: str | None,
     batch_tokens: int,
     context: int | None,
-) -> list[tuple[Columns, NDArray[np.bool_], NDArray[np.bool_]]]:
-    """The columns of each text, which of its tokens (T,) are attention sinks, and which lack a value because
-    the model overflowed."""
+) -> list[_Reading]:
+    """What is found in each text, as `_read_batch` reads it."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)
@@ -275,34 +319,53 @@ def _read_texts(
     ]
     device = next(lens.base.parameters()).device
     done: list[tuple[int, Window]] = []
-    names, read = [], []
+    names, read, likeliest = [], [], []
     with evaluating(lens):
         for batch in _batches(windows, batch_tokens):
             input_ids, places = (
                 torch.from_numpy(values).to(device, non_blocking=True) for values in _assemble(texts, batch)
             )
-            found = _read_batch(lens, input_ids, places, frozenset(wanted))
+            found, best = _read_batch(lens, input_ids, places, frozenset(wanted), alternatives)
+            likeliest += [best] if best is not None else []
             names = list(found)
             read.append(torch.stack([values.float() for values in found.values()]))
             done += batch
     # One copy, for which a device is waited; nothing of philens does so before.
-    values = torch.cat(read, 1).cpu().numpy()
-    tables = [np.empty((len(names), len(text.token_ids)), np.float32) for text in texts]
+    of_tokens = [torch.cat(read, 1).cpu().numpy().T]
+    of_tokens += [torch.cat(parts).cpu().numpy() for parts in zip(*likeliest, strict=True)]
+    readings = []
+    for text, (table, *best) in zip(texts, _by_text(of_tokens, done, texts), strict=True):
+        lost = _lost(table, text)
+        if best:
+            lost |= (best[0] == 0) & _has_one_before(text)
+        columns, sinks = _finished(dict(zip(names, table.T.copy(), strict=True)), wanted)
+        readings.append(_Reading(columns, sinks, lost, tuple(best) or None))
+    return readings
+
+
+def _by_text(
+    arrays: Sequence[NDArray[Any]], windows: Sequence[tuple[int, Window]], texts: Sequence[TokenizedText]
+) -> Iterator[list[NDArray[Any]]]:
+    """The rows (N, ...) of arrays, which come window by window, put together for each text, (T, ...)."""
+    whole = [[np.empty((len(text.token_ids), *one.shape[1:]), one.dtype) for one in arrays] for text in texts]
     stop = 0
-    for number, window in done:
+    for number, window in windows:
         start, stop = stop, stop + window.stop - window.scored
-        tables[number][:, window.scored : window.stop] = values[:, start:stop]
-    lost = [_lost(table, text) for table, text in zip(tables, texts, strict=True)]
-    columns = [_finished(dict(zip(names, table, strict=True)), wanted) for table in tables]
-    return [(*found, without) for found, without in zip(columns, lost, strict=True)]
+        for own, values in zip(whole[number], arrays, strict=True):
+            own[window.scored : window.stop] = values[start:stop]
+    return iter(whole)
 
 
 def _lost(table: NDArray[np.float32], text: TokenizedText) -> NDArray[np.bool_]:
-    """(T,) the tokens that have one before them and a value that is none, which becomes NaN in (n, T)."""
-    broken = ~np.isfinite(table)
-    broken[:, : max(1, text.leading)] = False
+    """(T,) the tokens that have one before them and a value that is none, which becomes NaN in (T, n)."""
+    broken = ~np.isfinite(table) & _has_one_before(text)[:, None]
     table[broken] = np.nan
-    return np.logical_or.reduce(broken)
+    return np.logical_or.reduce(broken, axis=1)
+
+
+def _has_one_before(text: TokenizedText) -> NDArray[np.bool_]:
+    """(T,) the tokens that others of the text come before."""
+    return np.arange(len(text.token_ids)) >= max(1, text.leading)
 
 
 def _read_with(text: TokenizedText, token: int, context: int | None) -> Tensor:
@@ -355,14 +418,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _read_batch(
-    lens: PHiModel, input_ids: Tensor, places: Tensor, wanted: frozenset[str]
-) -> dict[str, Tensor]:
-    """Everything asked for, (N,) each, of the tokens at `places` among B * T, in one pass through the base.
+    lens: PHiModel, input_ids: Tensor, places: Tensor, wanted: frozenset[str], alternatives: str | None
+) -> tuple[dict[str, Tensor], Likeliest | None]:
+    """Everything asked for, (N,) each, of the tokens at `places` among B * T, in one pass through the base;
+    and the likeliest tokens in their place, by the distribution of a surprisal.
 
     Only surprisal_with_layer beside something of the base runs the blocks above the layer once more.
     """
     found: dict[str, Tensor] = {}
+    likeliest = None
     of_base, of_layer = wanted & (_OF_PREDICTIONS | _OF_BLOCKS), wanted & _OF_LAYER
+    of_base |= {alternatives} & _OF_PREDICTIONS
     logit_lens = LogitLens(lens, "settling_depth" in wanted) if wanted & _OF_BLOCKS else None
     forms: dict[int, Any] = {}
     with ExitStack() as stack:
@@ -380,9 +446,13 @@ def _read_batch(
         again = output
         if of_base:
             again = lens.read_again(input_ids, {"use_cache": False}, 0, layers[0].hidden_states, forms)
-        found["surprisal_with_layer"] = predictions(again, input_ids, places, {"surprisal"})["surprisal"]
+        ours = alternatives == "surprisal_with_layer"
+        with_layer, likeliest = predictions(again, input_ids, places, {"surprisal"}, ours)
+        found["surprisal_with_layer"] = with_layer["surprisal"]
         del again
-    found |= predictions(output, input_ids, places, wanted & _OF_PREDICTIONS)
+    of_predictions = wanted & _OF_PREDICTIONS
+    more, best = predictions(output, input_ids, places, of_predictions, alternatives == "surprisal")
+    found, likeliest = found | more, likeliest or best
     for suffix, layer, reader in zip(suffixes, layers, lens.layers, strict=False):
         of_tokens: dict[str, Tensor | None] = {}
         if "phi" in wanted:
@@ -398,7 +468,7 @@ def _read_batch(
             found[f"logit_lens_divergence{suffix}"] = divergence(output, early, places)
     if logit_lens is not None and "settling_depth" in wanted:
         found["settling_depth"] = settling_depth(logit_lens, input_ids, places)
-    return found
+    return found, likeliest
 
 
 def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[np.bool_]]:

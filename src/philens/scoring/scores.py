@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.scoring.alternatives import Alternatives
 from philens.show.colours import plain_label
 from philens.show.page import write_scores_page
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
-from philens.support.output import visible
+from philens.support.output import visible_spaces
 from philens.support.typed import nearest
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class TokenScores:
         sinks: (T,) bool, attention sinks: tokens with a hidden state many times as long as others', as many
             models' first token. They have a phi as others do, and means and sums of phi leave them out. Of
             several layers, what is one for any of them.
+        alternatives: what else could have stood in each token's place, where it was asked for.
 
     Raises:
         InputError: shapes that do not fit together.
@@ -89,6 +91,7 @@ class TokenScores:
     spans: Spans = field(default=())  # pyright: ignore[reportAssignmentType]
     provenance: dict[str, Any] = field(default_factory=dict)
     sinks: NDArray[np.bool_] = field(default=())  # pyright: ignore[reportAssignmentType]
+    alternatives: Alternatives | None = None
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
@@ -101,6 +104,8 @@ class TokenScores:
         for name, values in (self.columns | {"sinks": self.sinks}).items():
             if values.shape != (count,):
                 raise InputError(f"{name} must have shape ({count},) like the tokens, not {values.shape}.")
+        if self.alternatives is not None and len(self.alternatives) != count:
+            raise InputError(f"There must be alternatives for {count} tokens, not {len(self.alternatives)}.")
         table = partial(_span_table, self.text, self.offsets, self.without_sinks())
         object.__setattr__(self, "spans", Spans(map(_as_span, self.spans), table))
 
@@ -199,7 +204,9 @@ class TokenScores:
         }
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row per token: token (its piece of the text), token_id, start, end, and every column."""
+        """One row per token: token (its piece of the text), token_id, start, end, and every column; with
+        alternatives also `rank`, missing where it has none, and the lists `alternatives` and `probabilities`.
+        """
         import pandas as pd
 
         tokens = {
@@ -208,7 +215,12 @@ class TokenScores:
             "start": self.offsets[:, 0],
             "end": self.offsets[:, 1],
         }
-        return pd.DataFrame(tokens | self.columns)
+        table = pd.DataFrame(tokens | self.columns)
+        if self.alternatives is not None:
+            lists = self.alternatives.to_lists()
+            table["rank"] = pd.array(lists["ranks"], "Int64")
+            table["alternatives"], table["probabilities"] = lists["texts"], lists["probabilities"]
+        return table
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The scores as JSON, written to `path` if given; NaN is null, floats come back bit by bit.
@@ -226,6 +238,8 @@ class TokenScores:
             "sinks": np.flatnonzero(self.sinks).tolist(),
             "provenance": self.provenance,
         }
+        if self.alternatives is not None:
+            value["alternatives"] = {"of": self.alternatives.of, **self.alternatives.to_lists()}
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         if path is not None:
             write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
@@ -265,7 +279,18 @@ class TokenScores:
             ids = np.array(value["token_ids"], np.int64)
             sinks = np.zeros(len(ids), bool)
             sinks[value.get("sinks", [])] = True  # scores of philens 0.1 know of none
-            return cls(value["text"], ids, offsets, columns, value["spans"], value["provenance"], sinks)
+            others = value.get("alternatives")
+            alternatives = None if others is None else Alternatives.from_lists(others["of"], others)
+            return cls(
+                value["text"],
+                ids,
+                offsets,
+                columns,
+                value["spans"],
+                value["provenance"],
+                sinks,
+                alternatives,
+            )
         except InputError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -311,7 +336,7 @@ class TokenScores:
             axes.tick_params(labelsize=8)
             axes.margins(x=0.01)
         if few:
-            pieces = [visible(piece).replace(" ", "␣") or "∅" for piece in self.pieces()]
+            pieces = list(map(visible_spaces, self.pieces()))
             panels[-1].set_xticks(places, pieces, rotation=90)
             for label in panels[-1].get_xticklabels():
                 label.set_parse_math(False)  # a text's dollar signs are dollar signs

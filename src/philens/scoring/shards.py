@@ -483,6 +483,7 @@ def _write_parquet(file: BinaryIO, scored: Iterable[Scored]) -> None:
 
 
 def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
+    others = {} if scores.alternatives is None else scores.alternatives.to_lists()
     return {
         "id": document.id,
         "text": scores.text,
@@ -493,7 +494,17 @@ def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
         **{f"{name}_mean": mean for name, mean in scores.means().items()},
         "spans": [span._asdict() for span in scores.spans],
         "sinks": np.flatnonzero(scores.sinks),
+        **{_OF_ALTERNATIVES[name]: values for name, values in others.items()},
     }
+
+
+# What a row calls the lists of `Alternatives.to_lists`, which have an entry for each token.
+_OF_ALTERNATIVES = {
+    "ranks": "ranks",
+    "token_ids": "alternative_ids",
+    "texts": "alternatives",
+    "probabilities": "alternative_probabilities",
+}
 
 
 def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
@@ -507,5 +518,9 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
     fields |= dict.fromkeys(scores.columns, numbers)
     fields |= {f"{name}_mean": pa.float64() for name in scores.columns}
     fields |= {"spans": pa.list_(span), "sinks": places}
+    if scores.alternatives is not None:
+        of_each = {"ranks": pa.int32(), "token_ids": places, "texts": pa.list_(pa.string())}
+        of_each["probabilities"] = numbers
+        fields |= {_OF_ALTERNATIVES[name]: pa.list_(kind) for name, kind in of_each.items()}
     origin = {key: item for key, item in scores.provenance.items() if key not in ("name", "overflowed")}
     return parquet.ParquetWriter(file, pa.schema(fields).with_metadata({"philens": json.dumps(origin)}))

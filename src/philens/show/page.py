@@ -35,6 +35,7 @@ class PageDocument:
     spans: Sequence[str] = ()  # (T,) name of the span each piece is in, "" for none; or nothing
     means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
     units: Mapping[str, str] = field(default_factory=dict)  # of columns, nats where nothing is said
+    notes: Sequence[str] = ()  # (T,) what else is read on hover, "" for nothing; or nothing
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | self.units)
@@ -67,6 +68,7 @@ def write_scores_page(
             _span_of_each(item),
             item.means(),
             item.units,
+            item.alternatives.notes() if item.alternatives is not None else (),
         )
         for number, item in enumerate(scores, start=1)
     ]
@@ -165,8 +167,13 @@ def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
             break
         if len(document.pieces) > left:
             columns = {name: np.asarray(array)[:left] for name, array in document.columns.items()}
-            pieces, spans = document.pieces[:left], document.spans[:left]
-            document = replace(document, pieces=pieces, columns=columns, spans=spans)
+            document = replace(
+                document,
+                pieces=document.pieces[:left],
+                columns=columns,
+                spans=document.spans[:left],
+                notes=document.notes[:left],
+            )
         shown.append(document)
         left -= len(document.pieces)
     total = sum(len(document.pieces) for document in documents)
@@ -240,9 +247,10 @@ def _section(
         yield f"<p>{clean(document.description)}</p>\n"
     pieces = [visible(piece) for piece in document.pieces]
     units = [document.units[name] for name in columns]
+    notes = document.notes or [""] * len(pieces)
     titles = [
-        escape(f"{piece or 'empty'}: " + ", ".join(map(_reading, columns, units, row)))
-        for piece, row in zip(pieces, zip(*columns.values(), strict=True), strict=True)
+        escape(f"{piece or 'empty'}: {', '.join(map(_reading, columns, units, row))}\n{note}".rstrip())
+        for piece, row, note in zip(pieces, zip(*columns.values(), strict=True), notes, strict=True)
     ]
     shown = [shown_piece(piece) for piece in document.pieces]
     spans = document.spans or [NO_SPAN] * len(pieces)

@@ -7,6 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class Others(Protocol):
+    """What else could have stood in each of T tokens' places; `philens.scoring.alternatives` has it."""
+
+    def notes(self) -> list[str]:
+        """(T,) in words, of several lines; empty where there is nothing to say."""
+        ...
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(T,) the token's rank, and the likeliest ones in a line."""
+        ...
+
+
 class ScoredText(Protocol):
     """A text of T tokens with values; `philens.TokenScores` is one and says more of each field."""
 
@@ -48,4 +60,9 @@ class ScoredText(Protocol):
     @property
     def provenance(self) -> Mapping[str, Any]:
         """What the values were made with."""
+        ...
+
+    @property
+    def alternatives(self) -> Others | None:
+        """What else could have stood in each token's place, if it is known."""
         ...

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from philens.show.colours import DARK, LEVELS, Scale, palette, plain_label
 from philens.show.scored import ScoredText
-from philens.support.output import visible
+from philens.support.output import visible, visible_spaces
 
 # The scale is that of as many tokens as a screen or two can hold.
 SCALE_TOKENS = 10_000
@@ -90,27 +90,29 @@ def print_rows(file: TextIO, scored: Iterable[tuple[str, ScoredText]]) -> None:
 
 
 def _rows(scores: ScoredText) -> Iterator[str]:
-    yield _heads(scores.columns)
+    beside = [""] * len(scores)
+    if scores.alternatives is not None:
+        beside = [f"  {rank:>6}  {likeliest}".rstrip() for rank, likeliest in scores.alternatives.lines()]
+    yield _heads(scores.columns, "" if scores.alternatives is None else "    rank  likeliest")
     widths = [_width(name) for name in scores.columns]
     values = zip(*scores.columns.values(), strict=True)
-    for number, (piece, row) in enumerate(zip(scores.pieces(), values, strict=True)):
-        yield _row(number, piece, row, widths)
+    for number, (piece, row, more) in enumerate(zip(scores.pieces(), values, beside, strict=True)):
+        yield _row(number, piece, row, widths, more)
 
 
 def _width(column: str) -> int:
     return max(len(plain_label(column)), 9)
 
 
-def _heads(columns: Iterable[str]) -> str:
+def _heads(columns: Iterable[str], more: str = "") -> str:
     cells = (f"{plain_label(name):>{_width(name)}}" for name in columns)
-    return f"{'':>7}  {'token':16}  {'  '.join(cells)}\n"
+    return f"{'':>7}  {'token':16}  {'  '.join(cells)}{more}\n"
 
 
-def _row(number: int, piece: str, values: Iterable[float], widths: Iterable[int]) -> str:
-    # A space would not be seen at the end of a column.
-    shown = visible(piece).replace(" ", "␣") or "∅"
+def _row(number: int, piece: str, values: Iterable[float], widths: Iterable[int], more: str = "") -> str:
+    shown = visible_spaces(piece)
     cells = (f"{_number(value):>{width}}" for value, width in zip(values, widths, strict=True))
-    return f"{number:>7}  {shown}{' ' * (16 - cell_len(shown))}  {'  '.join(cells)}\n"
+    return f"{number:>7}  {shown}{' ' * (16 - cell_len(shown))}  {'  '.join(cells)}{more}\n"
 
 
 class LiveTokens:

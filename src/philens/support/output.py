@@ -14,6 +14,11 @@ def visible(text: str) -> str:
     return "".join(map(_visible_character, text))
 
 
+def visible_spaces(text: str) -> str:
+    """`visible`, for a piece of text that may begin or end with a space, or have nothing in it."""
+    return visible(text).replace(" ", "␣") or "∅"
+
+
 def printable(text: str) -> str:
     """`text` for a terminal: lines and tabs as they are, what it would obey made visible."""
     return "".join(c if c in "\n\t" else _visible_character(c) for c in text)
