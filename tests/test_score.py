@@ -563,7 +563,8 @@ def test_the_docs_run_as_they_stand(tmp_path, monkeypatch):
     names = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
     assert (names["again"].phi == names["first"].phi).all()
-    assert {path.name for path in tmp_path.iterdir()} == {"first.png", "first.html", "first.json", "read.html"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"first.png", "first.html", "first.json", "read.html"}
     assert all(f"| `{metric}` |" in text for metric in METRICS)
 
 
