@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Bench, Comparison, Series, Target, Unavailable
 from benchmarks.models import scratch_recipe
 from benchmarks.peak import peak_bytes
-from philens.lens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiLayer, contrastive_loss
 from philens.support.errors import InputError
 
 # Causal attention's products are cut into so many pieces, so that about half of the squares is left out.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Comparison, Series, Unavailable
 from benchmarks.layer import hidden_states, layer_work
-from philens.lens.layer import PHiConfig, PHiLayer
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiLayer
 from philens.support.errors import ConfigError, InputError
 
 SEE = "python -m benchmarks --help says what it must offer"

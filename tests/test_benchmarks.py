@@ -15,7 +15,8 @@ from benchmarks.training import Parts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from philens.lens.layer import PHiConfig, PHiLayer, contrastive_loss
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiLayer, contrastive_loss
 from philens.support.errors import InputError
 
 CPU = torch.device("cpu")

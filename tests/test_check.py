@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import make_gpt2, make_llama
 from philens.lens.check import CheckReport, check
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.lens.model import attach
 from philens.support.errors import InputError
 

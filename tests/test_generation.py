@@ -15,8 +15,8 @@ from transformers.generation import StoppingCriteriaList
 from conftest import make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.lens.config import PHiConfig
 from philens.lens.generation import stream
-from philens.lens.layer import PHiConfig
 from philens.lens.losses import token_surprisal
 from philens.lens.model import attach
 from philens.support.errors import InputError

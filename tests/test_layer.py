@@ -11,8 +11,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from philens.lens.config import PHiConfig
 from philens.lens.divergence import contrastive_loss, gaussian_kl, official_kl
-from philens.lens.layer import PHiConfig, PHiLayer
+from philens.lens.layer import PHiLayer
 from philens.support.errors import ConfigError, InputError, PhilensError
 
 GOLDEN = Path(__file__).parent / "golden" / "phi_layer_official.safetensors"

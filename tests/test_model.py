@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from conftest import make_gpt2, make_llama
 from philens.lens.attention import document_ids
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.lens.model import attach
 from philens.scoring.documents import score_documents
 from philens.support.errors import ConfigError, InputError, InsertionError

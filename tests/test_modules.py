@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from philens.lens.adapter import load
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.lens.losses import token_surprisal
 from philens.lens.model import attach
 from philens.support.errors import InputError, InsertionError

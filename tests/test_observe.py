@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Mamba
 
 import philens.lens.losses
 from conftest import make_gpt2, make_llama
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.lens.losses import logits_in_parts, token_surprisal
 from philens.lens.model import attach
 from philens.support.errors import ConfigError, InputError

@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from conftest import make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.lens.model import attach
 from philens.scoring import metrics as baselines
 from philens.scoring.score import METRICS, check_metrics, iter_scores, score

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Names are imported where they are first used, so that `philens --help` does not wait for torch.
 _HOME = {
-    "PHiConfig": "lens.layer",
+    "PHiConfig": "lens.config",
     "PHiLayer": "lens.layer",
     "PHiModel": "lens.model",
     "attach": "lens.model",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from philens.bases.lstm import LSTMForCausalLM as LSTMForCausalLM
     from philens.bases.tokenizer import character_tokenizer as character_tokenizer
     from philens.lens.adapter import load as load
-    from philens.lens.layer import PHiConfig as PHiConfig
+    from philens.lens.config import PHiConfig as PHiConfig
     from philens.lens.layer import PHiLayer as PHiLayer
     from philens.lens.model import PHiModel as PHiModel
     from philens.lens.model import attach as attach

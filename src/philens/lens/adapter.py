@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import philens
 from philens.bases import hub
 from philens.lens.card import model_card
-from philens.lens.layer import PHiConfig, PHiLayer
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel, attach
 from philens.support.errors import AdapterError, ConfigError, OutputError, PhilensError
 from philens.support.files import (

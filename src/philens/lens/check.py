@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from philens.lens.config import SINK
 from philens.lens.insertion import find_blocks
-from philens.lens.layer import SINK
 from philens.lens.proofs import LENGTH, PROMISES, Result, Trial, make_deterministic, outcome, token_ids
 from philens.support.errors import InsertionError
 

@@ -21,7 +21,7 @@ from philens.support.errors import InputError
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
-    from philens.scoring.overflow import Overflow
+    from philens.lens.overflow import Overflow
 
 # Called with each token's id, phi and surprisal.
 OnToken = Callable[[int, float, float], None]
@@ -121,7 +121,7 @@ def generate(
     Raises:
         InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
     """
-    from philens.scoring.overflow import Overflowed, check_overflow, overflow_error
+    from philens.lens.overflow import Overflowed, check_overflow, overflow_error
 
     check_overflow(overflow)
     generator: Any = lens.base
@@ -185,7 +185,7 @@ class _Finite(LogitsProcessor):
         self.mask = mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        from philens.scoring.overflow import Overflowed, first_row
+        from philens.lens.overflow import Overflowed, first_row
 
         broken = (scores.isnan() | scores.isposinf()).any(-1)
         if broken.any():
@@ -324,7 +324,7 @@ def _scores(
     lens: "PHiModel", sequences: Tensor, mask: Tensor, overflow: "Overflow", record: _Record | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
-    from philens.scoring.overflow import Overflowed
+    from philens.lens.overflow import Overflowed
 
     place = torch.arange(mask.shape[1], device=mask.device)
     # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
@@ -356,7 +356,7 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overfl
 
     Yields a list whose only item is the number of tokens read.
     """
-    from philens.scoring.overflow import Overflowed
+    from philens.lens.overflow import Overflowed
 
     read = [0]
     ids: list[Tensor] = []

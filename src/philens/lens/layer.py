@@ -6,125 +6,16 @@ Prediction", ICML 2025, arXiv 2503.13431, section 2. Shapes: B rows, T tokens, D
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from philens.lens.attention import Documents
-from philens.lens.divergence import contrastive_loss, gaussian_kl, official_kl
+from philens.lens.config import PHiConfig
+from philens.lens.latents import Gaussian, latent_kind
 from philens.lens.prior import Attend, Memory, Prior
 from philens.support.errors import ConfigError, InputError
-from philens.support.typed import convert
-
-# A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
-# models sinks' are 100 times as long, and the longest others 1.5 times.
-SINK = 4.0
-
-
-@dataclass
-class PHiConfig:
-    """What a PHi layer is, where it goes and how it is trained.
-
-    Attributes:
-        layer: insert after this block, counted from 0; negative counts from the end. Either this, `module` or
-            `layers`.
-        module: insert after the module with this path, e.g. `model.layers.19`.
-        layers: insert a PHi layer after each of these blocks; needs `mode="observe"`.
-        mode: `bottleneck` (the paper's) replaces hidden states by the decoded latents; `observe` leaves them
-            as they are, so that the model's outputs stay exactly the base's. Phi is the same in both.
-        pressure: what keeps information in the latent in training: the `next_token` loss with the layer in
-            the path; `distill`, the divergence of the next-token distribution with the layer in the path from
-            the base's own, which teaches the base nothing new; or, when observing, `reconstruction` of the
-            hidden states, for which the blocks above need not run.
-        pressure_share: of the rows of a training pass, the share whose next-token distributions press: the
-            blocks above run for these alone, drawn anew for each pass, at least one.
-        reconstruction_weight: weight of the reconstruction loss, the share of the hidden states' variance
-            that is lost, averaged over dimensions.
-        latent_size: L, the number of latent dimensions; None means the hidden size D.
-        prior: `attention` (causal self-attention over earlier latents, then an MLP), `mlp` (only the latent
-            just before), or `unit` (a fixed unit Gaussian; ablation).
-        prior_heads: attention heads of the prior; None means one for every 64 latent dimensions.
-        prior_depth: attention layers of the prior; those before the last are whole Transformer blocks.
-        prior_mlp_size: width of the prior's SwiGLU MLP; None means 8/3 of the latent size.
-        bottleneck: False makes the latent deterministic and phi half the squared error of the prior's
-            prediction (ablation; the paper's appendix).
-        kl: `exact` is KL(q || p) of diagonal Gaussians; `official` is the formula of the released code.
-        reduction: in the training loss, phi enters as its `mean` or its `sum` over latent dimensions.
-        phi_weight: weight of phi in the training loss.
-        contrastive_weight: weight of the contrastive loss in the training loss; 0 leaves it out.
-        detach_input: no gradient from the layer to the blocks below it.
-        detach_targets: no gradient from phi to the posterior it predicts.
-        inference: outside training, the latent is the posterior's `mean` or a `sample` of it.
-        samples: with `inference="sample"`, phi is the mean over this many samples.
-        init: `near_identity` leaves the model's loss almost unchanged at first (needs L >= D); `random`.
-        init_scale: with `near_identity`, how many posterior standard deviations one unit of hidden state is;
-            of a calibrated layer, one standard deviation of its dimension.
-        logvar_min: lower clamp of log-variances.
-        logvar_max: upper clamp of log-variances.
-    """
-
-    layer: int | None = None
-    module: str | None = None
-    layers: list[int] | None = None
-    mode: Literal["bottleneck", "observe"] = "bottleneck"
-    pressure: Literal["next_token", "distill", "reconstruction"] = "next_token"
-    pressure_share: float = 1.0
-    reconstruction_weight: float = 1.0
-    latent_size: int | None = None
-    prior: Literal["attention", "mlp", "unit"] = "attention"
-    prior_heads: int | None = None
-    prior_depth: int = 1
-    prior_mlp_size: int | None = None
-    bottleneck: bool = True
-    kl: Literal["exact", "official"] = "exact"
-    reduction: Literal["mean", "sum"] = "mean"
-    phi_weight: float = 1.0
-    contrastive_weight: float = 0.1
-    detach_input: bool = False
-    detach_targets: bool = False
-    inference: Literal["mean", "sample"] = "mean"
-    samples: int = 1
-    init: Literal["near_identity", "random"] = "near_identity"
-    init_scale: float = 8.0
-    logvar_min: float = -5.0
-    logvar_max: float = 10.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = convert(getattr(self, field.name), field.type, field.name)
-            setattr(self, field.name, value)
-        for name in ("latent_size", "prior_heads", "prior_depth", "prior_mlp_size", "samples", "init_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be positive, not {value!r}.")
-        for name in ("phi_weight", "contrastive_weight", "reconstruction_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
-        if not 0 < self.pressure_share <= 1:
-            raise ConfigError(f"pressure_share must be above 0 and at most 1, not {self.pressure_share!r}.")
-        if not -100 <= self.logvar_min < self.logvar_max <= 100:  # a variance in float32 has 88 at most
-            raise ConfigError(
-                "logvar_min must be below logvar_max, and both between -100 and 100, not "
-                f"{self.logvar_min:g} and {self.logvar_max:g}."
-            )
-        if self.samples > 1 and self.inference != "sample":
-            raise ConfigError('samples above 1 need inference="sample".')
-        if sum(point is not None for point in (self.layer, self.module, self.layers)) > 1:
-            raise ConfigError("Give one of layer, module and layers as the insertion point, not several.")
-        if self.layers is not None and not 0 < len(set(self.layers)) == len(self.layers):
-            raise ConfigError(f"layers must name at least one block, each once, not {self.layers}.")
-        if self.mode == "bottleneck":
-            if self.layers is not None:
-                raise ConfigError('Several layers would disturb each other in the path; set mode="observe".')
-            if self.pressure == "reconstruction":
-                raise ConfigError('pressure="reconstruction" needs mode="observe".')
-
-    def latent_width(self, hidden_size: int) -> int:
-        """L for a base model of this hidden size D."""
-        return self.latent_size or hidden_size
 
 
 @dataclass
@@ -138,10 +29,8 @@ class PHiOutput:
         contrastive: (B, T) contrastive loss in nats, 0 on padding; None where it was not asked for, its
             weight is 0, or there is no bottleneck.
         latent: (B, T, L) the latents z.
-        posterior_mean: (B, T, L) of q(z_t | h_t).
-        posterior_logvar: (B, T, L), likewise.
-        prior_mean: (B, T, L) of p(z_t | z_<t).
-        prior_logvar: (B, T, L), likewise.
+        posterior: q(z_t | h_t); `posterior_mean` and `posterior_logvar` are its (B, T, L).
+        prior: p(z_t | z_<t); `prior_mean` and `prior_logvar`, likewise.
         sinks: (B, T) bool, attention sinks: tokens whose hidden state is longer than `PHiLayer.sink_norm`.
         phi_standard_error: (B, T) of phi over samples; None unless there are several.
     """
@@ -151,12 +40,15 @@ class PHiOutput:
     phi: Tensor
     contrastive: Tensor | None
     latent: Tensor
-    posterior_mean: Tensor
-    posterior_logvar: Tensor
-    prior_mean: Tensor
-    prior_logvar: Tensor
+    posterior: Gaussian
+    prior: Gaussian
     sinks: Tensor
     phi_standard_error: Tensor | None = None
+
+    posterior_mean = property(lambda self: self.posterior.mean)
+    posterior_logvar = property(lambda self: self.posterior.logvar)
+    prior_mean = property(lambda self: self.prior.mean)
+    prior_logvar = property(lambda self: self.prior.logvar)
 
 
 class PHiLayer(nn.Module):
@@ -187,10 +79,11 @@ class PHiLayer(nn.Module):
         self.config = config = config or PHiConfig()
         self.hidden_size = hidden_size
         self.latent_size = size = config.latent_width(hidden_size)
-        statistics = 2 if config.bottleneck else 1
-        self.encoder = nn.Linear(hidden_size, statistics * size, bias=False)
+        self.latents = latent_kind(config)
+        numbers = self.latents.numbers * size
+        self.encoder = nn.Linear(hidden_size, numbers, bias=False)
         self.decoder = nn.Linear(size, hidden_size, bias=False)
-        self.prior = None if config.prior == "unit" else Prior(size, statistics * size, config)
+        self.prior = None if config.prior == "unit" else Prior(size, numbers, config)
         self.register_buffer("shift", torch.zeros(hidden_size))
         self.register_buffer("scale", torch.ones(hidden_size))
         self.register_buffer("sink_norm", torch.zeros(()))
@@ -208,9 +101,9 @@ class PHiLayer(nn.Module):
         nn.init.zeros_(self.encoder.weight)
         nn.init.eye_(self.encoder.weight[:size]).mul_(scale)
         nn.init.eye_(self.decoder.weight).div_(scale)
-        if self.prior is not None and self.config.bottleneck:
+        if self.prior is not None:
             # A prior as wide as the latents: phi starts at hundreds of nats, not tens of thousands.
-            self.prior.mlp.down_proj.bias[size:] = 2 * math.log(scale)
+            self.latents.start_wide(self.prior.mlp.down_proj.bias, scale)
 
     @property
     def memory_count(self) -> int:
@@ -233,9 +126,9 @@ class PHiLayer(nn.Module):
         length = torch.linalg.vector_norm(states.detach(), dim=-1, keepdim=True)
         return states * torch.where(sinks[..., None], self.hidden_size**0.5 / length, 1.0)
 
-    def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T, D) -> mean and log-variance (B, T, L) of q(z_t | h_t), float32; sinks as `find_sinks`."""
-        return self._statistics(self.encoder(self.standardise(hidden_states, sinks)))
+    def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> Gaussian:
+        """(B, T, D) -> q(z_t | h_t); sinks as `find_sinks`."""
+        return self.latents.read(self.encoder(self.standardise(hidden_states, sinks)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""
@@ -264,12 +157,6 @@ class PHiLayer(nn.Module):
         self.scale.copy_(deviation.clamp(min=1e-3 * float(deviation.median())).clamp(min=1e-6))
         self.sink_norm.fill_(sink_norm)
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.config.bottleneck:
-            return x.float(), torch.zeros_like(x, dtype=torch.float32)
-        mean, logvar = x.float().chunk(2, -1)
-        return mean, logvar.clamp(self.config.logvar_min, self.config.logvar_max)
-
     def _predict(
         self,
         z: Tensor,
@@ -277,19 +164,14 @@ class PHiLayer(nn.Module):
         positions: Tensor,
         attend: Attend,
         memories: Sequence[Memory] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Gaussian:
         if self.prior is None:
-            return torch.zeros_like(z), torch.zeros_like(z)
+            return Gaussian(torch.zeros_like(z), torch.zeros_like(z))
         z = z.to(self.decoder.weight.dtype)
-        return self._statistics(self.prior(z, starts, positions, attend, memories))
+        return self.latents.read(self.prior(z, starts, positions, attend, memories))
 
-    def _divergence(self, mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor) -> Tensor:
-        if self.config.detach_targets:
-            mean_q, logvar_q = mean_q.detach(), logvar_q.detach()
-        if not self.config.bottleneck:
-            return 0.5 * (mean_q - mean_p).square().sum(-1)
-        kl = gaussian_kl if self.config.kl == "exact" else official_kl
-        return kl(mean_q, logvar_q, mean_p, logvar_p)
+    def _divergence(self, posterior: Gaussian, prior: Gaussian) -> Tensor:
+        return self.latents.divergence(posterior.detach() if self.config.detach_targets else posterior, prior)
 
     def forward(
         self,
@@ -318,31 +200,31 @@ class PHiLayer(nn.Module):
         starts, positions, attend, padding = structure
         sinks = self.find_sinks(hidden_states)
         observed = hidden_states.detach() if self.config.detach_input else hidden_states
-        mean_q, logvar_q = self.encode(observed, sinks)
-        sampled = self.config.bottleneck and (self.training or self.config.inference == "sample")
+        posterior = self.encode(observed, sinks)
+        sampled = self.latents.is_random and (self.training or self.config.inference == "sample")
         draws = self.config.samples if sampled and not self.training else 1
 
         def draw() -> Tensor:
+            mean, logvar = posterior
             if not sampled:
-                return mean_q
-            return torch.addcmul(mean_q, torch.exp(0.5 * logvar_q), torch.randn_like(mean_q))
+                return mean
+            return torch.addcmul(mean, torch.exp(0.5 * logvar), torch.randn_like(mean))
 
         z = draw()
-        mean_p, logvar_p = self._predict(z, starts, positions, attend, memories)
-        phi, error = self._divergence(mean_q, logvar_q, mean_p, logvar_p), None
+        prior = self._predict(z, starts, positions, attend, memories)
+        phi, error = self._divergence(posterior, prior), None
         if draws > 1:
             others = [
-                self._divergence(mean_q, logvar_q, *self._predict(draw(), starts, positions, attend))
+                self._divergence(posterior, self._predict(draw(), starts, positions, attend))
                 for _ in range(draws - 1)
             ]
             every = torch.stack([phi, *others])
             phi, error = every.mean(0), every.std(0) / math.sqrt(draws)
         lost = None
-        if contrastive and self.config.contrastive_weight > 0 and self.config.bottleneck:
+        if contrastive and self.config.contrastive_weight > 0:
             # The released code lets padding serve as negatives; a row's padding should not matter.
             negatives = None if padding is None or self.config.kl == "official" else ~padding
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                lost = contrastive_loss(z, mean_q, logvar_q, negatives)
+            lost = self.latents.contrastive(z, posterior, negatives)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)
             error = None if error is None else error.masked_fill(padding, 0.0)
@@ -353,10 +235,8 @@ class PHiLayer(nn.Module):
             phi=phi,
             contrastive=lost,
             latent=z,
-            posterior_mean=mean_q,
-            posterior_logvar=logvar_q,
-            prior_mean=mean_p,
-            prior_logvar=logvar_p,
+            posterior=posterior,
+            prior=prior,
             sinks=sinks if padding is None else sinks & ~padding,
             phi_standard_error=error,
         )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from philens.lens.layer import PHiConfig, PHiOutput
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiOutput
 from philens.support.errors import InputError
 
 # Logits in float32 that training holds at once where they are made in parts: 128 MiB.

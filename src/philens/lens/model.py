@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from philens.lens.attention import document_ids
+from philens.lens.config import SINK, PHiConfig
 from philens.lens.insertion import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -25,7 +26,7 @@ from philens.lens.insertion import (
     text_config,
     transform_output,
 )
-from philens.lens.layer import SINK, PHiConfig, PHiLayer, PHiOutput
+from philens.lens.layer import PHiLayer, PHiOutput
 from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
 from philens.lens.prior import Memory
 from philens.support.errors import ConfigError, InputError, InsertionError

@@ -1,17 +1,15 @@
 """The autoregressive prior of a PHi layer. Shapes: B rows, H heads, T tokens, L latent size, C = L / H."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from philens.lens.attention import Documents, as_autocast
+from philens.lens.config import PHiConfig
 from philens.support.errors import ConfigError
-
-if TYPE_CHECKING:
-    from philens.lens.layer import PHiConfig
 
 
 def rotary_angles(positions: Tensor, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -102,7 +100,7 @@ class PriorBlock(nn.Module):
 class Prior(nn.Module):
     """The autoregressive prior p(z_t | z_<t) of the latents of one document."""
 
-    def __init__(self, size: int, out: int, config: "PHiConfig") -> None:
+    def __init__(self, size: int, out: int, config: PHiConfig) -> None:
         super().__init__()
         width = config.prior_mlp_size or 8 * round(size / 3)
         self.start = nn.Parameter(torch.zeros(1, 1, size))

@@ -21,8 +21,8 @@ from philens.lens.adapter import fingerprint
 from philens.lens.generation import new_cache, unmeasured
 from philens.lens.insertion import cache_argument
 from philens.lens.model import PHiModel
+from philens.lens.overflow import Overflowed, first_row, overflow_error
 from philens.reasoning.problems import PLAIN_STOP
-from philens.scoring.overflow import Overflowed, first_row, overflow_error
 from philens.scoring.run import load_lens
 from philens.scoring.windows import context_length
 from philens.support.errors import AdapterError, ConfigError, InputError

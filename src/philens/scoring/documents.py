@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from philens.lens.model import PHiModel
+from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.metrics import predictions
-from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.support.errors import InputError
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad

@@ -17,7 +17,7 @@ from philens.support.processes import ALONE, Rank, device
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
-    from philens.scoring.overflow import Overflow
+    from philens.lens.overflow import Overflow
     from philens.scoring.scores import TokenScores
 
 Form = Literal["terminal", "table", "jsonl", "parquet", "html"]

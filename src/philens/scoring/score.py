@@ -16,9 +16,9 @@ import philens
 from philens.lens.adapter import fingerprint
 from philens.lens.insertion import recorded_forms, text_config
 from philens.lens.model import PHiModel
+from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.alternatives import Alternatives, TokenTexts
 from philens.scoring.metrics import Likeliest, LogitLens, divergence, predictions, settling_depth, steps
-from philens.scoring.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows

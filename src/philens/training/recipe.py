@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from philens.bases.hub import reason
-from philens.lens.layer import PHiConfig
+from philens.lens.config import PHiConfig
 from philens.support.errors import AdapterError, ConfigError, RecipeError
 from philens.support.files import PACKAGE, read_text
 from philens.support.typed import convert, nearest, shown

@@ -17,8 +17,9 @@ from torch import nn
 from philens.bases import hub
 from philens.lens.adapter import WEIGHTS_FILE, load, read_layers, save_adapter
 from philens.lens.attention import knows_packs, register_documents
+from philens.lens.config import PHiConfig
 from philens.lens.insertion import text_config
-from philens.lens.layer import PHiConfig, PHiLayer
+from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel, attach
 from philens.support.errors import AdapterError, OutputError, RecipeError, TrainingError
 from philens.support.files import (

@@ -1,0 +1,116 @@
+"""What a PHi layer is, where it goes and how it is trained."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from philens.support.errors import ConfigError
+from philens.support.typed import convert
+
+# A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
+# models sinks' are 100 times as long, and the longest others 1.5 times.
+SINK = 4.0
+
+
+@dataclass
+class PHiConfig:
+    """What a PHi layer is, where it goes and how it is trained.
+
+    Attributes:
+        layer: insert after this block, counted from 0; negative counts from the end. Either this, `module` or
+            `layers`.
+        module: insert after the module with this path, e.g. `model.layers.19`.
+        layers: insert a PHi layer after each of these blocks; needs `mode="observe"`.
+        mode: `bottleneck` (the paper's) replaces hidden states by the decoded latents; `observe` leaves them
+            as they are, so that the model's outputs stay exactly the base's. Phi is the same in both.
+        pressure: what keeps information in the latent in training: the `next_token` loss with the layer in
+            the path; `distill`, the divergence of the next-token distribution with the layer in the path from
+            the base's own, which teaches the base nothing new; or, when observing, `reconstruction` of the
+            hidden states, for which the blocks above need not run.
+        pressure_share: of the rows of a training pass, the share whose next-token distributions press: the
+            blocks above run for these alone, drawn anew for each pass, at least one.
+        reconstruction_weight: weight of the reconstruction loss, the share of the hidden states' variance
+            that is lost, averaged over dimensions.
+        latent_size: L, the number of latent dimensions; None means the hidden size D.
+        prior: `attention` (causal self-attention over earlier latents, then an MLP), `mlp` (only the latent
+            just before), or `unit` (a fixed unit Gaussian; ablation).
+        prior_heads: attention heads of the prior; None means one for every 64 latent dimensions.
+        prior_depth: attention layers of the prior; those before the last are whole Transformer blocks.
+        prior_mlp_size: width of the prior's SwiGLU MLP; None means 8/3 of the latent size.
+        bottleneck: False makes the latent deterministic and phi half the squared error of the prior's
+            prediction (ablation; the paper's appendix).
+        kl: `exact` is KL(q || p) of diagonal Gaussians; `official` is the formula of the released code.
+        reduction: in the training loss, phi enters as its `mean` or its `sum` over latent dimensions.
+        phi_weight: weight of phi in the training loss.
+        contrastive_weight: weight of the contrastive loss in the training loss; 0 leaves it out.
+        detach_input: no gradient from the layer to the blocks below it.
+        detach_targets: no gradient from phi to the posterior it predicts.
+        inference: outside training, the latent is the posterior's `mean` or a `sample` of it.
+        samples: with `inference="sample"`, phi is the mean over this many samples.
+        init: `near_identity` leaves the model's loss almost unchanged at first (needs L >= D); `random`.
+        init_scale: with `near_identity`, how many posterior standard deviations one unit of hidden state is;
+            of a calibrated layer, one standard deviation of its dimension.
+        logvar_min: lower clamp of log-variances.
+        logvar_max: upper clamp of log-variances.
+    """
+
+    layer: int | None = None
+    module: str | None = None
+    layers: list[int] | None = None
+    mode: Literal["bottleneck", "observe"] = "bottleneck"
+    pressure: Literal["next_token", "distill", "reconstruction"] = "next_token"
+    pressure_share: float = 1.0
+    reconstruction_weight: float = 1.0
+    latent_size: int | None = None
+    prior: Literal["attention", "mlp", "unit"] = "attention"
+    prior_heads: int | None = None
+    prior_depth: int = 1
+    prior_mlp_size: int | None = None
+    bottleneck: bool = True
+    kl: Literal["exact", "official"] = "exact"
+    reduction: Literal["mean", "sum"] = "mean"
+    phi_weight: float = 1.0
+    contrastive_weight: float = 0.1
+    detach_input: bool = False
+    detach_targets: bool = False
+    inference: Literal["mean", "sample"] = "mean"
+    samples: int = 1
+    init: Literal["near_identity", "random"] = "near_identity"
+    init_scale: float = 8.0
+    logvar_min: float = -5.0
+    logvar_max: float = 10.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = convert(getattr(self, field.name), field.type, field.name)
+            setattr(self, field.name, value)
+        for name in ("latent_size", "prior_heads", "prior_depth", "prior_mlp_size", "samples", "init_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive, not {value!r}.")
+        for name in ("phi_weight", "contrastive_weight", "reconstruction_weight"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
+        if not 0 < self.pressure_share <= 1:
+            raise ConfigError(f"pressure_share must be above 0 and at most 1, not {self.pressure_share!r}.")
+        if not -100 <= self.logvar_min < self.logvar_max <= 100:  # a variance in float32 has 88 at most
+            raise ConfigError(
+                "logvar_min must be below logvar_max, and both between -100 and 100, not "
+                f"{self.logvar_min:g} and {self.logvar_max:g}."
+            )
+        if self.samples > 1 and self.inference != "sample":
+            raise ConfigError('samples above 1 need inference="sample".')
+        if sum(point is not None for point in (self.layer, self.module, self.layers)) > 1:
+            raise ConfigError("Give one of layer, module and layers as the insertion point, not several.")
+        if self.layers is not None and not 0 < len(set(self.layers)) == len(self.layers):
+            raise ConfigError(f"layers must name at least one block, each once, not {self.layers}.")
+        if self.mode == "bottleneck":
+            if self.layers is not None:
+                raise ConfigError('Several layers would disturb each other in the path; set mode="observe".')
+            if self.pressure == "reconstruction":
+                raise ConfigError('pressure="reconstruction" needs mode="observe".')
+
+    def latent_width(self, hidden_size: int) -> int:
+        """L for a base model of this hidden size D."""
+        return self.latent_size or hidden_size
