@@ -263,7 +263,7 @@ def test_a_layer_that_runs_twice_when_recomputed(lens, monkeypatch):
     """Recomputation around the block and its hooks: the trap that `checkpoint_activations` avoids."""
     from torch.utils.checkpoint import checkpoint
 
-    import philens.lens.model
+    import philens.lens.core
 
     def around(block):
         call = type(block).__call__
@@ -272,7 +272,7 @@ def test_a_layer_that_runs_twice_when_recomputed(lens, monkeypatch):
         )
         return lambda: monkeypatch.setattr(type(block), "__call__", call)
 
-    monkeypatch.setattr(philens.lens.model, "recompute", around)
+    monkeypatch.setattr(philens.lens.core, "recompute", around)
     proofs = {proof.name: proof for proof in lens.check().proofs}
     assert proofs["checkpointing"].result == "no"
     # What runs in the backward pass finds the arguments of the forward pass gone.

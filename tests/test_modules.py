@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from philens.lens.adapter import load
 from philens.lens.config import PHiConfig
 from philens.lens.losses import token_surprisal
-from philens.lens.model import attach
+from philens.lens.model import attach, load
 from philens.support.errors import InputError, InsertionError
 
 VOCABULARY = 40

@@ -11,7 +11,7 @@ from philens.bases.hub import load_pretrained
 from philens.bases.tokenizer import byte_tokenizer
 from philens.cli import main
 from philens.findings.sweep import parse_layers, sweep
-from philens.lens.adapter import load
+from philens.lens.model import load
 from philens.support.errors import ConfigError
 from philens.training.run import load_run, read_metrics
 

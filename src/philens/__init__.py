@@ -11,7 +11,7 @@ _HOME = {
     "PHiLayer": "lens.layer",
     "PHiModel": "lens.model",
     "attach": "lens.model",
-    "load": "lens.adapter",
+    "load": "lens.model",
     "load_pretrained": "bases.hub",
     "load_lens": "scoring.run",
     "score": "scoring.score",
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from philens.bases.lstm import LSTMConfig as LSTMConfig
     from philens.bases.lstm import LSTMForCausalLM as LSTMForCausalLM
     from philens.bases.tokenizer import character_tokenizer as character_tokenizer
-    from philens.lens.adapter import load as load
     from philens.lens.config import PHiConfig as PHiConfig
     from philens.lens.layer import PHiLayer as PHiLayer
     from philens.lens.model import PHiModel as PHiModel
     from philens.lens.model import attach as attach
+    from philens.lens.model import load as load
     from philens.reasoning.ranking import rank as rank
     from philens.reasoning.reward import PHiReward as PHiReward
     from philens.scoring.documents import score_documents as score_documents

@@ -14,9 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import philens
 from philens.bases import hub
-from philens.lens.adapter import load
 from philens.lens.insertion import find_blocks
-from philens.lens.model import PHiModel
+from philens.lens.model import PHiModel, load
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import METRICS, score
 from philens.scoring.scores import TokenScores

@@ -85,7 +85,7 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
 
 def _cache(lens: "PHiModel") -> Any:
     """An empty cache; None for a base without the usual kind, which reads everything again."""
-    from philens.lens.generation import new_cache
+    from philens.lens.cache import new_cache
 
     try:
         return new_cache(lens.base)

@@ -14,8 +14,7 @@ from philens.findings.complexity import correlation_rows, curve_rows, measure_co
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
-from philens.lens.adapter import load
-from philens.lens.model import PHiModel
+from philens.lens.model import PHiModel, load
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.scoring.documents import TokenTable, score_documents
 from philens.scoring.run import load_lens

@@ -20,9 +20,8 @@ from philens.findings.texts import (
     text_rows,
     token_rows,
 )
-from philens.lens.adapter import load
 from philens.lens.insertion import text_config
-from philens.lens.model import PHiModel
+from philens.lens.model import PHiModel, load
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -23,9 +23,9 @@ import philens
 from philens.bases import hub
 from philens.lens.card import model_card
 from philens.lens.config import PHiConfig
+from philens.lens.core import LensCore
 from philens.lens.layer import PHiLayer
-from philens.lens.model import PHiModel, attach
-from philens.support.errors import AdapterError, ConfigError, OutputError, PhilensError
+from philens.support.errors import AdapterError, OutputError, PhilensError
 from philens.support.files import (
     check_weights,
     file_hash,
@@ -37,6 +37,8 @@ from philens.support.files import (
 )
 
 logger = logging.getLogger(__name__)
+
+Lens = TypeVar("Lens", bound=LensCore)
 
 FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safetensors", "README.md"
@@ -119,7 +121,7 @@ def _dtype(base: nn.Module) -> str:
 
 
 def save_adapter(
-    lens: PHiModel,
+    lens: LensCore,
     folder: str | os.PathLike[str],
     card: str | None = None,
     training: Mapping[str, Any] | None = None,
@@ -173,7 +175,7 @@ def _hash_of(description: Mapping[str, Any]) -> str:
 
 
 def push_to_hub(
-    lens: PHiModel,
+    lens: LensCore,
     repo_id: str,
     private: bool = False,
     *,
@@ -229,27 +231,14 @@ def push_to_hub(
     return address
 
 
-def load(
+def load_as(
+    kind: type[Lens],
     base: nn.Module,
     folder: str | os.PathLike[str],
-    *,
     revision: str | None = None,
     mode: Literal["bottleneck", "observe"] | None = None,
-) -> PHiModel:
-    """Insert saved PHi layers into the base model they were trained in.
-
-    Args:
-        base: the base model, with the weights it had; in another precision or quantized, it is still itself.
-        folder: an adapter folder, or a Hub id where there is no such folder. Of a run folder, its adapter.
-        revision: branch, tag or commit on the Hub.
-        mode: `bottleneck` or `observe`, whichever it was trained in; None keeps that.
-
-    Raises:
-        AdapterError: it is missing, not accessible, damaged, of another format, or made for another base.
-        ConfigError: a mode that these layers cannot be in.
-    """
-    if isinstance(base, PHiModel):
-        raise ConfigError("This model already has a PHi layer; detach() it first.")
+) -> Lens:
+    """A lens of this class with saved layers, in evaluation mode; see `philens.load`."""
     folder, source = _find(folder, revision)
     description = _read_description(folder)
     try:
@@ -257,14 +246,15 @@ def load(
     except (PhilensError, TypeError) as error:
         raise _unusable(folder, error) from error
     if mode is not None:
-        # What pressed in training no longer matters, but some pressures are of one mode only.
-        pressure = "next_token" if mode == "bottleneck" else config.pressure
+        # What pressed in training no longer matters, but reconstruction is of one mode only.
+        only_observing = mode == "bottleneck" and config.pressure == "reconstruction"
+        pressure = "next_token" if only_observing else config.pressure
         config = replace(config, mode=mode, pressure=pressure)
     _check_base(description["base"], base, source)
     weights = read_layers(folder / WEIGHTS_FILE)
     _check_weights(config, description["hidden_size"], weights, folder)
     try:
-        lens = attach(base, config)
+        lens = kind(base, config)
     except PhilensError as error:
         raise _unusable(folder, error) from error
     try:

@@ -15,7 +15,7 @@ from philens.lens.proofs import LENGTH, PROMISES, Result, Trial, make_determinis
 from philens.support.errors import InsertionError
 
 if TYPE_CHECKING:
-    from philens.lens.model import PHiModel
+    from philens.lens.core import LensCore
 
 TOLERANCE = 1e-4  # in float32; in coarser formats so many times their unit of rounding:
 _ROUNDINGS = 4
@@ -167,7 +167,7 @@ class CheckReport:
 
 
 @contextlib.contextmanager
-def _untouched(lens: "PHiModel") -> Iterator[None]:
+def _untouched(lens: "LensCore") -> Iterator[None]:
     """Evaluation mode, base frozen, layers in and deterministic, no warnings; afterwards all is as it was."""
     from transformers.utils import logging
 
@@ -202,7 +202,7 @@ def _untouched(lens: "PHiModel") -> Iterator[None]:
             lens.disable()
 
 
-def check(lens: "PHiModel", compile: bool | str = False) -> CheckReport:
+def check(lens: "LensCore", compile: bool | str = False) -> CheckReport:
     """Try every promise on this very model, with random tokens of its vocabulary.
 
     The model is as before afterwards: weights, gradients, modes, hooks and random state. Layers that sample
@@ -235,7 +235,7 @@ def sinks(states: torch.Tensor) -> dict[int, float]:
     return {place: times for place, times in enumerate(longest.tolist()) if times > SINK}
 
 
-def _plan(lens: "PHiModel") -> CheckReport:
+def _plan(lens: "LensCore") -> CheckReport:
     try:
         path, blocks = find_blocks(lens.base)
     except InsertionError:

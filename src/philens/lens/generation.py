@@ -5,73 +5,26 @@ Shapes: B rows, T tokens.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from philens.lens.insertion import CACHE_NAMES, cache_argument, find_cache, text_config, transform_output
+from philens.lens.cache import prior_memories
+from philens.lens.core import LensCore
+from philens.lens.insertion import CACHE_NAMES, find_cache, transform_output
 from philens.lens.losses import PHiModelOutput, token_surprisal
+from philens.lens.overflow import Overflow, Overflowed, check_overflow, first_row, overflow_error
+from philens.lens.passing import Pass
 from philens.support.errors import InputError
-
-if TYPE_CHECKING:
-    from philens.lens.model import PHiModel
-    from philens.lens.overflow import Overflow
 
 # Called with each token's id, phi and surprisal.
 OnToken = Callable[[int, float, float], None]
-
-
-class PriorMemory(DynamicLayer):
-    """A cache layer of the prior's own, after those of the base: it reorders with the beams and is cropped
-    with them. The latents are kept as keys, as the next token is predicted from the last of them."""
-
-
-def new_cache(base: nn.Module) -> Cache:
-    """An empty cache for a base model.
-
-    Raises:
-        InputError: the model keeps another kind of cache, or none.
-    """
-    if not isinstance(base, GenerationMixin) or cache_argument(base) is None:
-        raise InputError(
-            f"{type(base).__name__} has no cache of the usual kind; read the whole text at once."
-        )
-    return DynamicCache(config=text_config(base))
-
-
-def prior_memories(cache: Any, counts: Sequence[int]) -> list[list[PriorMemory]]:
-    """What the priors keep in a cache: for each PHi layer as many memories as it needs, made when missing.
-
-    Raises:
-        InputError: the cache cannot carry them.
-    """
-    if not isinstance(cache, Cache) or cache.layer_class_to_replicate is not None:
-        raise InputError(
-            "The prior can only go on from a cache made from the model's config: give "
-            "DynamicCache(config=base.config), or use_cache=True."
-        )
-    found = [layer for layer in cache.layers if isinstance(layer, PriorMemory)]
-    if not found and sum(counts):
-        if any(_is_filled(layer) for layer in cache.layers):
-            raise InputError(
-                "This cache was filled without the PHi layer; read the text again with the layer."
-            )
-        found = [PriorMemory() for _ in range(sum(counts))]
-        cache.layers.extend(found)
-    memories = iter(found)
-    return [[next(memories) for _ in range(count)] for count in counts]
-
-
-def _is_filled(layer: Any) -> bool:
-    """Whether a cache layer, of attention or of a recurrent kind, has read anything."""
-    read = getattr(layer, "is_initialized", False), *getattr(layer, "has_previous_state", {}).values()
-    return any(map(bool, read))
 
 
 @dataclass(frozen=True)
@@ -95,11 +48,11 @@ class PHiGeneration:
 
 
 def generate(
-    lens: "PHiModel",
+    lens: LensCore,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     on_token: OnToken | None = None,
-    overflow: "Overflow" = "error",
+    overflow: Overflow = "error",
     **options: Any,
 ) -> PHiGeneration:
     """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
@@ -121,8 +74,6 @@ def generate(
     Raises:
         InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
     """
-    from philens.lens.overflow import Overflowed, check_overflow, overflow_error
-
     check_overflow(overflow)
     generator: Any = lens.base
     if not isinstance(lens.base, GenerationMixin):
@@ -163,16 +114,13 @@ def generate(
             output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
             sequences = output if isinstance(output, Tensor) else output.sequences
             finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
-        lens._start()
         mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
         mask = _finished_mask(generator, sequences, mask, options)
         phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
         hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
     except Overflowed as error:
-        lens._start()
         raise overflow_error(lens, error.token_ids, "The text") from error
     finally:
-        lens._start()
         for module, training in modes:
             module.training = training
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
@@ -185,8 +133,6 @@ class _Finite(LogitsProcessor):
         self.mask = mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        from philens.lens.overflow import Overflowed, first_row
-
         broken = (scores.isnan() | scores.isposinf()).any(-1)
         if broken.any():
             raise Overflowed(first_row(input_ids, self.mask, broken))
@@ -194,7 +140,7 @@ class _Finite(LogitsProcessor):
 
 
 @contextlib.contextmanager
-def unmeasured(lens: "PHiModel") -> Iterator[None]:
+def unmeasured(lens: LensCore) -> Iterator[None]:
     """Within this context the base runs as with its layers, in evaluation, and nothing is measured.
 
     The layers are in the path or not as `lens.config.mode` and `lens.enabled` say; no prior predicts.
@@ -210,7 +156,7 @@ def unmeasured(lens: "PHiModel") -> Iterator[None]:
         yield
 
 
-def _above(lens: "PHiModel", number: int, states: Tensor) -> Tensor:
+def _above(lens: LensCore, number: int, states: Tensor) -> Tensor:
     """(B, T, D) what the blocks above a layer read in place of its block's output, without a prior."""
     if lens._observing:
         return states
@@ -223,7 +169,7 @@ class _Record:
     """What a base has at its insertion points and at its output head while it generates: all that scores are
     made of, if it reads each row once and token after token."""
 
-    def __init__(self, lens: "PHiModel", prompt_length: int) -> None:
+    def __init__(self, lens: LensCore, prompt_length: int) -> None:
         self.lens, self.prompt_length = lens, prompt_length
         self.states: list[list[Tensor]] = [[] for _ in lens.layers] if lens.enabled else []
         self.ids: list[Tensor] = []
@@ -321,11 +267,9 @@ def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: d
 
 @torch.no_grad()
 def _scores(
-    lens: "PHiModel", sequences: Tensor, mask: Tensor, overflow: "Overflow", record: _Record | None = None
+    lens: LensCore, sequences: Tensor, mask: Tensor, overflow: Overflow, record: _Record | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
-    from philens.lens.overflow import Overflowed
-
     place = torch.arange(mask.shape[1], device=mask.device)
     # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
     order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
@@ -351,15 +295,15 @@ def _scores(
 
 
 @contextlib.contextmanager
-def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overflow") -> Iterator[list[int]]:
+def _followed(lens: LensCore, on_token: OnToken, count: int, overflow: Overflow) -> Iterator[list[int]]:
     """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
 
     Yields a list whose only item is the number of tokens read.
     """
-    from philens.lens.overflow import Overflowed
-
     read = [0]
     ids: list[Tensor] = []
+    current: list[Pass] = []
+    stack = contextlib.ExitStack()  # of the pass that runs
     expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -372,10 +316,13 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overfl
         cache = find_cache(kwargs)
         if cache is None:
             raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
-        lens._start(kwargs.get("attention_mask"), cache=cache)
+        memories = prior_memories(cache, [layer.memory_count for layer in lens.layers])
+        current[:] = [Pass(kwargs.get("attention_mask"), memories=memories)]
+        stack.enter_context(lens.passing(current[0]))
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        token, phi = kwargs["input_ids"][0, -1], lens._outputs[0].phi[0, -1]
+        stack.close()
+        token, phi = kwargs["input_ids"][0, -1], current[0].outputs[0].phi[0, -1]
         read[0] += kwargs["input_ids"].shape[1]
         ids.append(kwargs["input_ids"][0])
         if read[0] > count:
@@ -392,12 +339,13 @@ def _followed(lens: "PHiModel", on_token: OnToken, count: int, overflow: "Overfl
     try:
         yield read
     finally:
+        stack.close()
         for handle in handles:
             handle.remove()
 
 
 def stream(
-    lens: "PHiModel",
+    lens: LensCore,
     tokenizer: Any,
     prompt: str,
     write: Callable[[str, float, float], None],

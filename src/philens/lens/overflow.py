@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from philens.lens.core import LensCore
 from philens.lens.insertion import find_blocks
-from philens.lens.model import PHiModel
 from philens.support.errors import InputError, InsertionError
 
 Overflow = Literal["error", "nan"]
@@ -56,7 +56,7 @@ def overflow_error(model: nn.Module, token_ids: Tensor, where: str) -> InputErro
         token_ids: (T,) or (1, T) tokens of which some have no finite value; no padding.
         where: what the error calls the text.
     """
-    base = model.base if isinstance(model, PHiModel) else model
+    base = model.base if isinstance(model, LensCore) else model
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
     origin = _origin(model, token_ids.reshape(1, -1).to(next(base.parameters()).device))
     return InputError(
@@ -68,7 +68,7 @@ def overflow_error(model: nn.Module, token_ids: Tensor, where: str) -> InputErro
 @torch.no_grad()
 def _origin(model: nn.Module, input_ids: Tensor) -> str:
     """The first block, or what lies outside of blocks, after which (1, T) tokens' numbers are not finite."""
-    lens = model if isinstance(model, PHiModel) else None
+    lens = model if isinstance(model, LensCore) else None
     base: Any = model if lens is None else lens.base
     try:
         path, blocks = find_blocks(base)

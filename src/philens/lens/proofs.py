@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from philens.lens.adapter import load_as, save_adapter
 from philens.lens.insertion import find_blocks, text_config
 from philens.lens.losses import token_surprisal
 from philens.support.errors import InputError, InsertionError
 
 if TYPE_CHECKING:
-    from philens.lens.model import PHiModel, PHiModelOutput
+    from philens.lens.core import LensCore
+    from philens.lens.losses import PHiModelOutput
 
 Result = Literal["yes", "no", "not supported by the base", "not applicable"]
 # Found and expected values that should be equal: phi and log-probabilities in nats, losses, gradients.
@@ -35,7 +37,7 @@ class NotApplicable(Exception):
 class Trial:
     """A lens and texts to try it on."""
 
-    lens: "PHiModel"
+    lens: "LensCore"
     ids: Tensor  # (3, T) token ids
     backend: str = ""
 
@@ -319,12 +321,10 @@ def _compiled(trial: Trial) -> Pairs:
 
 @_promise("saved", "saved and loaded", of_base=False)
 def _saved(trial: Trial) -> Pairs:
-    from philens.lens.adapter import load
-
     lens, expected = trial.lens, trial.read(trial.ids)
     with tempfile.TemporaryDirectory() as folder, lens.disabled():
-        lens.save_pretrained(folder)
-        loaded = load(lens.base, folder)
+        save_adapter(lens, folder)
+        loaded = load_as(type(lens), lens.base, folder)
         try:
             make_deterministic(loaded)
             found = Trial(loaded, trial.ids).read(trial.ids)
@@ -340,14 +340,12 @@ def _relative(found: list[Tensor], expected: list[Tensor]) -> Pairs:
         yield one / largest, other / largest
 
 
-def _alone(lens: "PHiModel", mode: Literal["bottleneck", "observe"]) -> Iterator["PHiModel"]:
+def _alone(lens: "LensCore", mode: Literal["bottleneck", "observe"]) -> Iterator["LensCore"]:
     """Each layer in turn in a model of its own, in another mode."""
-    from philens.lens.model import attach
-
     for path, layer in zip(lens.module_paths, lens.layers, strict=True):
         config = replace(lens.config, layer=None, layers=None, module=path, mode=mode, pressure="next_token")
         with lens.disabled():
-            other = attach(lens.base, config)
+            other = type(lens)(lens.base, config)
             other.phi = layer
             try:
                 yield other.eval()
@@ -402,7 +400,7 @@ def token_ids(base: nn.Module, rows: int, length: int) -> Tensor:
     return known[chosen].to(next(base.parameters(), known).device)
 
 
-def make_deterministic(lens: "PHiModel") -> None:
+def make_deterministic(lens: "LensCore") -> None:
     for layer in lens.layers:
         layer.config = replace(layer.config, inference="mean", samples=1)
 

@@ -18,7 +18,8 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from philens.bases.hub import find, is_folder, load_pretrained, reason
 from philens.lens.adapter import fingerprint
-from philens.lens.generation import new_cache, unmeasured
+from philens.lens.cache import new_cache
+from philens.lens.generation import unmeasured
 from philens.lens.insertion import cache_argument
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflowed, first_row, overflow_error

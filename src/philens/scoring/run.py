@@ -55,7 +55,7 @@ def load_lens(
     """
     from philens.bases.hub import is_folder, load_pretrained
     from philens.bases.wheels import WHEELS
-    from philens.lens.adapter import load
+    from philens.lens.model import load
     from philens.support.files import not_finite
     from philens.training.recipe import load_recipe
     from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run

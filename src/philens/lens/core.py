@@ -1,0 +1,555 @@
+"""A base model with PHi layers in it: the layers put in and taken out, and the forward pass."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from philens.lens.attention import document_ids
+from philens.lens.cache import new_cache, prior_memories
+from philens.lens.config import SINK, PHiConfig
+from philens.lens.insertion import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    StopForward,
+    accepted_arguments,
+    cache_argument,
+    find_blocks,
+    find_cache,
+    find_insertion_point,
+    recompute,
+    recorded_forms,
+    skipped,
+    text_config,
+    transform_output,
+)
+from philens.lens.layer import PHiLayer
+from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
+from philens.lens.passing import Pass, Rows, plan_pressing
+from philens.support.errors import ConfigError, InputError, InsertionError
+
+
+class LensCore(nn.Module):
+    """What a `PHiModel` computes; its attributes are explained there."""
+
+    weight_scale: Tensor
+
+    def __init__(self, base: nn.Module, config: PHiConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.config = config
+        self.source: str | None = None
+        self.record: dict[str, Any] | None = None
+        numbers: Sequence[int | None] = config.layers if config.layers is not None else [config.layer]
+        points = dict(find_insertion_point(base, number, config.module) for number in numbers)
+        if len(points) < len(numbers):
+            raise ConfigError(f"layers {config.layers} name the same block twice; name each once.")
+        self.module_paths = list(points)
+        self._modules_at = list(points.values())
+        layers = [PHiLayer(hidden_width(base, module), config) for module in self._modules_at]
+        self.phi = layers[0] if config.layers is None else nn.ModuleList(layers)
+        for layer, module in zip(layers, self._modules_at, strict=True):
+            parameter = next(iter(module.parameters()), next(iter(base.parameters()), None))
+            if parameter is not None:
+                layer.to(parameter.device)
+        self.register_buffer("weight_scale", torch.ones(()), persistent=False)
+        self._arguments, self._takes_others = accepted_arguments(base)
+        self._head_is_last: bool | None = None  # whether logits are the output head's output, untouched
+        self._head: list[Any] = []  # the output head that is watched, and what ends that
+        self._head_states: list[Tensor] | None = None  # what it would read, while that is asked for
+        self._watch_head(self._output_head())
+        self.blocks_below = self._find_blocks_below()
+        self._not_recomputed: list[nn.Module] = []
+        self._undo_recompute: list[Callable[[], None]] = []
+        self._trainable: list[nn.Parameter] = []  # parameters of the base that freeze_base() froze
+        self._frozen = False
+        self._handles: list[RemovableHandle] = []
+        self._observing = config.mode == "observe"
+        self._pass: Pass | None = None  # the one that runs
+        self.enabled = False
+        self.enable()
+
+    @property
+    def layers(self) -> list[PHiLayer]:
+        """The PHi layers, one for each of `module_paths`."""
+        return [self.phi] if isinstance(self.phi, PHiLayer) else list(self.phi)  # pyright: ignore[reportReturnType]
+
+    # What happens at the insertion points during one forward pass of the base.
+
+    @contextlib.contextmanager
+    def passing(self, current: Pass) -> Iterator[Pass]:
+        """Within this context the layers are in this pass; it ends with it, also where the base raises."""
+        before, self._pass = self._pass, current
+        try:
+            yield current
+        finally:
+            self._pass = before
+
+    def _through_layer(self, number: int, hidden_states: Tensor) -> Tensor:
+        current = self._pass or Pass()  # without one, the base was called by itself
+        if current.replaced is not None:
+            return current.replaced[1] if current.replaced[0] == number else hidden_states
+        layer, observe = self.layers[number], self._observing
+        memories = current.memories[number] if current.memories else ()
+        states = hidden_states.detach() if observe else hidden_states
+        output = layer(states, current.attention_mask, current.documents, memories, current.contrastive)
+        current.outputs[number] = output
+        if current.stop and len(current.outputs) == len(self.layers):
+            raise StopForward
+        return hidden_states if observe else output.hidden_states
+
+    def enable(self) -> None:
+        """Put the layers in."""
+        if not self.enabled:
+            for number, module in enumerate(self._modules_at):
+                through = lambda states, number=number: self._through_layer(number, states)  # noqa: E731
+                self._handles.append(transform_output(module, through))
+            self.enabled = True
+
+    def disable(self) -> None:
+        """Take the layers out; the model is then exactly the base model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.enabled = False
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is exactly the base model."""
+        was = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            if was:
+                self.enable()
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within this context the layers read hidden states and leave them as they are, as with
+        `mode="observe"`: phi is the same, and logits are the base's own."""
+        was, self._observing = self._observing, True
+        try:
+            yield
+        finally:
+            self._observing = was
+
+    def detach(self) -> nn.Module:
+        """Remove the layers for good and return the base model as it was."""
+        self.disable()
+        self._watch_head(None)
+        self.keep_activations()
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            for module in self._not_recomputed:
+                module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._trainable, self._frozen = [], False
+        return self.base
+
+    # Training.
+
+    def freeze_base(self) -> None:
+        """Train the layers only: no gradient for the base, which stays in evaluation mode until `detach`."""
+        self._trainable += [parameter for parameter in self.base.parameters() if parameter.requires_grad]
+        self.base.requires_grad_(False)
+        self._frozen = True
+        self.base.eval()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Fit fresh layers to the size of the base's hidden states; see `PHiLayer.calibrate`.
+
+        Attention sinks, tokens whose hidden state is more than `SINK` times as long as the median, don't
+        count: a handful of them would make some dimensions seem tens of times larger than they are elsewhere.
+
+        Args:
+            batches: arguments of `forward` other than labels, such as input_ids (B, T) and attention_mask.
+        """
+        device = next(self.parameters()).device
+        found: list[list[Tensor]] = [[] for _ in self.layers]
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs.get("attention_mask")
+            real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+            outputs = self(**inputs, returns="phi").layer_outputs
+            for states, output in zip(found, outputs, strict=True):
+                states.append(output.observed[real != 0])
+        for layer, states in zip(self.layers, found, strict=True):
+            norms = torch.cat([some.float().norm(dim=-1) for some in states])
+            sink_norm = SINK * float(norms.median())
+            count, sums = 0, torch.zeros(2, layer.hidden_size, dtype=torch.float64, device=device)
+            for some in states:
+                rest = some[some.float().norm(dim=-1) <= sink_norm].double()
+                sums += torch.stack((rest.sum(0), rest.square().sum(0)))
+                count += len(rest)
+            mean, square = sums / max(count, 1)
+            layer.calibrate(mean, (square - mean.square()).clamp(min=0).sqrt(), sink_norm)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; a frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen:
+            self.base.eval()
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the base's blocks and recompute the rest in the backward pass.
+
+        A block with an insertion point inside it is left out; `keep_activations` or `detach` undo it.
+
+        Raises:
+            InsertionError: the base's blocks cannot be found.
+        """
+        if not self._undo_recompute:
+            path, blocks = find_blocks(self.base)
+            for number, block in enumerate(blocks):
+                if not any(point.startswith(f"{path}.{number}.") for point in self.module_paths):
+                    self._undo_recompute.append(recompute(block))
+
+    def keep_activations(self) -> None:
+        """Undo `checkpoint_activations`."""
+        for undo in self._undo_recompute:
+            undo()
+        self._undo_recompute = []
+
+    def _run_once(self) -> None:
+        """Take what holds a layer out of the base's own activation checkpointing: it would run twice."""
+        for path in self.module_paths:
+            names = path.split(".")
+            for depth in range(len(names)):
+                module = self.base.get_submodule(".".join(names[: depth + 1]))
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+                    self._not_recomputed.append(module)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+        returns: Literal["logits", "states", "phi"] = "logits",
+        packed: bool | None = None,
+        **kwargs: Any,
+    ) -> PHiModelOutput:
+        """Read tokens; with labels, compute the training loss.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 on padding, on either side; on the left, a base with absolute positions
+                needs position_ids, as in transformers. With a cache (B, earlier + T).
+            position_ids: (B, T). Where they do not go up by one, a new document starts (the convention of
+                transformers for packs); padding in a pack is then a document of its own.
+            labels: (B, T), -100 on tokens that do not count. A token's own id, not the next one's; a
+                document's first token is never predicted from the document before it.
+            cache: that an earlier call returned: the tokens go on from those it has read, and so does the
+                prior. `past_key_values` is another name of it.
+            use_cache: return a cache.
+            returns: `logits`; `states` leaves logits to be made in parts by `logits_at`, so that no
+                (B, T, V) is held; `phi` stops at the deepest layer: no blocks above it, no vocabulary.
+            packed: whether rows hold several documents, by their position_ids. None looks, for which a GPU
+                must be waited for.
+            kwargs: passed to the base model.
+
+        Raises:
+            InputError: shapes that do not fit.
+        """
+        cache = find_cache({"cache": cache} | kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        self._check(input_ids, attention_mask, position_ids, labels, cache, returns)
+        if self.enabled:
+            self._run_once()
+        if use_cache and cache is None:
+            cache = new_cache(self.base)
+        documents = None if position_ids is None or cache is not None else document_ids(position_ids)
+        arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": position_ids} | kwargs
+        if cache is not None:
+            arguments[cache_argument(self.base) or CACHE_NAME] = cache
+        # A base sees the documents of a pack by their positions; a padding mask would switch that off.
+        if documents is None or "position_ids" not in self._arguments:
+            packed = False
+        if attention_mask is not None and packed is None and documents is not None:
+            packed = is_pack(documents, attention_mask)
+        if not packed:
+            arguments["attention_mask"] = attention_mask
+        pressing = None
+        if labels is not None and self.enabled:
+            pressing = plan_pressing(self.config, self._observing, self.training, returns, input_ids)
+        counts = [layer.memory_count for layer in self.layers] if self.enabled else []
+        current = Pass(
+            attention_mask,
+            documents,
+            prior_memories(cache, counts) if cache is not None and counts else (),
+            stop=self.enabled and (returns == "phi" or (pressing is not None and pressing.part)),
+            contrastive=labels is not None,
+        )
+        forms: dict[int, tuple[Any, ...] | None] = {}
+        with contextlib.ExitStack() as stack:
+            if pressing is not None and pressing.apart:
+                stack.enter_context(self.observing())
+            if pressing is not None and pressing.again:
+                stack.enter_context(recorded_forms(self.blocks_below, forms))
+            stack.enter_context(self.passing(current))
+            result = self._read(input_ids, arguments, returns)
+        outputs, result.cache = current.outputs, cache
+        if self.enabled and len(outputs) < len(self.layers):
+            missing = next(p for number, p in enumerate(self.module_paths) if number not in outputs)
+            raise InsertionError(
+                f"{missing} did not run in the forward pass; choose another insertion point."
+            )
+        result.layer_outputs = [outputs[number] for number in sorted(outputs)]
+        if outputs:
+            phis = [output.phi for output in result.layer_outputs]
+            result.phi = phis[0] if self.config.layers is None else torch.stack(phis, -1)
+        if labels is not None:
+            counted, predicted = counted_tokens(labels, attention_mask, documents)
+            passes: list[PHiModelOutput | None] = [result]
+            untouched = None
+            if pressing is not None and (pressing.apart or pressing.again):
+                passes = [None] * len(self.layers)
+                untouched = result if pressing.apart and not pressing.part else None
+            if pressing is not None and pressing.again:
+                passes, untouched = self._press(
+                    input_ids, arguments, result, forms, pressing.rows, untouched
+                )
+                labels, predicted = pressing.rows.take(labels), pressing.rows.take(predicted)
+            add_losses(
+                result,
+                labels,  # pyright: ignore[reportArgumentType]
+                counted,
+                predicted,
+                passes,
+                untouched,
+                self.config,
+                self.weight_scale,
+                self.module_paths,
+            )
+            path = passes[0] if pressing is not None and pressing.again else None
+            if path is not None and not self._observing:
+                # Who asks for logits asks for those with the layer in the path.
+                result.logits, result.head, result.head_states = path.logits, path.head, path.head_states
+                if returns == "logits" and path.logits is None and path.head is not None:
+                    result.logits = path.head(path.head_states)  # pyright: ignore[reportArgumentType]
+        return result
+
+    def _press(
+        self,
+        input_ids: Tensor,
+        arguments: dict[str, Any],
+        result: PHiModelOutput,
+        forms: dict[int, tuple[Any, ...] | None],
+        rows: Rows,
+        untouched: PHiModelOutput | None,
+    ) -> tuple[list[PHiModelOutput | None], PHiModelOutput | None]:
+        """What presses on the latents: for each layer the pass with it in the path, and the untouched one.
+
+        Args:
+            result: of the pass that all rows went through, at least up to the deepest layer.
+            untouched: the same, if it went on without a layer; None makes one if it is needed.
+        """
+        # A compiler cannot follow how blocks are passed over.
+        read_again = torch.compiler.disable(self.read_again)
+        inputs, given = rows.take(input_ids), {name: rows.of(value) for name, value in arguments.items()}
+        forms = {number: rows.of(form) for number, form in forms.items()}
+
+        def read(number: int, states: Tensor) -> PHiModelOutput:
+            return read_again(inputs, given, number, rows.take(states), forms)  # pyright: ignore[reportCallIssue]
+
+        if untouched is None and self.config.pressure == "distill":
+            deepest = self._deepest()
+            with torch.no_grad():
+                untouched = read(deepest, result.layer_outputs[deepest].observed)
+        pressed = torch.is_grad_enabled() and self.config.pressure != "reconstruction"
+        with torch.set_grad_enabled(pressed):
+            passes = [read(number, one.hidden_states) for number, one in enumerate(result.layer_outputs)]
+        return list(passes), untouched
+
+    def _deepest(self) -> int:
+        """The layer of most blocks below it; any where an insertion point is no block."""
+        places = [next((k for k, b in enumerate(self.blocks_below) if b is m), 0) for m in self._modules_at]
+        return places.index(max(places))
+
+    def _accepts(self, name: str) -> bool:
+        return self._takes_others or name in self._arguments
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        cache: Any,
+        returns: str,
+    ) -> None:
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise InputError(
+                f"input_ids must have shape (B, T) with at least one token, not {tuple(input_ids.shape)}."
+            )
+        others = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+        for name, value in others.items():
+            fits = value is None or value.shape == input_ids.shape
+            if not fits and not (name == "attention_mask" and cache is not None):
+                raise InputError(
+                    f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, "
+                    f"not {tuple(value.shape)}."  # pyright: ignore[reportOptionalMemberAccess]
+                )
+        if returns not in ("logits", "states", "phi"):
+            raise InputError(f"returns must be logits, states or phi, not {returns!r}.")
+        if returns == "phi" and not self.enabled:
+            raise InputError('returns="phi" needs the PHi layer, which is disabled; enable() it first.')
+        if labels is not None and (returns == "phi" or cache is not None):
+            raise InputError('Losses need the whole text at once, and not returns="phi"; leave out labels.')
+
+    def _call_base(self, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The base's logits (B, T, V); arguments that its forward does not take are left out."""
+        accepted = {
+            name: value for name, value in arguments.items() if value is not None and self._accepts(name)
+        }
+        named = self._accepts("input_ids")
+        output = self.base(input_ids=input_ids, **accepted) if named else self.base(input_ids, **accepted)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = output[0] if isinstance(output, tuple) else output
+        if not (isinstance(logits, Tensor) and logits.ndim == 3 and logits.is_floating_point()):
+            what = type(logits).__name__
+            if isinstance(logits, Tensor):
+                what = f"{str(logits.dtype).removeprefix('torch.')} of shape {tuple(logits.shape)}"
+            raise InsertionError(
+                f"{type(self.base).__name__} returns {what}, not logits; "
+                "wrap it so that it returns logits of shape (B, T, V)."
+            )
+        return logits
+
+    def _read(self, input_ids: Tensor, arguments: dict[str, Any], returns: str) -> PHiModelOutput:
+        """One forward pass: logits, or the states that the output head reads, or neither."""
+        head = self._output_head()
+        try:
+            # Finding out may take a second pass, which a cache or a compiled program would not bear.
+            unknown, once = self._head_is_last is None, arguments.get("use_cache")
+            last = self._head_is_last or (unknown and not once and not torch.compiler.is_compiling())
+            if returns == "states" and head is not None and last:
+                states, logits = self._read_states(head, input_ids, arguments)
+                if self._head_is_last is None:
+                    # Some models scale or cap logits after the head; theirs are taken whole.
+                    with torch.no_grad():
+                        self._head_is_last = len(states) == 1 and bool(
+                            torch.equal(logits.float(), head(_first_tokens(states[0])).float())
+                        )
+                if self._head_is_last:
+                    return PHiModelOutput(head=head, head_states=states[0])
+                if self._pass is not None:
+                    self._pass.outputs.clear()
+            return PHiModelOutput(logits=self._call_base(input_ids, arguments))
+        except StopForward:
+            return PHiModelOutput()
+
+    def _read_states(
+        self, head: nn.Module, input_ids: Tensor, arguments: dict[str, Any]
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the output head would read, and the base's logits of each row's first token."""
+        if not self._head or self._head[0] is not head:
+            self._watch_head(head)
+        self._head_states = []
+        try:
+            logits = self._call_base(input_ids, arguments)
+            return self._head_states, logits
+        finally:
+            self._head_states = None
+
+    def _output_head(self) -> Any:
+        return getattr(self.base, "get_output_embeddings", lambda: None)()
+
+    def _watch_head(self, head: nn.Module | None) -> None:
+        """See what this output head reads, and no other any more; where it is asked for, the head itself is
+        spared all but each row's first token."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self._head_states is None:
+                return None
+            self._head_states.append(args[0])
+            return (_first_tokens(args[0]), *args[1:])
+
+        if self._head:
+            self._head[1].remove()
+        self._head = [] if head is None else [head, head.register_forward_pre_hook(hook)]
+
+    @torch.no_grad()
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass, as `torch.nn.Module.compile`; the first call here reads two tokens."""
+        device = next(self.base.parameters()).device
+        with self.disabled():
+            self(torch.zeros((1, 2), dtype=torch.long, device=device), returns="states")
+        super().compile(*args, **kwargs)
+
+    def _find_blocks_below(self) -> Sequence[nn.Module]:
+        """The blocks up to the deepest layer, where all insertion points are blocks."""
+        try:
+            _, blocks = find_blocks(self.base)
+        except InsertionError:
+            return ()
+        numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
+        return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
+
+    def read_again(
+        self,
+        input_ids: Tensor,
+        arguments: dict[str, Any],
+        number: int,
+        decoded: Tensor,
+        forms: dict[int, tuple[Any, ...] | None],
+    ) -> PHiModelOutput:
+        """A pass with one layer in the path; blocks up to it do not run again.
+
+        Args:
+            input_ids: (B, T), as read before.
+            arguments: of the base's forward.
+            number: of the layer, in `layers`.
+            decoded: (B, T, D) its `hidden_states`.
+            forms: what `recorded_forms` noted of `blocks_below` in that pass.
+
+        Returns:
+            With `head_states`, or `logits` where the base changes them after its head.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.passing(Pass(replaced=(number, decoded))))
+            if self.blocks_below:
+                place = [block is self._modules_at[number] for block in self.blocks_below].index(True)
+                stack.enter_context(skipped(self.blocks_below[: place + 1], forms, decoded))
+            return self._read(input_ids, arguments, "states")
+
+
+def _first_tokens(states: Tensor) -> Tensor:
+    """(B, T, D) -> (B, 1, D), with the strides of a tensor of its own: else torch copies the weights of a
+    linear map in order to multiply them."""
+    return states[:, :1].clone(memory_format=torch.contiguous_format)
+
+
+def is_pack(documents: Tensor, attention_mask: Tensor) -> bool:
+    """Whether a row holds the real tokens of two documents, all (B, T)."""
+    real = attention_mask != 0
+    last = documents.masked_fill(~real, -1).amax(1)
+    return bool((real & (documents != last[:, None])).any())
+
+
+def hidden_width(base: nn.Module, module: nn.Module) -> int:
+    """D of what leaves `module`: of a linear map or recurrent module its own, else the base's by its config.
+
+    Raises:
+        InsertionError: neither says.
+    """
+    if isinstance(module, nn.RNNBase):
+        return module.proj_size or module.hidden_size
+    owners = ((module, "out_features"), (text_config(base), "hidden_size"), (module, "hidden_size"))
+    for owner, name in owners:
+        if isinstance(getattr(owner, name, None), int):
+            return getattr(owner, name)
+    raise InsertionError(
+        f"The width of the hidden states of {type(base).__name__} is not known; "
+        "give the model a config with hidden_size."
+    )
