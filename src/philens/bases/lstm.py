@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from philens.lens.insertion import CACHE_NAME, CACHE_NAMES
+from philens.bases.facts import CACHE_NAME, CACHE_NAMES
 from philens.support.errors import ConfigError, InputError
 
 # Packed sequences compute no padding, but their backward pass is about five times slower on a CPU.

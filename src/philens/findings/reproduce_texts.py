@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from philens.bases.facts import text_config
 from philens.findings import write_finding
 from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
@@ -20,7 +21,6 @@ from philens.findings.texts import (
     text_rows,
     token_rows,
 )
-from philens.lens.insertion import text_config
 from philens.lens.model import PHiModel, load
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import Columns

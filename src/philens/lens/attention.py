@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from philens.lens.insertion import accepted_arguments, text_config
+from philens.bases.facts import accepted_arguments, text_config
 
 # Name of this attention among those of `transformers` (`attn_implementation`).
 DOCUMENTS = "philens_documents"

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from philens.lens.insertion import cache_argument, text_config
+from philens.bases.facts import cache_argument, text_config
 from philens.support.errors import InputError
 
 

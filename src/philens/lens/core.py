@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from philens.bases.facts import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    accepted_arguments,
+    cache_argument,
+    find_cache,
+    text_config,
+)
 from philens.lens.attention import document_ids
 from philens.lens.cache import new_cache, prior_memories
 from philens.lens.config import SINK, PHiConfig
 from philens.lens.insertion import (
-    CACHE_NAME,
-    CACHE_NAMES,
     StopForward,
-    accepted_arguments,
-    cache_argument,
     find_blocks,
-    find_cache,
     find_insertion_point,
     recompute,
     recorded_forms,
     skipped,
-    text_config,
     transform_output,
 )
 from philens.lens.layer import PHiLayer

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
+from philens.bases.facts import CACHE_NAMES, find_cache
 from philens.lens.cache import prior_memories
 from philens.lens.core import LensCore
-from philens.lens.insertion import CACHE_NAMES, find_cache, transform_output
+from philens.lens.insertion import transform_output
 from philens.lens.losses import PHiModelOutput, token_surprisal
 from philens.lens.overflow import Overflow, Overflowed, check_overflow, first_row, overflow_error
 from philens.lens.passing import Pass

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from philens.bases.facts import text_config
 from philens.lens.adapter import load_as, save_adapter
-from philens.lens.insertion import find_blocks, text_config
+from philens.lens.insertion import find_blocks
 from philens.lens.losses import token_surprisal
 from philens.support.errors import InputError, InsertionError
 

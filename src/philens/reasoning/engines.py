@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
+from philens.bases.facts import cache_argument
 from philens.bases.hub import find, is_folder, load_pretrained, reason
 from philens.lens.adapter import fingerprint
 from philens.lens.cache import new_cache
 from philens.lens.generation import unmeasured
-from philens.lens.insertion import cache_argument
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflowed, first_row, overflow_error
 from philens.reasoning.problems import PLAIN_STOP

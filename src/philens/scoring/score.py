@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import philens
+from philens.bases.facts import text_config
 from philens.lens.adapter import fingerprint
-from philens.lens.insertion import recorded_forms, text_config
+from philens.lens.insertion import recorded_forms
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.alternatives import Alternatives, TokenTexts

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from philens.lens.insertion import text_config
+from philens.bases.facts import text_config
 from philens.support.errors import InputError
 
 

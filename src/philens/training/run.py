@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from philens.bases import hub
+from philens.bases.facts import text_config
 from philens.lens.adapter import WEIGHTS_FILE, read_layers, save_adapter
 from philens.lens.attention import knows_packs, register_documents
 from philens.lens.config import PHiConfig
-from philens.lens.insertion import text_config
 from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel, attach, load
 from philens.support.errors import AdapterError, OutputError, RecipeError, TrainingError

@@ -1,0 +1,36 @@
+"""What is true of any model of `transformers`: its config, and how its forward takes a cache."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# How models and their outputs call a cache: `cache` since transformers 5.24, until then `past_key_values` or,
+# like Mamba, `cache_params`.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "cache", "past_key_values", "cache_params")))
+
+
+def text_config(base: nn.Module) -> Any:
+    """The config of a model, or of its language part where it has several; None where it has none."""
+    config: Any = getattr(base, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def accepted_arguments(base: nn.Module) -> tuple[set[str], bool]:
+    """Names of the arguments of a model's forward, and whether it takes others besides."""
+    parameters = inspect.signature(base.forward).parameters.values()
+    return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def cache_argument(base: nn.Module) -> str | None:
+    """The name by which a model's forward takes its cache, if it takes one."""
+    names, _ = accepted_arguments(base)
+    return next((name for name in CACHE_NAMES if name in names), None)
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments, by any of its names."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

@@ -1,1 +1,0 @@
-"""What people see: tables in a terminal, figures, and HTML pages."""
