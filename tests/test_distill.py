@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach
+from philens.lens.passing import Rows
 from philens.support.errors import ConfigError, RecipeError
 from philens.training.recipe import load_recipe
 
@@ -140,6 +141,22 @@ def test_blocks_above_run_for_the_share_alone(tokens):
     lens.base.model.layers[2].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     lens(tokens, labels=tokens, returns="states").loss.backward()
     assert rows == [1, 1]  # the base's own distribution, and the one with the layer in the path
+
+
+def test_arguments_that_rows_share_stay_whole(monkeypatch):
+    """An argument of (T,) with as many tokens as there are rows is no argument of rows."""
+    tokens = torch.randint(3, 128, (4, 4))
+    lens = make_lens(pressure_share=0.5).train()
+    seen = []
+    call = lens._call_base
+    monkeypatch.setattr(lens, "_call_base", lambda ids, given: seen.append(given) or call(ids, given))
+    lens(tokens, labels=tokens, returns="states", cache_position=torch.arange(4))
+    assert len(seen) > 1
+    assert all(torch.equal(given["cache_position"], torch.arange(4)) for given in seen)
+    rows = Rows(torch.tensor([2]), (4, 4))
+    mask = torch.zeros(4, 1, 4, 4)
+    assert rows.of([mask, torch.arange(4)])[0].shape == (1, 1, 4, 4)
+
 
 
 def test_in_evaluation_all_rows_press(tokens):

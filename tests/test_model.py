@@ -108,6 +108,28 @@ def test_disabled_ends_when_an_error_is_raised(lens, tokens):
     assert lens(tokens).phi is not None
 
 
+def test_a_pass_ends_where_the_base_raises(llama, tokens):
+    """Nothing of it stays: a later call of the base by itself has no mask of this one, and no activations."""
+    lens = attach(llama, PHiConfig(layer=1)).eval()
+    with torch.no_grad():
+        expected, shorter = llama(tokens).logits, llama(tokens[:, :-1]).logits
+
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    handle = llama.model.layers[2].register_forward_pre_hook(fail)
+    mask = torch.ones_like(tokens)
+    mask[:, -2:] = 0
+    with pytest.raises(RuntimeError, match="no more"):
+        lens(tokens, attention_mask=mask)
+    handle.remove()
+    assert lens._pass is None
+    with torch.no_grad():
+        assert torch.equal(llama(tokens).logits, expected)
+        assert torch.equal(llama(tokens[:, :-1]).logits, shorter)
+
+
+
 def test_detach_gives_the_base_back(base, tokens):
     hooks = hooks_of(base)
     with torch.no_grad():
