@@ -90,6 +90,25 @@ def test_one_prompt_as_text_or_chat(lens):
     assert (abs(one["score"] - chat["score"]) > 1e-4).all()
 
 
+def test_columns_of_a_table(small):
+    """By position, whatever the index."""
+    prompts, answers = ["2 + 3 = ", "1 + 1 = "], [["5", "6", "7"], ["2", "3", "4"]]
+    expected = rank(small, CHARACTERS, prompts, answers)
+    table = pd.DataFrame({"prompt": prompts, "answers": answers}, index=[7, 0])
+    pd.testing.assert_frame_equal(rank(small, CHARACTERS, table["prompt"], table["answers"]), expected)
+    found = rank(small, CHARACTERS, np.array(prompts), np.array(answers))
+    pd.testing.assert_frame_equal(found, expected)
+    found = rank(small, CHARACTERS, prompts[0], pd.Series(answers[0]))
+    pd.testing.assert_frame_equal(found, rank(small, CHARACTERS, prompts[:1], answers[:1]))
+    pairs = table.explode("answers")
+    pd.testing.assert_frame_equal(
+        measure_replies(small, CHARACTERS, pairs["prompt"], pairs["answers"]),
+        measure_replies(small, CHARACTERS, pairs["prompt"].tolist(), pairs["answers"].tolist()),
+    )
+    with pytest.raises(InputError, match=r"candidates is a whole table \(DataFrame\); give"):
+        rank(small, CHARACTERS, prompts, table)
+
+
 def test_what_a_rule_needs_is_scored(small):
     table = rank(small, CHARACTERS, "a", ["b", "cd"], rule="lowest_margin", metrics=("phi",))
     assert [name for name in table if name.endswith("_mean")] == ["phi_mean", "margin_mean"]

@@ -1,6 +1,7 @@
 """A lens as a reward function, by itself and in TRL's GRPOTrainer."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -43,6 +44,12 @@ def test_the_reward_is_the_rules_column(small, rule, column, sign):
     table = measure_replies(small, CHARACTERS, prompts, completions)
     assert found == pytest.approx((sign * table[column]).tolist(), rel=1e-5)
     assert all(isinstance(value, float) for value in found)
+
+
+def test_columns_of_a_table(small):
+    table = pd.DataFrame({"prompt": ["a", "b"], "completion": ["cd", "ef"]}, index=[5, 5])
+    reward = PHiReward(small, CHARACTERS)
+    assert reward(table["prompt"], table["completion"]) == reward(["a", "b"], ["cd", "ef"])
 
 
 def test_chats():

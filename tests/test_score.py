@@ -6,6 +6,8 @@ from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -571,6 +573,74 @@ def test_the_docs_run_as_they_stand(tmp_path, monkeypatch):
 # Errors.
 
 
+COLUMN = ["the cat sat", "a", "on the mat"]
+
+
+def table():
+    return {"text": COLUMN, "number": [1, 2, 3]}
+
+
+def dataset():
+    import datasets
+
+    return datasets.Dataset.from_dict(table())
+
+
+# The same texts as whatever people have them in.
+COLUMNS = {
+    "series": lambda: pd.Series(COLUMN, index=[7, 9, 9]),
+    "column": lambda: pd.DataFrame(table())["text"],
+    "index": lambda: pd.Index(COLUMN),
+    "array": lambda: np.array(COLUMN),
+    "objects": lambda: np.array(COLUMN, dtype=object),
+    "tuple": lambda: tuple(COLUMN),
+    "arrow": lambda: pa.table(table())["text"],
+    "arrow array": lambda: pa.array(COLUMN),
+    "datasets": lambda: dataset()["text"],
+    "formatted": lambda: dataset().with_format("numpy")["text"],
+    "stream": lambda: dataset().to_iterable_dataset()["text"],
+    "generator": lambda: iter(COLUMN),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("read", [score, iter_scores])
+def test_columns_of_tables_and_arrays(small, kind, read):
+    found = list(read(small, CHARACTERS, COLUMNS[kind]()))
+    assert all(type(item.text) is str for item in found)
+    same(found, score(small, CHARACTERS, COLUMN))
+
+
+def test_a_column_of_chats(tmp_path):
+    """As Parquet gives them back to pandas: arrays of dicts."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    path = tmp_path / "chats.parquet"
+    pd.DataFrame({"messages": [CHAT, CHAT[:1]], "parts": [parts, parts]}).to_parquet(path)
+    table = pd.read_parquet(path)
+    assert isinstance(table["messages"][0], np.ndarray)
+    lens, tokenizer = lens_of(make_llama(vocab_size=384)), with_template(CHATML)
+    same(score(lens, tokenizer, table["messages"]), score(lens, tokenizer, [CHAT, CHAT[:1]]))
+    same(score(lens, tokenizer, table["parts"]), score(lens, tokenizer, [parts, parts]))
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (pd.DataFrame({"text": ["a"]}), r"texts is a whole table \(DataFrame\); give one of its columns"),
+        ({"text": ["a"]}, "must be a string or a list of them, or a column of a table, not dict"),
+        (np.array("a"), "column of a table, not ndarray"),
+        (pd.Series(["a", None]), r"texts\[1\] has no value \(nan\); leave it out"),
+        (pd.Series(["a", pd.NA], dtype=object), r"texts\[1\] has no value \(<NA>\)"),
+        (["a", None], r"texts\[1\] has no value \(None\)"),
+        (np.array([["a"], ["b"]]), r"texts\[0\] holds 'a'; a chat is a list of messages"),
+    ],
+)
+@pytest.mark.parametrize("read", [score, iter_scores])
+def test_tables_that_are_no_column(small, read, texts, sentence):
+    with pytest.raises(InputError, match=sentence):
+        list(read(small, CHARACTERS, texts))
+
+
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
@@ -579,7 +649,7 @@ def test_the_docs_run_as_they_stand(tmp_path, monkeypatch):
         (["a", ""], r"texts\[1\] is empty"),
         ("</s>", "only special tokens"),
         ([3], r"texts\[0\] is of type int"),
-        (5, "must be a string or a list of them, not int"),
+        (5, "must be a string or a list of them, or a column of a table, not int"),
         (b"abc", "not bytes"),
         ([b"abc"], "of type bytes"),
         (CHAT, "put it in a list of its own"),

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from philens.bases.hub import reason
 from philens.reasoning.rules import Rule
 from philens.reasoning.solutions import METRICS, iter_replies
-from philens.scoring.texts import Text
+from philens.scoring.texts import Text, as_texts
 from philens.support.errors import ConfigError, InputError
 from philens.support.files import same_file, write_atomically
 from philens.support.output import utf8_output
 from philens.support.progress import shown
+from philens.support.typed import plain
 from philens.tasks.chat import check_chat, content_text
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class Candidates:
 def rank(
     lens: "PHiModel",
     tokenizer: Any,
-    prompts: Text | Sequence[Text],
-    candidates: Sequence[str] | Sequence[Sequence[str]],
+    prompts: Text | Iterable[Text],
+    candidates: Iterable[str] | Iterable[Sequence[str]],
     *,
     rule: str | Rule = "highest_phi",
     metrics: Sequence[str] = METRICS,
@@ -67,7 +68,8 @@ def rank(
         lens: a model with a PHi layer.
         tokenizer: its tokenizer.
         prompts: a prompt, or several: plain text in front of the answers, or a chat, a list of messages.
-        candidates: the answers to the prompt; to several prompts, a list of answers for each.
+        candidates: the answers to the prompt; to several prompts, a list of answers for each. Lists may be
+            arrays or columns of a table.
         rule: `highest_COLUMN` or `lowest_COLUMN` of this table, where a metric means its mean per token; or
             `shortest`.
         metrics: of the tokens, for the columns, as `philens.score` takes them; what the rule needs is added.
@@ -86,8 +88,11 @@ def rank(
     """
     import pandas as pd
 
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
-        prompts, candidates = [prompts], [candidates]  # pyright: ignore[reportAssignmentType]
+    one = isinstance(prompts, str)
+    prompts = list(as_texts(prompts, "prompts"))
+    if prompts and isinstance(prompts[0], Mapping):  # a chat
+        one, prompts = True, [prompts]
+    candidates = [plain(candidates)] if one else list(as_texts(candidates, "candidates"))
     if len(prompts) != len(candidates):
         raise InputError(
             f"There are {len(prompts)} prompts and {len(candidates)} lists of candidates; give one for each."
@@ -95,7 +100,7 @@ def rank(
     if not prompts:
         raise InputError("There is nothing to rank; give at least one prompt with its candidates.")
     groups = [
-        Candidates(number, prompt, texts)  # pyright: ignore[reportArgumentType]
+        Candidates(number, prompt, texts)
         for number, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True))
     ]
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}

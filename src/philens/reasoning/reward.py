@@ -7,7 +7,7 @@ import numpy as np
 
 from philens.reasoning.rules import Rule
 from philens.reasoning.solutions import measure_replies
-from philens.scoring.texts import Text
+from philens.scoring.texts import Text, as_texts
 from philens.support.errors import InputError
 from philens.tasks.chat import content_text
 
@@ -63,7 +63,8 @@ class PHiReward:
         Raises:
             InputError: a column that does not exist; or what `measure_replies` raises.
         """
-        pairs = [_as_pair(*pair) for pair in zip(prompts, completions, strict=True)]
+        given = as_texts(prompts, "prompts"), as_texts(completions, "completions")
+        pairs = [_as_pair(*pair) for pair in zip(*given, strict=True)]
         if not any(reply for _, reply in pairs):
             return [0.0] * len(pairs)
         table = measure_replies(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from philens.reasoning.problems import plain_text
 from philens.reasoning.rules import AGGREGATES
-from philens.scoring.texts import Text, check_tokenizer
+from philens.scoring.texts import Text, as_texts, check_tokenizer
 from philens.support.errors import InputError
 from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
 from philens.tasks.problem import messages
@@ -76,8 +76,8 @@ class Solution:
 def measure_replies(
     lens: "PHiModel",
     tokenizer: Any,
-    prompts: Sequence[Text],
-    replies: Sequence[str],
+    prompts: Iterable[Text],
+    replies: Iterable[str],
     *,
     metrics: Sequence[str] = METRICS,
     batch_tokens: int = 4096,
@@ -106,6 +106,7 @@ def measure_replies(
     """
     import pandas as pd
 
+    prompts, replies = list(as_texts(prompts, "prompts")), list(as_texts(replies, "replies"))
     if len(prompts) != len(replies):
         raise InputError(
             f"There are {len(prompts)} prompts and {len(replies)} replies; give one prompt for each reply."

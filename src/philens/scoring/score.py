@@ -21,7 +21,7 @@ from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.alternatives import Alternatives, TokenTexts
 from philens.scoring.metrics import Likeliest, LogitLens, divergence, predictions, settling_depth, steps
 from philens.scoring.scores import TokenScores
-from philens.scoring.texts import Text, TokenizedText, check_tokenizer, tokenize_all
+from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
 from philens.support.errors import InputError
 from philens.support.typed import nearest
@@ -52,7 +52,7 @@ Columns = dict[str, NDArray[np.float32]]
 def score(
     lens: PHiModel,
     tokenizer: Any,
-    texts: str | Sequence[Text],
+    texts: str | Iterable[Text],
     *,
     metrics: Sequence[str] | None = None,
     batch_tokens: int = 4096,
@@ -66,8 +66,8 @@ def score(
     Args:
         lens: a model with a PHi layer.
         tokenizer: its tokenizer, a fast one of transformers; used with its own settings.
-        texts: a string or several; a chat is a list of messages with `role` and `content`, and goes through
-            the tokenizer's own chat template.
+        texts: a string or several, also as an array or a column of a table; a chat is a list of messages with
+            `role` and `content`, and goes through the tokenizer's own chat template.
         metrics: names of `METRICS`; docs/scoring.md says what each is. None means phi, surprisal and, with
             the layer in the path, surprisal_with_layer. Only what these need is computed: phi alone stops
             the forward pass at the layer.
@@ -90,9 +90,7 @@ def score(
             not have; a tokenizer without offsets or of another model; a window longer than the context; a
             model that overflows.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
-        raise InputError(f"texts must be a string or a list of them, not {type(texts).__name__}.")
+    texts = list(as_texts(texts))
     if not texts:
         raise InputError("There is nothing to score; give at least one text.")
     if names is not None and len(names) != len(texts):
@@ -115,7 +113,7 @@ def score(
 def iter_scores(
     lens: PHiModel,
     tokenizer: Any,
-    texts: Iterable[Text],
+    texts: str | Iterable[Text],
     *,
     metrics: Sequence[str] | None = None,
     batch_tokens: int = 4096,
@@ -138,14 +136,14 @@ def iter_scores(
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     check_overflow(overflow)
-    wanted = check_metrics(lens, metrics)
+    wanted, following = check_metrics(lens, metrics), as_texts(texts)
     context = context_length(lens.base, window)
     origin = provenance(lens, tokenizer, context)
     others = alternatives_of(wanted) if alternatives else None
     token_texts = TokenTexts(tokenizer) if alternatives else {}
 
     def scores() -> Iterator[TokenScores]:
-        prepared = _tokenized(lens, tokenizer, texts, names)
+        prepared = _tokenized(lens, tokenizer, following, names)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
             readings = _read_texts(lens, [text for *_, text in ahead], wanted, others, batch_tokens, context)
             for (name, where, text), read in zip(ahead, readings, strict=True):
@@ -251,13 +249,13 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
 
 
 def _tokenized(
-    lens: PHiModel, tokenizer: Any, texts: Iterable[Text], names: Iterable[str] | None
+    lens: PHiModel, tokenizer: Any, texts: Iterator[Text], names: Iterable[str] | None
 ) -> Iterator[tuple[str | None, str, TokenizedText]]:
     """Each text with its name and what errors call it, in tokens that the model knows."""
     vocabulary = getattr(text_config(lens.base), "vocab_size", None)
-    remaining, following = None if names is None else iter(names), iter(texts)
+    remaining = None if names is None else iter(names)
     first = 0
-    while some := list(islice(following, _TOKENIZED_AT_ONCE)):
+    while some := list(islice(texts, _TOKENIZED_AT_ONCE)):
         own: list[str | None] = [None] * len(some)
         if remaining is not None:
             own[:] = islice(remaining, len(some))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from philens.scoring.scores import Span
 from philens.support.errors import InputError
+from philens.support.typed import plain
 from philens.tasks.chat import mark_places, message_region, plain_chat, render, special_tokens
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -32,6 +33,33 @@ class TokenizedText:
     offsets: NDArray[np.int64]
     spans: list[Span]
     leading: int
+
+
+def as_texts(texts: Any, what: str = "texts") -> Iterator[Any]:
+    """The texts, chats or lists of them in a list, an array or a column of a table, one by one; of a string
+    itself.
+
+    Columns are those of pandas, polars, Arrow and `datasets`, a stream's included. Their index plays no part.
+
+    Args:
+        what: what errors call them.
+
+    Raises:
+        InputError: a table, or something that holds no texts; at once.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    if hasattr(texts, "column_names") or hasattr(texts, "columns"):
+        raise InputError(f"{what} is a whole table ({type(texts).__name__}); give one of its columns.")
+    try:
+        if isinstance(texts, bytes | Mapping):
+            raise TypeError
+        found = iter(texts)
+    except TypeError:
+        raise InputError(
+            f"{what} must be a string or a list of them, or a column of a table, not {type(texts).__name__}."
+        ) from None
+    return map(plain, found)
 
 
 def check_tokenizer(tokenizer: Any) -> None:

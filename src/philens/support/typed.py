@@ -54,6 +54,25 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else []
 
 
+def plain(value: Any) -> Any:
+    """A value of a table or an array in Python's own types: arrays and columns are lists, at any depth."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    for name in ("as_py", "to_pylist", "tolist", "to_list"):  # of Arrow, numpy, pandas, torch and polars
+        if callable(convert := getattr(value, name, None)):
+            return plain(convert())
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether this is what a table has where it has no value: None, NaN, or NA of pandas."""
+    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+
+
 def shown(value: Any) -> str:
     """A value as a part of a sentence: one line, and not long."""
     try:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from philens.bases.hub import reason
 from philens.support.errors import InputError
+from philens.support.typed import is_missing
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.bool_]]
 Messages = list[dict[str, Any]]
@@ -39,6 +40,8 @@ def check_chat(messages: Any, where: str) -> None:
         raise InputError(
             f"{where} is one message; a chat is a list of messages: put it in a list of its own."
         )
+    if is_missing(messages):
+        raise InputError(f"{where} has no value ({messages}); leave it out.")
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError(
             f"{where} is of type {type(messages).__name__}; give a string, or a chat as a list of messages "
