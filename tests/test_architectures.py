@@ -84,11 +84,43 @@ ARCHITECTURES = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    # Of keys and values shared with a block below, the cache holds a placeholder.
+    "Gemma 4 (text)": lambda: hf.Gemma4TextConfig(
+        **small("num_hidden_layers"),
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "Phi-3": lambda: hf.Phi3Config(**SMALL),
     "OLMo 2": lambda: hf.Olmo2Config(**SMALL),
     "Mixtral (experts)": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4),
     "Qwen 2 MoE (experts)": lambda: hf.Qwen2MoeConfig(
         **SMALL, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24
+    ),
+    "Qwen 3.5 (text)": lambda: hf.Qwen3_5TextConfig(
+        **SMALL,
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    # Blocks without attention or state have a placeholder, too.
+    "Nemotron-H": lambda: hf.NemotronHConfig(
+        **small("num_hidden_layers"),
+        layer_types=["linear_attention", "mlp", "full_attention", "mlp"],
+        head_dim=8,
+        ssm_state_size=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=1,
+        chunk_size=4,
     ),
     "GPT-2": lambda: hf.GPT2Config(
         vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2, eos_token_id=2
@@ -126,6 +158,8 @@ NO_POSITIONS = "it takes no positions, by which it could tell documents apart"
 RUNS_ON = "its state runs on from document to document"
 NO_GOING_BACK = "its state cannot forget the tokens that were guessed wrong"
 UNSUPPORTED = {
+    "Qwen 3.5 (text)": {"packing": RUNS_ON, "assisted": NO_GOING_BACK},
+    "Nemotron-H": {"packing": RUNS_ON, "assisted": NO_GOING_BACK},
     "OPT": {"packing": ABSOLUTE},
     "Bloom": {"packing": NO_POSITIONS},
     "Falcon": {"packing": ABSOLUTE},

@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma4TextConfig,
     GenerationConfig,
     MambaConfig,
     RwkvConfig,
@@ -23,6 +24,23 @@ from philens.support.errors import InputError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 CONFIGS = {
+    # The last two blocks read the keys and values of those below: the cache holds placeholders for them.
+    "gemma4": lambda: Gemma4TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=128,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=4,
+        initializer_range=0.2,
+    ),
     "mamba": lambda: MambaConfig(
         vocab_size=128, hidden_size=32, num_hidden_layers=3, state_size=8, initializer_range=0.2
     ),
@@ -87,7 +105,7 @@ def assert_scored(lens, generation, real=None):
 # Every way of generating
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "mamba", "lstm"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -190,7 +208,7 @@ def test_modes_are_as_before(lens):
 # Padding and early ends
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "mamba", "lstm"])
 def test_prompts_of_different_lengths(name):
     lens, rows = shaken(make(name)), [prompts(1, length)[0] for length in (7, 3, 1)]
     ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
@@ -293,7 +311,7 @@ def test_beams_that_a_criterion_ends(lens):
 # Streaming
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "mamba", "lstm"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_tokens_come_in_order_each_once_with_their_final_values(name, sampled):
     lens, seen = shaken(make(name)), []
@@ -448,7 +466,7 @@ def calls_of(lens, *args, **options):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "lstm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "mamba", "lstm"])
 @pytest.mark.parametrize(
     "options", [{}, {"mode": "observe"}, {"mode": "observe", "layer": None, "layers": [0, 2]}]
 )

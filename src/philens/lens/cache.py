@@ -53,6 +53,10 @@ def prior_memories(cache: Any, counts: Sequence[int]) -> list[list[PriorMemory]]
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a cache layer, of attention or of a recurrent kind, has read anything."""
-    read = getattr(layer, "is_initialized", False), *getattr(layer, "has_previous_state", {}).values()
-    return any(map(bool, read))
+    """Whether a cache layer, of attention or of a recurrent kind or both, has read anything.
+
+    Placeholders for blocks that keep nothing, as theirs are another block's keys and values or none at all,
+    have no length.
+    """
+    length = getattr(layer, "get_seq_length", None)
+    return bool(length and length()) or any(getattr(layer, "has_previous_state", {}).values())
