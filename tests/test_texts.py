@@ -33,7 +33,6 @@ from philens.findings.text_tokens import (
 )
 from philens.findings.texts import (
     EARLY,
-    at_point,
     compare_points,
     cut_texts,
     measure_texts,
@@ -923,6 +922,6 @@ def test_the_figure_of_phi_at_equal_surprisal() -> None:
 def test_columns_of_one_of_several_layers() -> None:
     scores = made_scores([1.0, 2.0], [3.0, 4.0])
     scores.columns["phi@a"], scores.columns["phi@b"] = scores.columns.pop("phi"), np.float32([5, 6])
-    assert at_point(scores, "b").phi.tolist() == [5, 6]
-    assert at_point(scores, "a").columns.keys() == {"phi", "surprisal"}
-    assert at_point(scores, None) is scores
+    assert scores.at_point("b").phi.tolist() == [5, 6]
+    assert scores.at_point("a").columns.keys() == {"phi", "surprisal"}
+    assert scores.at_point(None) is scores

@@ -101,9 +101,9 @@ class Explored:
         if together:
             self.first_metrics = ["phi", "surprisal_with_layer"]
         self.points = {
-            f"{own} (after {path})": Point(lens, None if lens.config.layers is None else path)
+            f"{own} (after {path})": Point(lens, point)
             for own, lens in lenses.items()
-            for path in lens.module_paths
+            for path, point in zip(lens.module_paths, lens.column_points, strict=True)
         }
         self.base = next(iter(lenses.values())).base
         self.context = context_length(self.base)
@@ -324,10 +324,4 @@ def _trained_together(model: str) -> bool:
 
 def _of_point(scores: TokenScores, point: Point, label: str) -> TokenScores:
     """Scores without the columns of other layers, and with the label of the point in their provenance."""
-    columns = {
-        name.partition("@")[0]: values
-        for name, values in scores.columns.items()
-        if name.partition("@")[2] in ("", point.path)
-    }
-    provenance = scores.provenance | {"insertion_point": label}
-    return replace(scores, columns=columns, provenance=provenance)
+    return replace(scores.at_point(point.path), provenance=scores.provenance | {"insertion_point": label})

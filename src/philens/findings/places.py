@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from philens.findings.controls import untrained
 from philens.reasoning.solutions import after_prompt, joining
+from philens.support.columns import Column
 from philens.support.errors import InputError
 from philens.tasks.results import KINDS, MarkedText, Question, mark_answer
 
@@ -141,20 +142,19 @@ def score_places(
         for text, start, scores in shown(zip(texts, starts, again, strict=True), "controls", len(texts)):
             fresh += _rows(text, start, scores)
     table = pd.DataFrame(rows)
-    for name in [name for name in fresh[0] if name.partition("@")[0] == "phi"]:
-        table[name.replace("phi", "phi_untrained", 1)] = [row[name] for row in fresh]
+    for name in [name for name in map(Column, fresh[0]) if name.metric == "phi"]:
+        table[name.of("phi_untrained")] = [row[name] for row in fresh]
     if base_of is not None:
         for name in base_of:
             if name.removesuffix("_next") in _OF_BASE:
                 table[name] = base_of[name].to_numpy()
-    if lens.config.layers is None:
-        return {lens.module_paths[0]: table}
-    shared = [name for name in table if "@" not in str(name)]
+    # What is of no point comes first.
+    columns = sorted((Column(str(name)) for name in table), key=lambda column: column.point is not None)
     return {
-        path: table[[*shared, *(name for name in table if str(name).endswith(f"@{path}"))]].rename(  # pyright: ignore[reportCallIssue]
-            columns=lambda name: name.partition("@")[0]
+        path: table[[column for column in columns if column.point in (None, point)]].rename(
+            columns=lambda name: Column(name).metric
         )
-        for path in lens.module_paths
+        for path, point in zip(lens.module_paths, lens.column_points, strict=True)
     }
 
 

@@ -12,7 +12,6 @@ from philens.findings import write_finding
 from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
 from philens.findings.texts import (
-    at_point,
     compare_points,
     cut_texts,
     measure_texts,
@@ -25,6 +24,7 @@ from philens.lens.model import PHiModel, load
 from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores
+from philens.support.columns import Column
 from philens.support.errors import ConfigError
 from philens.support.progress import shown
 from philens.tasks.levels import LevelText, load_levels, without_users
@@ -104,8 +104,8 @@ def reproduce_texts(
             controls[start] = _untrained(lens, tokenizer, texts, window, seed)
         for one, columns in zip(scores, controls[start], strict=True):
             one.columns.update(columns)
-        for path in lens.module_paths:
-            here = [at_point(one, None if lens.config.layers is None else path) for one in scores]
+        for path, point in zip(lens.module_paths, lens.column_points, strict=True):
+            here = [one.at_point(point) for one in scores]
             where = {"adapter": adapter, "insertion_point": path, "step": _step(lens, adapter)}
             points.append({**where, **measure_texts(texts, here, seed=seed)})
     for point, label in zip(points, _labels(points), strict=True):
@@ -190,9 +190,9 @@ def _untrained(
         found = list(shown(score_texts(lens, tokenizer, texts, window, ["phi"]), "controls", len(texts)))
     return [
         {
-            name.replace("phi", "phi_untrained", 1): values
-            for name, values in one.columns.items()
-            if name.partition("@")[0] == "phi"
+            name.of("phi_untrained"): one.columns[name]
+            for name in map(Column, one.columns)
+            if name.metric == "phi"
         }
         for one in found
     ]

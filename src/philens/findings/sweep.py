@@ -13,6 +13,7 @@ from typing import Any
 from philens.findings import write_finding
 from philens.lens.adapter import save_adapter
 from philens.lens.model import PHiModel, attach
+from philens.support.columns import column_name
 from philens.support.errors import ConfigError
 from philens.support.typed import numbers
 from philens.training.recipe import load_recipe
@@ -104,7 +105,7 @@ def compare(paths: Sequence[str], records: Sequence[Mapping[str, Any]]) -> dict[
 
     def values(record: Mapping[str, Any], path: str) -> dict[str, float]:
         shared = {"surprisal_base": record["eval/surprisal_base"]}
-        own = {name: record.get(f"eval/{name}@{path}") for name in MEASURES[:-1]}
+        own = {name: record.get(f"eval/{column_name(name, path)}") for name in MEASURES[:-1]}
         return {name: value for name, value in (own | shared).items() if value is not None}
 
     return {

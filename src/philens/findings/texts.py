@@ -249,15 +249,6 @@ def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
     return CountedTokens(text, scores, np.flatnonzero(counts), columns, sinks)
 
 
-def at_point(scores: "TokenScores", path: str | None) -> "TokenScores":
-    """Scores with the columns of one of several layers, under their plain names."""
-    if path is None:
-        return scores
-    names = {name: name.partition("@") for name in scores.columns}
-    columns = {plain: scores.columns[name] for name, (plain, _, at) in names.items() if at in ("", path)}
-    return replace(scores, columns=columns)
-
-
 def compare_points(points: Sequence[Mapping[str, Any]], along: bool) -> dict[str, Any]:
     """For each pair that the claim is about, since which of several points it is as the paper says.
 

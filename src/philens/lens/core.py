@@ -79,6 +79,12 @@ class LensCore(nn.Module):
         """The PHi layers, one for each of `module_paths`."""
         return [self.phi] if isinstance(self.phi, PHiLayer) else list(self.phi)  # pyright: ignore[reportReturnType]
 
+    @property
+    def column_points(self) -> list[str | None]:
+        """What the columns of each layer are named after: its insertion point where there may be several,
+        else None."""
+        return [None] if self.config.layers is None else [*self.module_paths]
+
     # What happens at the insertion points during one forward pass of the base.
 
     @contextlib.contextmanager
@@ -330,7 +336,7 @@ class LensCore(nn.Module):
                 untouched,
                 self.config,
                 self.weight_scale,
-                self.module_paths,
+                self.column_points,
             )
             path = passes[0] if pressing is not None and pressing.again else None
             if path is not None and not self._observing:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from philens.lens.config import PHiConfig
 from philens.lens.layer import PHiOutput
+from philens.support.columns import column_name
 from philens.support.errors import InputError
 
 # Logits in float32 that training holds at once where they are made in parts: 128 MiB.
@@ -339,7 +340,7 @@ def add_losses(
     untouched: PHiModelOutput | None,
     config: PHiConfig,
     weight_scale: Tensor,
-    paths: Sequence[str],
+    points: Sequence[str | None],
 ) -> None:
     """Set `loss` and `losses`.
 
@@ -351,29 +352,29 @@ def add_losses(
         untouched: the base's own pass, if there was one beside these.
         config: of the layers.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
-        paths: the layers' insertion points.
+        points: what the parts of each layer are named after.
     """
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
     outputs = result.layer_outputs
-    suffixes = [f"@{path}" for path in paths] if config.layers is not None and outputs else [""]
-    for output, at in zip(outputs, suffixes, strict=False):
-        total = total + _layer_loss(output, counted, at, parts, config, weight_scale)
-    through = {at: one for at, one in zip(suffixes, passes, strict=True) if one is not None}
+    for output, point in zip(outputs, points, strict=False):
+        total = total + _layer_loss(output, counted, point, parts, config, weight_scale)
+    points = points if outputs else [None]
+    through = {point: one for point, one in zip(points, passes, strict=True) if one is not None}
     if config.pressure == "distill" and outputs:
         assert untouched is not None
         found = divergence_from(untouched, list(through.values()), labels, predicted)
         parts["surprisal_base"] = found.surprisal_base
-        for number, at in enumerate(through):
-            parts[f"surprisal{at}"] = found.surprisal[number].detach()
-            parts[f"divergence{at}"] = found.divergence[number]
+        for number, point in enumerate(through):
+            parts[column_name("surprisal", point)] = found.surprisal[number].detach()
+            parts[column_name("divergence", point)] = found.divergence[number]
             total = total + found.divergence[number]
     else:
         if untouched is not None:
             with torch.no_grad():
                 parts["surprisal_base"] = mean_surprisal(untouched, labels, predicted)
-        for at, one in through.items():
-            surprisal = parts[f"surprisal{at}"] = mean_surprisal(one, labels, predicted)
+        for point, one in through.items():
+            surprisal = parts[column_name("surprisal", point)] = mean_surprisal(one, labels, predicted)
             if config.pressure == "next_token":
                 total = total + surprisal
     result.loss = total
@@ -383,20 +384,20 @@ def add_losses(
 def _layer_loss(
     output: PHiOutput,
     counted: Tensor,
-    at: str,
+    point: str | None,
     parts: dict[str, Tensor],
     config: PHiConfig,
     weight_scale: Tensor,
 ) -> Tensor:
-    """What one layer adds to the loss; its parts are noted under their names followed by `at`."""
+    """What one layer adds to the loss; its parts are noted as columns of its point."""
     weights, count = counted.float(), counted.sum().clamp(min=1)
-    phi = parts[f"phi{at}"] = (output.phi * weights).sum() / count
+    phi = parts[column_name("phi", point)] = (output.phi * weights).sum() / count
     scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
     loss = weight_scale * config.phi_weight * scale * phi
     if output.contrastive is not None:
-        contrastive = parts[f"contrastive{at}"] = (output.contrastive * weights).sum() / count
+        contrastive = parts[column_name("contrastive", point)] = (output.contrastive * weights).sum() / count
         loss = loss + weight_scale * config.contrastive_weight * contrastive
     if config.pressure == "reconstruction":
-        lost = parts[f"reconstruction{at}"] = lost_variance(output, counted)
+        lost = parts[column_name("reconstruction", point)] = lost_variance(output, counted)
         loss = loss + config.reconstruction_weight * lost
     return loss

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.support.columns import Column, column_name
 from philens.support.errors import ConfigError, InputError
 from philens.support.typed import nearest
 
@@ -49,16 +50,16 @@ class Rule:
                 f"There is no rule {text!r}; write highest_COLUMN or lowest_COLUMN, such as highest_phi or "
                 f"lowest_surprisal, or {' or '.join(ALIASES)}."
             )
-        aggregated = column.endswith(tuple(f"_{kind}" for kind in AGGREGATES))
-        if not aggregated and _metric(column) == column.partition("@")[0]:
-            column = f"{column}_{AGGREGATES[0]}"
+        read = Column(column, AGGREGATES)
+        if read.statistic is None and _is_metric(read.metric):
+            column = column_name(column, statistic=AGGREGATES[0])
         return cls(text, column, _SIGNS[direction])
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metric of the tokens that the column is made from, as `philens.score` takes it; or none."""
-        metric = _metric(self.column)
-        return () if metric is None else (metric,)
+        metric = Column(self.column, AGGREGATES).metric
+        return (metric,) if _is_metric(metric) else ()
 
     def scores(self, table: "pd.DataFrame") -> NDArray[np.float64]:
         """(N,) the sign times the column of a table of N answers: the higher the better.
@@ -67,18 +68,21 @@ class Rule:
             InputError: the table has no such column.
         """
         if self.column not in table:
-            mean = f"_{AGGREGATES[0]}"
-            valid = [name.removesuffix(mean) for name in table.select_dtypes("number")]
+            valid = [_short(name) for name in table.select_dtypes("number")]
             direction = "highest" if self.sign > 0 else "lowest"
-            close = f"{direction}_{nearest(self.column.removesuffix(mean), valid)}" if valid else ""
+            close = f"{direction}_{nearest(_short(self.column), valid)}" if valid else ""
             meant = f"; did you mean {close} (there are {', '.join(valid)})?" if valid else "."
             raise InputError(f"The rule {self.name} needs a column {self.column} and there is none{meant}")
         return self.sign * table[self.column].to_numpy(np.float64)
 
 
-def _metric(column: str) -> str | None:
-    """The metric that a column's name begins with, the longest where several fit."""
+def _is_metric(name: str) -> bool:
     from philens.scoring.score import METRICS
 
-    fitting = [name for name in METRICS if column == name or column.startswith((f"{name}_", f"{name}@"))]
-    return max(fitting, key=len, default=None)
+    return name in METRICS
+
+
+def _short(column: str) -> str:
+    """A column's name as a rule writes it."""
+    read = Column(column, AGGREGATES[:1])
+    return column_name(read.metric, read.point)

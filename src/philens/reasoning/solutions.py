@@ -6,7 +6,6 @@ depends on them, and do not count; nor does the token that ends a text.
 
 import copy
 import logging
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from philens.reasoning.problems import plain_text
 from philens.reasoning.rules import AGGREGATES
 from philens.scoring.texts import Text, as_texts, check_tokenizer
+from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
 from philens.tasks.problem import messages
@@ -225,9 +225,10 @@ def by_insertion_point(table: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
     """
     layers: dict[str, dict[str, str]] = {}
     for name in table:
-        match = re.fullmatch(rf"(\w+)@(.+)(_(?:{'|'.join(AGGREGATES)}))", name)
-        if match:
-            layers.setdefault(match[2], {})[name] = match[1] + match[3]
+        column = Column(name, AGGREGATES)
+        if column.point is not None and column.statistic is not None:
+            plain = column_name(column.metric, statistic=column.statistic)
+            layers.setdefault(column.point, {})[name] = plain
     return {
         path: table.drop(
             columns=[name for names in layers.values() if names is not own for name in names]
@@ -340,7 +341,7 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
     """The row of a reply whose tokens are those where `own`, (T,), is true."""
     row: dict[str, float] = {"tokens": int(own.sum())}
     for name, column in scores.columns.items():
-        if not row["tokens"] or name.partition("@")[0] not in metrics:  # a standard error has no sum
+        if not row["tokens"] or Column(name).metric not in metrics:  # a standard error has no sum
             continue
         kept = own & scores.counts(name)
         values = column[kept if kept.any() else own].astype(np.float64)
@@ -350,5 +351,8 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
             )
         last_fifth = values[-ceil(len(values) / 5) :]
         found = (values.mean(), values.sum(), values.max(), last_fifth.mean())
-        row |= {f"{name}_{kind}": float(value) for kind, value in zip(AGGREGATES, found, strict=True)}
+        row |= {
+            column_name(name, statistic=kind): float(value)
+            for kind, value in zip(AGGREGATES, found, strict=True)
+        }
     return row

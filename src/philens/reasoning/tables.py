@@ -9,6 +9,7 @@ from rich.text import Text
 
 from philens.show.colours import plain_label
 from philens.show.tables import new_table, number_text
+from philens.support.columns import Column, column_name
 from philens.support.output import visible
 from philens.tasks.chat import content_text
 
@@ -86,8 +87,8 @@ def ranking_table(ranked: "pd.DataFrame", prompt: "Prompt", rule: str) -> Table:
     table = new_table(visible(f"Prompt {name}: {shown}"), f"By {rule}; the metrics are means per token.")
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
-    means = [column for column in ranked if str(column).endswith("_mean")]
-    for heading in ("tokens", *(plain_label(str(name).removesuffix("_mean")) for name in means)):
+    means = [name for name in (Column(str(name), ("mean",)) for name in ranked) if name.statistic]
+    for heading in ("tokens", *(plain_label(column_name(name.metric, name.point)) for name in means)):
         table.add_column(heading, justify="right", no_wrap=True)
     # The only column that wraps, so that the numbers keep their room.
     table.add_column("candidate")

@@ -5,7 +5,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from philens.scoring.alternatives import Alternatives
 from philens.show.colours import plain_label
 from philens.show.page import write_scores_page
+from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.support.output import visible_spaces
@@ -185,7 +186,7 @@ class TokenScores:
 
     def counts(self, column: str) -> NDArray[np.bool_]:
         """(T,) whether a token counts in means and sums of a column: in those of phi, sinks don't."""
-        return ~self.sinks if column.partition("@")[0] in _WITHOUT_SINKS else np.ones(len(self), bool)
+        return ~self.sinks if Column(column).metric in _WITHOUT_SINKS else np.ones(len(self), bool)
 
     def without_sinks(self) -> dict[str, NDArray[np.float32]]:
         """The columns as means and sums are made of them, NaN where a token does not count."""
@@ -202,6 +203,14 @@ class TokenScores:
             for name, values in self.without_sinks().items()
             for present in [values[~np.isnan(values)]]
         }
+
+    def at_point(self, point: str | None) -> "TokenScores":
+        """The scores with the columns of one of several insertion points, under their plain names; None
+        means all as they are."""
+        if point is None:
+            return self
+        names = [column for column in map(Column, self.columns) if column.point in (None, point)]
+        return replace(self, columns={column.metric: self.columns[column] for column in names})
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row per token: token (its piece of the text), token_id, start, end, and every column; with
@@ -324,11 +333,12 @@ class TokenScores:
         panels = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
         places = np.arange(len(self))
         for number, (axes, name) in enumerate(zip(panels, chosen, strict=True)):
-            values, error = self.columns[name], self.columns.get(name.replace("phi", "phi_standard_error", 1))
+            values, column = self.columns[name], Column(name)
+            error = self.columns.get(column.of("phi_standard_error")) if column.metric == "phi" else None
             # Okabe and Ito's blue, vermillion, green and purple.
             colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")[number % 4]
             axes.stairs(values, np.arange(len(self) + 1) - 0.5, fill=True, color=colour)
-            if name.startswith("phi") and error is not None:
+            if error is not None:
                 axes.errorbar(places, values, yerr=error, fmt="none", ecolor="#333333", elinewidth=0.8)
             label = plain_label(name) + (f"\n({unit(name)})" if unit(name) else "")
             axes.set_ylabel(label, fontsize=9)
@@ -345,7 +355,7 @@ class TokenScores:
 
     def _chosen(self, metrics: Sequence[str] | None) -> list[str]:
         if metrics is None:
-            phis = [name for name in self.columns if name.split("@")[0] == "phi"]
+            phis = [name for name in self.columns if Column(name).metric == "phi"]
             metrics = [*phis, *(["surprisal"] if "surprisal" in self.columns else [])] or list(self.columns)
         chosen = [metrics] if isinstance(metrics, str) else list(metrics)
         for name in chosen or [""]:
@@ -355,7 +365,7 @@ class TokenScores:
 
 def unit(column: str) -> str:
     """The unit of a column; empty where it is a plain number."""
-    return UNITS.get(column.partition("@")[0], "nats")
+    return UNITS.get(Column(column).metric, "nats")
 
 
 def _as_span(span: Any) -> Span:
@@ -414,8 +424,8 @@ def _span_table(
         present = ~np.isnan(values)
         count = totals(present.astype(np.int64)) if len(spans) else np.zeros(0, np.int64)
         total = totals(np.where(present, values, 0.0)) if len(spans) else np.zeros(0)
-        table[f"{name}_sum"] = np.where(count > 0, total, np.nan)
-        table[f"{name}_mean"] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        table[column_name(name, statistic="sum")] = np.where(count > 0, total, np.nan)
+        table[column_name(name, statistic="mean")] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return table
 
 

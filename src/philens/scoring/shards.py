@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from philens.scoring.corpus import Document
+from philens.support.columns import column_name
 from philens.support.errors import InputError, OutputError
 from philens.support.files import locked, write_atomically
 from philens.support.processes import ALONE, Rank
@@ -491,7 +492,7 @@ def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
         "starts": scores.offsets[:, 0],
         "ends": scores.offsets[:, 1],
         **scores.columns,
-        **{f"{name}_mean": mean for name, mean in scores.means().items()},
+        **{column_name(name, statistic="mean"): mean for name, mean in scores.means().items()},
         "spans": [span._asdict() for span in scores.spans],
         "sinks": np.flatnonzero(scores.sinks),
         **{_OF_ALTERNATIVES[name]: values for name, values in others.items()},
@@ -516,7 +517,7 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
     span = pa.struct({"name": pa.string(), "start": pa.int32(), "end": pa.int32()})
     fields = {"id": pa.string(), "text": pa.string(), "token_ids": places, "starts": places, "ends": places}
     fields |= dict.fromkeys(scores.columns, numbers)
-    fields |= {f"{name}_mean": pa.float64() for name in scores.columns}
+    fields |= {column_name(name, statistic="mean"): pa.float64() for name in scores.columns}
     fields |= {"spans": pa.list_(span), "sinks": places}
     if scores.alternatives is not None:
         of_each = {"ranks": pa.int32(), "token_ids": places, "texts": pa.list_(pa.string())}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from philens.support.columns import Column
+
 LEVELS = 24
 # Lightness from that of the page to its opposite. Dark is viridis without its darkest purple.
 LIGHT = ("#fffbea", "#d6eec4", "#8fd3b6", "#41b0c3", "#2580b8", "#254f9d", "#0d1c5c")
@@ -68,5 +70,5 @@ def luminance(colour: NDArray[np.int64]) -> float:
 
 def plain_label(column: str) -> str:
     """A column's name in words: `surprisal_with_layer` becomes `surprisal with layer`."""
-    name, at, path = column.partition("@")
-    return name.replace("_", " ") + (f" at {path}" if at else "")
+    read = Column(column)
+    return read.metric.replace("_", " ") + ("" if read.point is None else f" at {read.point}")

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from philens.show.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label
 from philens.show.scored import ScoredText
+from philens.support.columns import Column
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.support.output import visible
@@ -143,7 +144,7 @@ def write_page(
 def _chosen(documents: Sequence[PageDocument], metrics: Sequence[str] | None) -> list[str]:
     if metrics is None:
         names = list(documents[0].columns) if documents else []
-        first = next((name for name in names if name.partition("@")[0] == "phi"), "phi")
+        first = next((name for name in names if Column(name).metric == "phi"), "phi")
         metrics = sorted(names, key=lambda name: (name != first, name != "surprisal"))[:2]
     for document in documents:
         for name, array in document.columns.items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.lens.model import PHiModel
+from philens.support.columns import column_name
 from philens.support.errors import TrainingError
 from philens.support.extras import require
 from philens.tasks.packing import TokenDocuments
@@ -132,19 +133,21 @@ class Evaluation(TrainerCallback):
         with self.trainer.autocast():
             metrics = evaluate(self.lens, self.recipe, self.held_out)
         if self.lens.enabled:
-            found = [self._collapsed(at, metrics, state) for at in self.trainer.layer_names()]
+            found = [self._collapsed(point, metrics, state) for point in self.lens.column_points]
             metrics["collapsed"] = float(any(found))
         self.trainer.log(metrics)
         # Trainer takes any record for the step's own, which is still to come.
         control.should_log = should_log
         self.trainer.pause_clock(begin)
 
-    def _collapsed(self, at: str, metrics: dict[str, float], state: TrainerState) -> bool:
+    def _collapsed(self, point: str | None, metrics: dict[str, float], state: TrainerState) -> bool:
         values = [
-            value for name, value in metrics.items() if name.count("/") == 2 and name.endswith(f"/phi{at}")
+            value
+            for name, value in metrics.items()
+            if name.count("/") == 2 and name.endswith(f"/{column_name('phi', point)}")
         ]
         phi = sum(values) / len(values) if values else math.inf
-        information = self.trainer.information(at)
+        information = self.trainer.information(point)
         collapsed = (
             min(phi, phi if information is None else information) < self.recipe.train.collapse_threshold
         )
@@ -152,7 +155,7 @@ class Evaluation(TrainerCallback):
             logger.warning(
                 "The PHi layer%s has collapsed at step %d: its latents carry almost no information (phi is "
                 "%.3g nats on average); lower phi.phi_weight, or insert the layer deeper.",
-                at.replace("@", " after "),
+                "" if point is None else f" after {point}",
                 state.global_step,
                 phi,
             )

@@ -12,6 +12,7 @@ from philens.lens.layer import PHiOutput
 from philens.lens.losses import counted_tokens
 from philens.lens.model import PHiModel
 from philens.scoring.documents import score_documents
+from philens.support.columns import Column, column_name
 from philens.tasks.automata import TASKS, generate
 from philens.tasks.packing import TokenDocuments, pad
 from philens.training.recipe import Recipe
@@ -41,9 +42,8 @@ def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, 
         table = score_documents(lens, docs.cut(recipe.data.length))
         metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
         if lens.enabled:
-            several = lens.config.layers is not None
-            for path, phi in zip(lens.module_paths, np.atleast_1d(table.phi.mean(0)), strict=True):
-                metrics[f"eval/{task}/phi{f'@{path}' if several else ''}"] = float(phi)
+            for point, phi in zip(lens.column_points, np.atleast_1d(table.phi.mean(0)), strict=True):
+                metrics[f"eval/{task}/{column_name('phi', point)}"] = float(phi)
     return metrics
 
 
@@ -80,9 +80,8 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
             sums[name] += float(value)
             counts[name] += float(count)
     means = {name: value / max(counts[name], 1.0) for name, value in sums.items()}
-    for name in [name for name in means if name.split("@")[0] == "surprisal"]:
-        if lens.enabled:
-            means[name.replace("surprisal", "loss_gap")] = means[name] - means["surprisal_base"]
+    for name in [name for name in map(Column, means) if name.metric == "surprisal" and lens.enabled]:
+        means[name.of("loss_gap")] = means[name] - means["surprisal_base"]
     return means
 
 
@@ -99,13 +98,12 @@ def _batch_sums(lens: PHiModel, rows: dict[str, Tensor]) -> dict[str, tuple[Any,
     for name, value in losses.items():
         count = tokens[name.startswith(("surprisal", "divergence"))]
         sums[name] = value * count, count
-    for path, layer in zip(lens.module_paths, output.layer_outputs, strict=False):
-        at = "" if lens.config.layers is None else f"@{path}"
+    for point, layer in zip(lens.column_points, output.layer_outputs, strict=False):
         # A sink is one token of a text and not like any other.
         kept = counted & ~layer.sinks
-        sums[f"phi{at}"] = layer.phi[kept].sum(), kept.sum()
-        sums[f"phi_static{at}"] = _static(layer)[kept].sum(), kept.sum()
-        sums[f"sinks{at}"] = counted.sum() - kept.sum(), counted.sum()
+        sums[column_name("phi", point)] = layer.phi[kept].sum(), kept.sum()
+        sums[column_name("phi_static", point)] = _static(layer)[kept].sum(), kept.sum()
+        sums[column_name("sinks", point)] = counted.sum() - kept.sum(), counted.sum()
     return sums
 
 

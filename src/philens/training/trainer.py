@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from philens.lens.insertion import find_blocks
 from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel
+from philens.support.columns import column_name
 from philens.support.errors import InsertionError, OutputError, TrainingError
 from philens.support.files import locked, read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
@@ -220,20 +221,14 @@ class PHiTrainer(Trainer):
         for name, value in output.losses.items():
             self._add(name, value)
         counted = inputs["labels"] != -100
-        for at, layer in zip(self.layer_names(), output.layer_outputs, strict=False):
-            name, step = f"information{at}", self.state.global_step
+        for point, layer in zip(self.lens.column_points, output.layer_outputs, strict=False):
+            name, step = column_name("information", point), self.state.global_step
             # It costs something: only the first step since the last record.
             if name not in self._sums or self._informed.get(name) == step:
                 self._informed[name] = step
                 self._add(name, latent_information(layer.posterior_mean, layer.posterior_logvar, counted))
         self._tokens += inputs["input_ids"].numel()
         return output.loss
-
-    def layer_names(self) -> list[str]:
-        """What follows the name of a figure of each layer."""
-        return (
-            [f"@{path}" for path in self.lens.module_paths] if self.lens.config.layers is not None else [""]
-        )
 
     def _add(self, name: str, value: Tensor) -> None:
         # Nothing is read here: reading would wait for the device.
@@ -245,10 +240,10 @@ class PHiTrainer(Trainer):
         sums = torch.stack([self._tr_loss.float(), *self._sums.values()])
         return dict(zip(("loss", *self._sums), mean_over_processes(sums).tolist(), strict=True))
 
-    def information(self, at: str = "") -> float | None:
+    def information(self, point: str | None = None) -> float | None:
         """What a layer's latents could tell in the first step since the last record, in nats per token; all
         processes must ask."""
-        name = f"information{at}"
+        name = column_name("information", point)
         return self._sums_over_processes()[name] / self._counts[name] if name in self._sums else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
