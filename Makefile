@@ -35,6 +35,7 @@ faults: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Before a release: wheel and sdist in empty environments, and every extra; then old and new dependencies.

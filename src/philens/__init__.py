@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from philens.support.versions import __version__ as __version__
 
 # Names are imported where they are first used, so that `philens --help` does not wait for torch.
 _HOME = {

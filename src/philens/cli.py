@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import philens
 from philens.commands import COMMANDS, Command
 from philens.commands.show import tell
 from philens.support.errors import ConfigError, PhilensError
 from philens.support.output import printable
 from philens.support.typed import convert, nearest
+from philens.support.versions import __version__
 
 
 def split_keys(command: Callable[..., Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -95,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="philens", description="See where a sequence model is thinking hard.")
-    parser.add_argument("--version", action="version", version=f"philens {philens.__version__}")
+    parser.add_argument("--version", action="version", version=f"philens {__version__}")
     _add_commands(parser, COMMANDS, "COMMAND")
     return parser
 

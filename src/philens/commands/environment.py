@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from importlib import metadata, resources
 
+from philens.support.versions import __version__
+
 
 def environment() -> dict[str, dict[str, str]]:
     """What a bug report should say.
@@ -13,15 +15,13 @@ def environment() -> dict[str, dict[str, str]]:
         By section (`system`, `dependencies`, `extras`) what was found for each name. Packages that are not
         installed, and a torch that cannot be imported, are said to be so.
     """
-    import philens
-
     dependencies, extras = {}, {}
     for package, extra in _requirements():
         if extra is None:
             dependencies[package] = _version(package)
         else:
             extras[extra] = [*extras.get(extra, []), f"{package} {_version(package)}"]
-    system = {"philens": philens.__version__, "python": platform.python_version()}
+    system = {"philens": __version__, "python": platform.python_version()}
     system |= {"platform": platform.platform(), "models": "; ".join(_shipped()) or "none"} | _devices()
     return {
         "system": system,

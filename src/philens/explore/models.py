@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-import philens
 from philens.bases import hub
 from philens.lens.insertion import find_blocks
 from philens.lens.model import PHiModel, load
@@ -24,6 +23,7 @@ from philens.scoring.windows import context_length, find_windows
 from philens.support.errors import AdapterError, ConfigError, InputError, InsertionError
 from philens.training.recipe import load_recipe
 from philens.training.run import RECIPE_FILE
+from philens.training.run import SHIPPED as SMALL
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def open_all(
 
 
 TEXT, FORMAL = "SmolLM2 135M", "formal-language model"
-SHIPPED = {TEXT: "smollm2", FORMAL: str(philens.SHIPPED)}
+SHIPPED = {TEXT: "smollm2", FORMAL: str(SMALL)}
 """The models with layers that come with philens, by the names that readers see."""
 
 

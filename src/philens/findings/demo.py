@@ -9,8 +9,9 @@ from philens.findings.reproduce_texts import reproduce_texts
 from philens.findings.tasks import measure_tasks
 from philens.scoring.documents import TokenTable
 from philens.show.page import PageDocument, write_page
+from philens.support.versions import versions
 from philens.tasks.automata import TASKS
-from philens.training.run import SHIPPED, load_run, versions
+from philens.training.run import SHIPPED, load_run
 
 EXPLANATIONS = {
     "memorized_sequences": "Strings known by heart: the model recites.",

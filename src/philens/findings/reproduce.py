@@ -20,6 +20,7 @@ from philens.scoring.documents import TokenTable, score_documents
 from philens.scoring.run import load_lens
 from philens.scoring.score import score
 from philens.support.errors import ConfigError, InputError
+from philens.support.versions import versions
 from philens.tasks.automata import TASKS, concatenate, generate
 from philens.tasks.results import (
     SENTENCE_KINDS,
@@ -29,7 +30,7 @@ from philens.tasks.results import (
     mark_solutions,
 )
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import finished_model, load_run, versions
+from philens.training.run import finished_model, load_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,9 +27,10 @@ from philens.scoring.scores import TokenScores
 from philens.support.columns import Column
 from philens.support.errors import ConfigError
 from philens.support.progress import shown
+from philens.support.versions import versions
 from philens.tasks.levels import LevelText, load_levels, without_users
 from philens.training.recipe import load_recipe
-from philens.training.run import RECIPE_FILE, versions
+from philens.training.run import RECIPE_FILE
 
 # Tokens of each text that are read, so that no level has longer texts than another.
 TOKENS = 384

@@ -16,8 +16,9 @@ from philens.lens.model import PHiModel, attach
 from philens.support.columns import column_name
 from philens.support.errors import ConfigError
 from philens.support.typed import numbers
+from philens.support.versions import versions
 from philens.training.recipe import load_recipe
-from philens.training.run import read_metrics, versions
+from philens.training.run import read_metrics
 
 logger = logging.getLogger(__name__)
 

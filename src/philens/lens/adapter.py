@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
@@ -19,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import philens
 from philens.bases import hub
 from philens.lens.card import model_card
 from philens.lens.config import PHiConfig
@@ -35,6 +33,7 @@ from philens.support.files import (
     read_safetensors,
     written_whole,
 )
+from philens.support.versions import __version__, versions
 
 logger = logging.getLogger(__name__)
 
@@ -139,15 +138,7 @@ def save_adapter(
     Raises:
         OutputError: it cannot be written.
     """
-    import transformers
-
     training = getattr(lens, "record", None) if training is None else training
-    versions = {
-        "philens": philens.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     description = {
         "format": FORMAT,
         "phi": asdict(lens.config),
@@ -155,7 +146,7 @@ def save_adapter(
         "hidden_size": lens.layers[0].hidden_size,
         "base": describe_base(lens.base),
         "training": json.loads(json.dumps(training, default=str)),
-        "versions": versions,
+        "versions": versions("torch", "transformers", "python"),
     }
     if card is None:
         card = model_card(description, hub.licence_of(lens.base), repo_id)
@@ -314,7 +305,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if description["format"] != FORMAT:
         raise AdapterError(
             f"{folder} has adapter format {description['format']!r} and this is philens "
-            f"{philens.__version__}, which reads format {FORMAT}; install the version that wrote it."
+            f"{__version__}, which reads format {FORMAT}; install the version that wrote it."
         )
     options, base = description.get("phi"), description.get("base")
     known = {field.name for field in fields(PHiConfig)}
@@ -335,7 +326,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     # Options that came later have their defaults in an older file.
     if unknown := sorted(options.keys() - known):  # pyright: ignore[reportOptionalMemberAccess]
         raise AdapterError(
-            f"{path} has an option {unknown[0]!r} that this philens {philens.__version__} does not know; "
+            f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
             f"install philens {description['versions'].get('philens')}, which wrote it, or a newer one."
         )
     return description

@@ -323,9 +323,7 @@ class LensCore(nn.Module):
                 passes = [None] * len(self.layers)
                 untouched = result if pressing.apart and not pressing.part else None
             if pressing is not None and pressing.again:
-                passes, untouched = self._press(
-                    input_ids, arguments, result, forms, pressing.rows, untouched
-                )
+                passes, untouched = self._press(input_ids, arguments, result, forms, pressing.rows, untouched)
                 labels, predicted = pressing.rows.take(labels), pressing.rows.take(predicted)
             add_losses(
                 result,

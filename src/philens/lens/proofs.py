@@ -4,20 +4,18 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from philens.bases.facts import text_config
 from philens.lens.adapter import load_as, save_adapter
+from philens.lens.core import LensCore
+from philens.lens.generation import generate
 from philens.lens.insertion import find_blocks
-from philens.lens.losses import token_surprisal
+from philens.lens.losses import PHiModelOutput, token_surprisal
 from philens.support.errors import InputError, InsertionError
-
-if TYPE_CHECKING:
-    from philens.lens.core import LensCore
-    from philens.lens.losses import PHiModelOutput
 
 Result = Literal["yes", "no", "not supported by the base", "not applicable"]
 # Found and expected values that should be equal: phi and log-probabilities in nats, losses, gradients.
@@ -38,11 +36,11 @@ class NotApplicable(Exception):
 class Trial:
     """A lens and texts to try it on."""
 
-    lens: "LensCore"
+    lens: LensCore
     ids: Tensor  # (3, T) token ids
     backend: str = ""
 
-    def values(self, output: "PHiModelOutput", ids: Tensor) -> list[Tensor]:
+    def values(self, output: PHiModelOutput, ids: Tensor) -> list[Tensor]:
         """Phi, where enabled, and log-probabilities (B, T, V)."""
         logprobs = output.logits_at(slice(0, ids.shape[1])).log_softmax(-1)
         return [logprobs] if output.phi is None else [output.phi, logprobs]
@@ -232,7 +230,7 @@ def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
     base: Any = lens.base
     own, base.generation_config = base.generation_config, GenerationConfig(pad_token_id=0)
     try:
-        generated = lens.generate(prompt, max_new_tokens=LENGTH - prompt.shape[1], **options)
+        generated = generate(lens, prompt, max_new_tokens=LENGTH - prompt.shape[1], **options)
     finally:
         base.generation_config = own
     for row, ids in enumerate(generated.sequences):
@@ -341,7 +339,7 @@ def _relative(found: list[Tensor], expected: list[Tensor]) -> Pairs:
         yield one / largest, other / largest
 
 
-def _alone(lens: "LensCore", mode: Literal["bottleneck", "observe"]) -> Iterator["LensCore"]:
+def _alone(lens: LensCore, mode: Literal["bottleneck", "observe"]) -> Iterator[LensCore]:
     """Each layer in turn in a model of its own, in another mode."""
     for path, layer in zip(lens.module_paths, lens.layers, strict=True):
         config = replace(lens.config, layer=None, layers=None, module=path, mode=mode, pressure="next_token")
@@ -401,7 +399,7 @@ def token_ids(base: nn.Module, rows: int, length: int) -> Tensor:
     return known[chosen].to(next(base.parameters(), known).device)
 
 
-def make_deterministic(lens: "LensCore") -> None:
+def make_deterministic(lens: LensCore) -> None:
     for layer in lens.layers:
         layer.config = replace(layer.config, inference="mean", samples=1)
 

@@ -54,7 +54,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    from philens.training.run import versions
+    from philens.support.versions import versions
 
     text = json.dumps({"versions": versions(), **record}, indent=2, ensure_ascii=False)
     write_atomically(folder / RECORD_FILE, lambda file: file.write(f"{text}\n".encode()))

@@ -6,13 +6,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import philens
 from philens.bases.facts import text_config
 from philens.lens.adapter import fingerprint
 from philens.lens.insertion import recorded_forms
@@ -25,6 +22,7 @@ from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer
 from philens.scoring.windows import Window, context_length, find_windows
 from philens.support.errors import InputError
 from philens.support.typed import nearest
+from philens.support.versions import versions
 
 # In the order in which the columns come.
 METRICS = (
@@ -239,12 +237,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         "window": context,
         "window_rule": rule,
         "bos_rule": "texts begin as the tokenizer has it, chats as its template has it; so do later windows",
-        "versions": {
-            "philens": philens.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+        "versions": versions("torch", "transformers", "tokenizers"),
     }
 
 

@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -24,10 +25,18 @@ from philens.training.evaluation import evaluate
 from philens.training.recipe import Recipe
 from philens.training.run import METRICS_FILE
 
-if TYPE_CHECKING:
-    from philens.training.trainer import PHiTrainer
-
 logger = logging.getLogger(__name__)
+
+
+class Reporting(Protocol):
+    """What an evaluation asks of the trainer; `PHiTrainer` says what each does."""
+
+    def check_weights(self) -> None: ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
+    def layer_names(self) -> list[str]: ...
+    def information(self, at: str = "") -> float | None: ...
+    def log(self, logs: dict[str, float]) -> None: ...
+    def pause_clock(self, since: float) -> None: ...
 
 
 class Phases(TrainerCallback):
@@ -107,7 +116,7 @@ class Evaluation(TrainerCallback):
         trainer: whose log takes the figures; set once it is made.
     """
 
-    trainer: "PHiTrainer"
+    trainer: Reporting
 
     def __init__(
         self, recipe: Recipe, lens: PHiModel, folder: Path, held_out: dict[str, TokenDocuments]

@@ -34,6 +34,7 @@ from philens.support.files import (
     write_sums,
     written_whole,
 )
+from philens.support.versions import versions
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.sources import SELF
 from philens.tasks.text import TextMixture, open_parts
@@ -461,21 +462,3 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides numbers."""
-    import platform
-
-    import numpy
-    import transformers
-
-    import philens
-
-    return {
-        "philens": philens.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
