@@ -17,6 +17,45 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick():
+    """Without what takes longer than a tiny training: the picture of a run is blank (test_training.py draws
+    one, test_report.py looks at it), and nothing waits for the disk (test_hostile_output.py sees that it would).
+    """
+    from matplotlib.figure import Figure
+
+    from philens.findings import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(figures, "figure_training", lambda records: Figure(figsize=(1, 1)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_findings():
+    """For tests of the way to a finding: few resamples (intervals are tested on data with a known answer),
+    and figures drawn once, as PNG (test_findings.py has both files)."""
+    from matplotlib.figure import Figure
+
+    from philens.findings import statistics
+
+    resample, save = statistics._bootstrap_sums, Figure.savefig
+
+    def few(sums, resamples, seed):
+        return resample(sums, min(resamples, 100), seed)
+
+    def save_once(figure, file, *args, format=None, **kwargs):
+        if format == "svg":
+            figure.clear()
+        return save(figure, file, *args, format=format, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_bootstrap_sums", few)
+        patch.setattr(Figure, "savefig", save_once)
+        yield
+
+
 def make_llama(**options):
     # Weights ten times the usual: differences between tokens then stand far above rounding.
     sizes = {

@@ -88,8 +88,7 @@ def test_print_config_is_the_whole_recipe(philens, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_plain_base_is_told_how_to_get_a_layer(philens, tmp_path, monkeypatch):
-    monkeypatch.setattr("philens.training.trainer.draw_course", lambda folder: None)
+def test_a_plain_base_is_told_how_to_get_a_layer(philens, tmp_path):
     keys = {key: value for key, value in tiny_values(train__steps=3).items() if not key.startswith("phi")}
     keys |= {"phi": None, "phi_schedule.start_step": 0, "phi_schedule.warmup_steps": 0}
     code, out, err = philens("train", "smoke", *as_options(keys), "--output", "base")
@@ -99,8 +98,7 @@ def test_a_plain_base_is_told_how_to_get_a_layer(philens, tmp_path, monkeypatch)
     assert not (tmp_path / "base" / "adapter").exists()
 
 
-def test_train_takes_any_key(philens, tmp_path, monkeypatch):
-    monkeypatch.setattr("philens.training.trainer.draw_course", lambda folder: None)
+def test_train_takes_any_key(philens, tmp_path):
     keys = tiny_values(train__steps=5, name="mine", phi__layer=-1, data__mixture__copy=3, seed=4)
     code, out, err = philens("train", "smoke", *as_options(keys))
     assert code == 0, err

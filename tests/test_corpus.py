@@ -33,7 +33,6 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # for power cuts, and slow
 
 
 def write(name: str, content: str | bytes) -> str:

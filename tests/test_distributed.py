@@ -93,13 +93,6 @@ def assert_same_run(folder, other, rounding=2e-6):
         torch.testing.assert_close(value, those[name], rtol=rounding, atol=rounding, msg=name)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "draw_course", lambda folder: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A trained base, as a folder."""

@@ -19,6 +19,8 @@ from philens.findings.reasoning import Choices, reproduce_reasoning
 from philens.tasks.arithmetic import problems
 from test_solutions import llama_3
 
+pytestmark = pytest.mark.usefixtures("quick_findings")
+
 
 @pytest.fixture
 def philens(capsys):

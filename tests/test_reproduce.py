@@ -9,10 +9,10 @@ from philens import cli
 from philens.findings.reproduce import measure, reproduce
 from philens.support.errors import ConfigError, TrainingError
 from philens.tasks.automata import TASKS
-from philens.training import trainer as trainer_module
 from philens.training.trainer import PHiTrainer
 from tiny import TINY, as_options
 
+pytestmark = pytest.mark.usefixtures("quick_findings")
 KEYS = {key: value for key, value in TINY.items() if key not in ("phi.layer", "data.mixture")}
 OPTIONS = as_options(KEYS)
 TASKS_FILES = {"results.json", "tasks.csv", "tasks.png", "tasks.svg"}
@@ -23,13 +23,6 @@ COMPLEXITY_FILES = {
     "complexity.png",
     "complexity.svg",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures_of_training():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "draw_course", lambda folder: None)
-        yield
 
 
 def results_of(folder):

@@ -47,7 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pd.DataFrame({"text": texts[200:]}).to_parquet(folder / "b.parquet")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(os, "fsync", lambda file: None)
         assert cli.main(score_words("one")) == 0
     assert len(files(folder / "one")) == SHARDS + 1
     return folder

@@ -44,7 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # for power cuts, and slow
     for number, text in enumerate(TEXTS):
         Path(f"{number}.txt").write_text(text)
 

@@ -79,11 +79,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tmp_path_factory.mktemp("model"), make_llama(vocab_size=VOCABULARY))
 
 
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # for power cuts, and slow
-
-
 @pytest.fixture
 def solved(model: str, tmp_path: Path) -> Any:
     """The solutions that the model writes."""

@@ -35,14 +35,6 @@ from tiny import tiny_recipe
 WORDS = ["the", "a", "of", "model", "token", "layer", "phi", "reads", "writes", "state", "text", "new", "old"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("trainer", "callbacks"):
-            patch.setattr(f"philens.training.{module}.draw_course", lambda folder: None)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _caches(tmp_path_factory, monkeypatch):
     import datasets

@@ -51,7 +51,6 @@ from philens.tasks.levels import (
     role,
     with_built,
 )
-from philens.training import trainer as trainer_module
 from philens.training.recipe import load_recipe
 from philens.training.run import load_run, load_tokenizer
 from philens.training.trainer import train
@@ -477,10 +476,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "train.save_every": 0,
     }
     layer = {"phi": {"layer": 0, "prior_heads": 2}, "model.base": str(folder / "base" / "model")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "draw_course", lambda folder: None)
-        assert train(load_recipe("text_base", keys), folder / "base") is not None
-        assert train(load_recipe("text_base", keys | layer), folder / "layer") is not None
+    assert train(load_recipe("text_base", keys), folder / "base") is not None
+    assert train(load_recipe("text_base", keys | layer), folder / "layer") is not None
     assert not (folder / "layer" / "model").exists()
     return folder / "base", folder / "layer"
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
+from philens.findings import figures
+from philens.findings.figures import figure_training  # not the blank one of conftest.py
 from philens.support.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
-from philens.training import trainer as trainer_module
+from philens.training.callbacks import draw_course
 from philens.training.evaluation import evaluate_tasks
 from philens.training.recipe import load_recipe
 from philens.training.run import build_model, find_checkpoints, load_run, read_metrics, recipe_yaml
@@ -40,12 +42,6 @@ def assert_same_run(folder, other):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch):
-    # The picture takes longer than the training.
-    monkeypatch.setattr(trainer_module, "draw_course", lambda folder: None)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A whole run of the tiny recipe, with evaluations."""
@@ -66,9 +62,18 @@ def test_a_run_writes_all_that_is_promised(smoke):
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["seed"] == 0
     assert {"philens", "torch", "transformers", "python"} <= set(versions["versions"])
-    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert not lens.training
     assert lens.enabled
+
+
+def test_the_picture_of_a_run_is_drawn(smoke, monkeypatch):
+    *_, folder = smoke
+    blank = (folder / "training.png").read_bytes()
+    monkeypatch.setattr(figures, "figure_training", figure_training)
+    draw_course(folder)
+    drawn = (folder / "training.png").read_bytes()
+    assert blank[:8] == drawn[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(drawn) > 10 * len(blank)
 
 
 def test_every_step_is_logged(smoke):
