@@ -1,6 +1,7 @@
 """Shared by all tests: no network, one thread, fixed seeds, small models."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
@@ -20,7 +21,7 @@ def _seeded():
 @pytest.fixture(scope="session", autouse=True)
 def _quick():
     """Without what takes longer than a tiny training: the picture of a run is blank (test_training.py draws
-    one, test_report.py looks at it), and nothing waits for the disk (test_hostile_output.py sees that it would).
+    one, test_report.py looks at it), and nothing waits for the disk (test_hostile_output.py sees it would).
     """
     from matplotlib.figure import Figure
 
@@ -32,8 +33,8 @@ def _quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_findings():
+@contextmanager
+def quickly_found():
     """For tests of the way to a finding: few resamples (intervals are tested on data with a known answer),
     and figures drawn once, as PNG (test_findings.py has both files)."""
     from matplotlib.figure import Figure
@@ -53,6 +54,12 @@ def quick_findings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "_bootstrap_sums", few)
         patch.setattr(Figure, "savefig", save_once)
+        yield
+
+
+@pytest.fixture
+def quick_findings():
+    with quickly_found():
         yield
 
 

@@ -119,7 +119,7 @@ def test_layer_in_your_model(tmp_path: Path) -> None:
     assert found["untouched"]
     assert found["paths"] == [f"model.layers.{found['layer']}"]
     assert found["gaps"][0] == pytest.approx(0, abs=1e-3)  # fresh, it changes nothing
-    assert 0 < found["gaps"][-1] < 2  # after so few steps
+    assert 0 < found["gaps"][-1] < 0.5
     assert found["phi"][-1] < found["phi"][0]
     assert all(phi < static for phi, static in zip(found["phi"], found["static"], strict=True))
     assert found["loop"][1] < found["loop"][0]

@@ -571,6 +571,7 @@ def test_from_a_run_to_a_finding(runs: tuple[Path, Path], levels: Path, command:
         assert (Path("again/texts") / name).read_bytes() == (Path("out/texts") / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("quick_findings")
 def test_chats_count_the_assistants_tokens(runs: tuple[Path, Path], levels: Path, command: Any) -> None:
     code, _, err = command("--model", runs[1], "--levels", levels, "--documents", 2)
     assert (code, err) == (0, "")
@@ -588,6 +589,7 @@ def test_chats_count_the_assistants_tokens(runs: tuple[Path, Path], levels: Path
     assert command("--model", runs[1], "--levels", levels, "--plain")[0] == 0
 
 
+@pytest.mark.usefixtures("quick_findings")
 def test_a_base_and_an_adapter(runs: tuple[Path, Path], levels: Path) -> None:
     base, layer = runs
     options: dict[str, Any] = {"levels": levels, "plain": True}
@@ -601,6 +603,7 @@ def test_a_base_and_an_adapter(runs: tuple[Path, Path], levels: Path) -> None:
     assert whole["levels"] != run["levels"]
 
 
+@pytest.mark.usefixtures("quick_findings")
 def test_the_users_own_texts_alone(runs: tuple[Path, Path], tmp_path: Path, command: Any) -> None:
     fill(tmp_path / "mine", {f"{n}.txt": sentence(n, 40) for n in range(3)})
     code, out, _ = command("--model", runs[1], "--levels", "mine", "--kl", "official")
@@ -681,6 +684,7 @@ def observing(runs: tuple[Path, Path]) -> Path:
     return runs[1].parent / "several"
 
 
+@pytest.mark.usefixtures("quick_findings")
 def test_each_insertion_point_is_measured(runs: tuple[Path, Path], observing: Path, levels: Path) -> None:
     base = runs[0] / "model"
     results = reproduce_texts(base, levels, Path("out"), [observing, runs[1]], plain=True)
@@ -710,6 +714,7 @@ def test_each_insertion_point_is_measured(runs: tuple[Path, Path], observing: Pa
     assert "several after" in printed(text_points_table(results), 120)
 
 
+@pytest.mark.usefixtures("quick_findings")
 def test_checkpoints_are_the_course_of_a_training(
     runs: tuple[Path, Path], levels: Path, tmp_path: Path, command: Any
 ) -> None:
