@@ -2,22 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Only what is imported is compiled, when it is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 # What a user needs, and what developers need beside it.
 USED := $(VENV)/.installed
 STAMP := $(VENV)/.installed-test
 
-.PHONY: demo test test-slow bench faults docs lint dist-check compat clean
+.PHONY: demo test tests test-slow test-docs bench faults docs lint dist-check compat clean
 
 demo: $(USED)
 	$(BIN)/philens demo
 
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j 2 tests lint
+
 # Two processes with a thread each: models are too small for threads to help.
-test: $(STAMP) lint
+tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The site and the notebooks.
+test-docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m docs
 
 bench: $(STAMP)
 	$(INSTALL) -e '.[bench]'

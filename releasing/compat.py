@@ -72,7 +72,7 @@ def run_tests(name: str) -> list[str]:
     python = FOLDER / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        run(python, "-m", "pytest", "-n", "2", "--dist", "loadfile", cwd=ROOT, live=True)
+        run(python, "-m", "pytest", "-m", "not slow", "-n", "2", "--dist", "loadfile", cwd=ROOT, live=True)
     except Failed as failure:
         return [f"{name}: {failure}"]
     return []

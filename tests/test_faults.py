@@ -104,8 +104,8 @@ def test_two_trainings_into_one_folder(run, tmp_path):
     assert files(folder) == before | {".lock": b""}
 
 
-# Something happens to the data worker of a training once there is a checkpoint. Arguments: this folder, that
-# of the run, and what happens.
+# Something happens to the data worker of each of two trainings once there is a checkpoint. Arguments: this
+# folder and that of the runs.
 STRUCK_WORKER = f"""
 import multiprocessing, os, pathlib, resource, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
@@ -113,32 +113,35 @@ from philens.support.errors import TrainingError
 from philens.training.trainer import train
 from tiny import tiny_recipe
 
-def strike():
+def strike(folder, strike_worker):
     while not list(folder.glob("checkpoint-*")):
         time.sleep(0.01)
     for child in multiprocessing.active_children():
-        if sys.argv[3] == "killed":
-            os.kill(child.pid, signal.SIGKILL)
-        else:
-            resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (64, 64))
+        strike_worker(child.pid)
 
-folder = pathlib.Path(sys.argv[2])
-threading.Thread(target=strike, daemon=True).start()
-try:
-    train(tiny_recipe(**{SHORT | {"train__steps": 2000, "data__workers": 1}}), folder)
-except TrainingError as error:
-    sys.stdout.write(str(error))
+happens = {{
+    "killed": lambda worker: os.kill(worker, signal.SIGKILL),
+    "no room": lambda worker: resource.prlimit(worker, resource.RLIMIT_FSIZE, (64, 64)),  # to hand over rows
+}}
+for name, strike_worker in happens.items():
+    folder = pathlib.Path(sys.argv[2], name)
+    threading.Thread(target=strike, args=(folder, strike_worker), daemon=True).start()
+    try:
+        train(tiny_recipe(**{SHORT | {"train__steps": 2000, "data__workers": 1}}), folder)
+    except TrainingError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("what", ["killed", "no room to hand over rows"])
-def test_a_data_worker_ends(tmp_path, what):
+def test_a_data_worker_ends(tmp_path):
     """The trainer says so, and the run can go on from its last checkpoint."""
-    command = [sys.executable, "-c", STRUCK_WORKER, str(Path(__file__).parent), str(tmp_path / "run"), what]
+    command = [sys.executable, "-c", STRUCK_WORKER, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.stdout.startswith("A data worker ended without a word"), done.stderr
-    assert done.stdout.count("\n") == 0
-    assert find_checkpoints(tmp_path / "run")
+    said = done.stdout.splitlines()
+    assert len(said) == 2, done.stderr
+    assert all(line.startswith("A data worker ended without a word") for line in said)
+    assert find_checkpoints(tmp_path / "killed")
+    assert find_checkpoints(tmp_path / "no room")
 
 
 def test_data_workers_end_with_the_training(tmp_path):

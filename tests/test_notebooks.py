@@ -1,7 +1,7 @@
 """The notebooks run in a real kernel, at the scale they have for a machine without a GPU, and show what their
 text says.
 
-`PHILENS_WRITE_DOCS=1 pytest tests/test_notebooks.py` writes them as they were run.
+`PHILENS_WRITE_DOCS=1 pytest tests/test_notebooks.py -m docs` writes them as they were run.
 """
 
 import json
@@ -69,6 +69,7 @@ def test_links_lead_somewhere() -> None:
             assert (FOLDER / target).is_file(), (name, target)
 
 
+@pytest.mark.docs
 @needs_smollm2
 def test_where_a_model_thinks(tmp_path: Path) -> None:
     found = run(
@@ -96,6 +97,7 @@ def test_where_a_model_thinks(tmp_path: Path) -> None:
     assert "<script" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
 def test_layer_in_your_model(tmp_path: Path) -> None:
     found = run(
         "layer_in_your_model",
@@ -130,6 +132,7 @@ def test_layer_in_your_model(tmp_path: Path) -> None:
         assert (tmp_path / name).is_file()
 
 
+@pytest.mark.docs
 def test_choosing_among_answers(tmp_path: Path) -> None:
     found = run(
         "choosing_among_answers",

@@ -97,6 +97,7 @@ def test_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device() is None
 
 
+@pytest.mark.slow  # as torchrun in tests/test_distributed.py it sets what `rank` reads
 def test_accelerate_launch_writes_what_one_process_writes() -> None:
     launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = run(*launch, "-m", "philens", *score_words("launched"))
