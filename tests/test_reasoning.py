@@ -1,9 +1,8 @@
 """From problems to findings: the whole way at smoke scale, and the paper's with a Llama from a config."""
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -96,17 +95,13 @@ def test_what_is_there_is_not_made_again(smoke, monkeypatch):
         reproduce_reasoning("correctness", smoke, "smoke", Choices(kl="official"))
 
 
-def test_the_example_reads_a_seeds_folder(smoke):
+def test_the_example_reads_a_seeds_folder(smoke, monkeypatch, capsys):
     script = Path(__file__).parent.parent / "examples" / "first_mistake.py"
-    done = subprocess.run(
-        [sys.executable, script, smoke / "seed-0"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("phi@model.layers.1") == 4
-    assert done.stdout.count("same style: the higher is right") == 3
+    monkeypatch.setattr(sys, "argv", [str(script), str(smoke / "seed-0")])
+    runpy.run_path(str(script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.count("phi@model.layers.1") == 4
+    assert out.count("same style: the higher is right") == 3
 
 
 @pytest.fixture(scope="module")
