@@ -16,6 +16,7 @@ from packaging import version
 
 import philens
 from philens.lens.check import check
+from philens.lens.proofs import PROMISES
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 WRITE = bool(os.environ.get("PHILENS_WRITE_DOCS"))
@@ -186,8 +187,6 @@ COLUMNS = [
 ]
 # Checked in every run: rotary and absolute positions, sliding windows, experts, states, and one of our own.
 FAMILIES = {"Llama 3.2", "GPT-2", "Gemma 2", "Mixtral (experts)", "Mamba 2", "LSTM of philens"}
-# Compiling takes seconds; this one is compiled in every run.
-COMPILED = {"Llama 3.2"}
 
 
 def make(name):
@@ -218,7 +217,7 @@ def slow_but(names):
 
 
 @functools.cache
-def checked(name, compiled):
+def checked(name, compiled=False):
     """The report of `check`, and what it cannot see: the base before attaching, and after detaching."""
     base = make(name)
     ids = torch.randint(3, 96, (2, 14))
@@ -255,11 +254,9 @@ def expected(name):
 
 @pytest.mark.parametrize("name", slow_but(FAMILIES))
 def test_promises(name):
-    compiled = name in COMPILED
-    report = checked(name, compiled)
+    report = checked(name)
     assert report.ok
-    wanted = expected(name)
-    assert report.results == {c: wanted[c] for c in COLUMNS if c != "compiled" or compiled}, str(report)
+    assert report.results == {c: e for c, e in expected(name).items() if c != "compiled"}, str(report)
     point = report.points[0]
     blocks = ARCHITECTURES[name]().num_hidden_layers
     assert (point.below, point.above) == (2, blocks - 2)
@@ -271,8 +268,8 @@ def test_promises(name):
             assert proof.difference < 0.3 * proof.allowed, proof
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in COMPILED])
+@pytest.mark.slow  # test_held.py and test_check.py compile a model in every run
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_compiled(name):
     assert checked(name, True).results == expected(name)
 
@@ -283,7 +280,7 @@ def attached(name):
     base, ids = make(name), torch.randint(3, 96, (2, 14))
     with torch.no_grad():
         before = base(ids).logits
-        lens = shaken_lens(base)
+        lens = shaken_lens(base).eval()
         with lens.disabled():
             assert torch.equal(lens(ids).logits, before)
         out = lens(ids)
@@ -305,8 +302,7 @@ def test_a_layer_goes_in_and_out(name):
 
 def page():
     """docs/architectures.md: `expected`, to which `test_promises` holds what is found."""
-    (compiled,) = COMPILED
-    promises = {proof.name: proof.promise for proof in checked(compiled, True).proofs}
+    promises = {promise.name: promise.meaning for promise in PROMISES}
     signs = {"yes": "✓", "not supported by the base": "-"}
     lines = [
         "# What works with which architecture",
