@@ -25,11 +25,11 @@ def _quick():
     """
     from matplotlib.figure import Figure
 
-    from philens.findings import figures
+    from philens.training import course
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(figures, "figure_training", lambda records: Figure(figsize=(1, 1)))
+        patch.setattr(course, "figure_training", lambda records: Figure(figsize=(1, 1)))
         yield
 
 

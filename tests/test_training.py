@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from philens.findings import figures
-from philens.findings.figures import figure_training  # not the blank one of conftest.py
 from philens.support.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
-from philens.training.callbacks import draw_course
+from philens.training import course
+from philens.training.course import figure_training  # not the blank one of conftest.py
 from philens.training.evaluation import evaluate_tasks
 from philens.training.recipe import load_recipe
 from philens.training.run import build_model, find_checkpoints, load_run, read_metrics, recipe_yaml
@@ -69,8 +68,8 @@ def test_a_run_writes_all_that_is_promised(smoke):
 def test_the_picture_of_a_run_is_drawn(smoke, monkeypatch):
     *_, folder = smoke
     blank = (folder / "training.png").read_bytes()
-    monkeypatch.setattr(figures, "figure_training", figure_training)
-    draw_course(folder)
+    monkeypatch.setattr(course, "figure_training", figure_training)
+    course.draw_course(folder)
     drawn = (folder / "training.png").read_bytes()
     assert blank[:8] == drawn[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(drawn) > 10 * len(blank)
