@@ -158,7 +158,6 @@ def test_arguments_that_rows_share_stay_whole(monkeypatch):
     assert rows.of([mask, torch.arange(4)])[0].shape == (1, 1, 4, 4)
 
 
-
 def test_in_evaluation_all_rows_press(tokens):
     lens = make_lens(pressure_share=0.25).eval()
     expected = by_definition(lens, tokens, slice(None))

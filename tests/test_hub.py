@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+import transformers as hf
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -100,6 +101,203 @@ def test_a_model_in_several_files(tmp_path):
         assert "names something else than safetensors files" in error_of(tmp_path, tokenizer=False)
     index.write_text("{}")
     assert "does not say which file holds which weights" in error_of(tmp_path, tokenizer=False)
+
+
+def test_parts_under_any_name(hub, tmp_path):
+    """They are the files that the index names, here and on the Hub."""
+    folder = tmp_path / "parts"
+    make_llama().save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    for number, part in enumerate(sorted(set(listed["weight_map"].values()))):
+        (folder / part).rename(folder / f"weights [{number}].safetensors")
+        listed["weight_map"] = {
+            key: f"weights [{number}].safetensors" if file == part else file
+            for key, file in listed["weight_map"].items()
+        }
+    index.write_text(json.dumps(listed))
+    files = contents(folder) | {"other.safetensors": b"another model's", "pytorch_model.bin": b"pickle"}
+    hub.add("someone/llama", files)
+    for name in (folder, "someone/llama"):
+        found, _ = load_pretrained(name, tokenizer=False)
+        assert torch.equal(found(IDS).logits, make_llama()(IDS).logits)
+    assert set(hub.fetched) == set(contents(folder))
+    count = len(hub.fetched)
+    assert load_pretrained("someone/llama", tokenizer=False, local_only=True)
+    assert len(hub.fetched) == count
+
+
+def add_keys(folder, **tensors):
+    weights = load_file(folder / WEIGHTS) | {key.replace("__", "."): value for key, value in tensors.items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_what_older_versions_wrote_and_carries_no_weight(copy, caplog, tmp_path):
+    mask = torch.ones(8, 8).tril()[None, None]
+    add_keys(
+        copy,
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.rand(8),
+        model__layers__0__self_attn__bias=mask.bool(),
+        model__layers__1__attention__bias=mask - mask.tril(-4),  # local attention
+        model__layers__1__attention__masked_bias=torch.tensor(-1e9),
+        model__position_ids=torch.arange(8)[None],
+    )
+    base, _ = load_pretrained(copy)
+    assert torch.equal(base(IDS).logits, make_llama()(IDS).logits)
+    assert "tensors of an older version, which the model computes by itself" in caplog.text
+    assert "model.layers.0.self_attn.bias" in caplog.text
+    # GPT-2 of the first days: without the name of the part, with a mask in each block.
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2" / WEIGHTS)
+    weights = {key.removeprefix("transformer."): value for key, value in weights.items()}
+    weights |= {f"h.{n}.attn.bias": torch.ones(1, 1, 128, 128).tril() for n in range(3)}
+    save_file(weights, tmp_path / "gpt2" / WEIGHTS, metadata={"format": "pt"})
+    base, _ = load_pretrained(tmp_path / "gpt2", tokenizer=False)
+    assert torch.equal(base(IDS).logits, make_gpt2()(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        ("model__layers__0__self_attn__bias", torch.ones(8, 8)),
+        ("model__layers__0__self_attn__bias", torch.rand(8, 8).tril()),
+        ("model__layers__0__self_attn__bias", torch.ones(8)),
+        ("model__layers__0__self_attn__o_proj__bias", torch.ones(8, 8).tril()),
+        ("model__layers__3__position_ids__weight", torch.arange(8)),
+    ],
+)
+def test_what_may_be_a_weight_is_none_to_leave_out(copy, key, tensor):
+    add_keys(copy, **{key: tensor}, model__inv_freq=torch.rand(8))
+    name = key.replace("__", ".")
+    assert f"do not fit its config.json: it has an unknown {name}; it is damaged" in error_of(copy)
+
+
+def test_a_missing_weight_stays_an_error(copy):
+    add_keys(copy, model__inv_freq=torch.rand(8))
+    weights = load_file(copy / WEIGHTS)
+    del weights["model.norm.weight"]
+    save_file(weights, copy / WEIGHTS, metadata={"format": "pt"})
+    assert "it misses model.norm.weight; it is damaged" in error_of(copy)
+
+
+# Models that see as well, and how the language part is loaded: by itself, or by the class that has all parts.
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+SEEING = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 4}
+CLIP = SEEING | {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8}
+QWEN = SEEING | {"depth": 2, "num_heads": 4, "out_hidden_size": 32}
+HYBRID = {
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+PLACES = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+WRAPPED = {
+    "Qwen3_5ForCausalLM": lambda: hf.Qwen3_5ForConditionalGeneration(
+        hf.Qwen3_5Config(text_config=TEXT | HYBRID, vision_config=QWEN | {"num_position_embeddings": 16})
+    ),
+    "Llama4ForCausalLM": lambda: hf.Llama4ForConditionalGeneration(
+        hf.Llama4Config(
+            text_config=TEXT | {"head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": []},
+            vision_config=CLIP
+            | {
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+        )
+    ),
+    "Mistral3ForConditionalGeneration": lambda: hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(
+            text_config=hf.MistralConfig(**TEXT, head_dim=8), vision_config=hf.PixtralVisionConfig(**CLIP)
+        )
+    ),
+    "Qwen2_5_VLForConditionalGeneration": lambda: hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(
+            text_config=TEXT | ROTARY, vision_config=QWEN | {"fullatt_block_indexes": [1]}, **PLACES
+        )
+    ),
+    "Qwen3VLForConditionalGeneration": lambda: hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(
+            text_config=TEXT | ROTARY | {"head_dim": 8},
+            vision_config=QWEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            **PLACES,
+        )
+    ),
+    "LlavaForConditionalGeneration": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**CLIP), image_token_index=5
+        )
+    ),
+    "Gemma3ForConditionalGeneration": lambda: hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
+            text_config=TEXT | {"head_dim": 8}, vision_config=CLIP, mm_tokens_per_image=1, image_token_index=5
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_model_that_sees_as_well_reads_text(hub, tmp_path, name, caplog):
+    made = WRAPPED[name]().eval()
+    made.save_pretrained(tmp_path)
+    hub.add("someone/sees", contents(tmp_path))
+    ids = IDS.clone()
+    with torch.no_grad():
+        # Llama 4 with all its parts does not run in transformers 5.24.
+        whole = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval() if name[:6] == "Llama4" else made
+        expected = whole(input_ids=ids).logits
+        for source in (tmp_path, "someone/sees"):
+            base, _ = load_pretrained(source, tokenizer=False)
+            assert type(base).__name__ == name
+            assert torch.equal(base(input_ids=ids).logits, expected)
+    assert "philens" not in caplog.text
+    lens = attach(base, PHiConfig(layer=1, prior_heads=2)).eval()
+    with torch.no_grad():
+        whole, first = lens(ids).phi, lens(ids[:, :4], use_cache=True)
+        rest = lens(ids[:, 4:], cache=first.cache, use_cache=True)
+        torch.testing.assert_close(torch.cat((first.phi, rest.phi), 1), whole, rtol=1e-4, atol=1e-3)
+    generation = lens.generate(ids, max_new_tokens=3, do_sample=False)
+    torch.testing.assert_close(generation.phi[:, : ids.shape[1]], whole, rtol=1e-4, atol=1e-3)
+    lens.save_pretrained(tmp_path / "adapter")
+    lens.detach()
+    assert load(base, tmp_path / "adapter").module_paths == lens.module_paths
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "LlavaForConditionalGeneration"])
+def test_a_part_of_a_model_that_sees_is_as_strict(tmp_path, name):
+    WRAPPED[name]().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    keys = (key for key in weights if key.endswith("layers.1.self_attn.q_proj.weight"))
+    text = next(key for key in keys if "vision" not in key)
+    added = text.replace("layers.1", "layers.7")
+    save_file(weights | {added: torch.ones(3)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert "it has an unknown " in error_of(tmp_path, tokenizer=False)
+    del weights[text]
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert "it misses " in error_of(tmp_path, tokenizer=False)
+
+
+def test_what_needs_an_image_or_an_encoder_reads_no_text(tmp_path):
+    hf.BlipForConditionalGeneration(
+        hf.BlipConfig(text_config=TEXT | {"bos_token_id": 1}, vision_config=CLIP)
+    ).save_pretrained(tmp_path / "blip")
+    assert "(BlipForConditionalGeneration) is not a causal language model" in error_of(tmp_path / "blip")
 
 
 def test_a_run_folder(model, tmp_path):

@@ -129,7 +129,6 @@ def test_a_pass_ends_where_the_base_raises(llama, tokens):
         assert torch.equal(llama(tokens[:, :-1]).logits, shorter)
 
 
-
 def test_detach_gives_the_base_back(base, tokens):
     hooks = hooks_of(base)
     with torch.no_grad():

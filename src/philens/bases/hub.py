@@ -4,10 +4,13 @@ A model is fetched first, as plain files without any pickle among them, and then
 """
 
 import contextlib
+import copy
+import glob
+import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +20,16 @@ from philens.bases import gguf, wheels
 from philens.support.errors import AdapterError, ConfigError, PhilensError
 from philens.support.extras import require
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A model's own files. Some repositories hold the same weights in other formats, and pickles: never fetched.
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
-_MODEL_FILES = (*_TEXT_FILES, "model.safetensors", "model-*-of-*.safetensors")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"  # the index names the files of parts
+# What older versions of libraries wrote beside the weights and a model makes by itself: rotary frequencies,
+# positions, what stands for "not to be seen". Causal masks are told by their values, too.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|masked_bias|(cos|sin)_cached)$")
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask)$")
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _CODE = (
     "{} runs Python code of its own; read that code, and if you trust it, say --trust-remote-code "
@@ -205,11 +214,14 @@ def load_pretrained(
         return _load_gguf(file, name, shown, tokenizer)
     dtype = shown if shown == "auto" else getattr(torch, shown)
     quantized = _quantization_config(quantization, dtype)
-    patterns = (*_MODEL_FILES, "*.py") if trust_remote_code else _MODEL_FILES
+    patterns = (*_TEXT_FILES, _WEIGHTS, *(["*.py"] if trust_remote_code else []))
     folder, commit = find(
         os.fspath(name), patterns, "model", "config.json", revision=revision, local_only=local_only
     )
     check_small_files(folder)
+    if commit is not None and not (folder / _WEIGHTS).exists():
+        parts = [glob.escape(file) for file in _parts(folder)]
+        fetch(os.fspath(name), parts, revision=commit, local_only=local_only)
     # Code may live in a repository of its own; all else is here by now.
     options = {
         "trust_remote_code": trust_remote_code,
@@ -237,7 +249,7 @@ def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokeni
             if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
                 raise _not_causal(name, header.architecture)
             gguf.scale_positions(config, file, header)
-            part, asked = "model", _count_weights(config)
+            part, asked = "model", _count_weights(config, AutoModelForCausalLM)
             if asked != (held := header.count_weights(config.tie_word_embeddings)):
                 raise AdapterError(
                     f"{file} holds {held:,} weights, and its header describes a model with {asked:,}; it is "
@@ -295,29 +307,71 @@ def _quantization_config(quantization: str | None, dtype: Any) -> Any:
 def _load_model(
     folder: Path, name: str | os.PathLike[str], options: dict[str, Any], dtype: Any, quantized: Any
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from philens.support.files import check_sums
 
     files = _check_weight_files(folder, name)
     check_sums(folder)
-    config = _load_config(folder, name, options, files)
-    try:
-        with quiet():
-            base, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                folder,
-                config=config,
-                dtype=dtype,
-                quantization_config=quantized,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are told apart below
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:  # the files are somebody else's: anything can come out of them
-        raise _unusable(name, "model", error) from error
+    config, kind, whole = _load_config(folder, name, options, files)
+
+    def load(kind: Any, **others: Any) -> Any:
+        try:
+            with quiet():
+                base, info = kind.from_pretrained(
+                    folder,
+                    config=copy.deepcopy(config),
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # they are told apart below
+                    output_loading_info=True,
+                    **options,
+                    **others,
+                )
+        except Exception as error:  # the files are somebody else's: anything can come out of them
+            raise _unusable(name, "model", error) from error
+        return base, info
+
+    base, info = load(kind, dtype=dtype, quantization_config=quantized)
+    info["unexpected_keys"] = _without_computed(info["unexpected_keys"], files, name)
+    if info["unexpected_keys"] and whole is not None:
+        # The text part does not know the weights that see or hear; the model with all parts must.
+        info["unexpected_keys"] = load(whole, device_map="meta")[1]["unexpected_keys"]
     _check_fit(info, name)
     return base
+
+
+def _without_computed(keys: Iterable[str], files: list[Path], name: str | os.PathLike[str]) -> list[str]:
+    """What a model does not know among a checkpoint's keys, without what it computes by itself."""
+    left = sorted(keys)
+    computed = [
+        key for key in left if _COMPUTED.search(key) or (_MASK.search(key) and _is_causal_mask(files, key))
+    ]
+    if computed:
+        logger.warning(
+            "%s holds %d tensors of an older version, which the model computes by itself and which are left "
+            "out: %s.",
+            name,
+            len(computed),
+            ", ".join(computed[:3]) + (", ..." if len(computed) > 3 else ""),
+        )
+    return [key for key in left if key not in computed]
+
+
+def _is_causal_mask(files: list[Path], key: str) -> bool:
+    """Whether a tensor (..., T, T) of a checkpoint is 1 where a token may look, itself included, and 0
+    elsewhere, on later tokens at least."""
+    from safetensors import safe_open
+
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            for own in weights.keys():  # noqa: SIM118
+                # transformers may have put the name of the part before it.
+                if own == key or key.endswith("." + own) or own.endswith("." + key):
+                    mask = weights.get_tensor(own)
+                    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+                        return False
+                    kept = (mask == 0) | (mask == 1)
+                    own_token = mask.diagonal(dim1=-2, dim2=-1) == 1
+                    return bool(kept.all() and own_token.all() and (mask == mask.tril()).all())
+    return False
 
 
 def _check_fit(info: dict[str, Any], name: str | os.PathLike[str]) -> None:
@@ -347,7 +401,7 @@ def check_small_files(folder: Path) -> None:
                 )
 
 
-def _check_sizes(config: Any, folder: Path, files: list[Path]) -> None:
+def _check_sizes(config: Any, kind: Any, folder: Path, files: list[Path]) -> None:
     """Raise an AdapterError if a configuration asks for more weights than the files can hold.
 
     transformers takes memory, and time to fill it, for every weight that a configuration asks for.
@@ -355,7 +409,7 @@ def _check_sizes(config: Any, folder: Path, files: list[Path]) -> None:
     size = sum(path.stat().st_size for path in files)
     # A quantized weight may have a single bit.
     most = size if getattr(config, "quantization_config", None) is None else 8 * size
-    asked = _count_weights(config)
+    asked = _count_weights(config, kind)
     if asked > most:
         raise AdapterError(
             f"{folder / 'config.json'} asks for {asked:,} weights and the files beside it have {size:,} "
@@ -363,14 +417,18 @@ def _check_sizes(config: Any, folder: Path, files: list[Path]) -> None:
         )
 
 
-def _count_weights(config: Any) -> int:
-    """How many weights a model of this configuration has."""
+def _count_weights(config: Any, kind: Any) -> int:
+    """How many weights a model of this configuration has.
+
+    Args:
+        kind: `AutoModelForCausalLM`, or a class of models.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    make = getattr(kind, "from_config", None) or kind._from_config
     with no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = make(config)
     model.tie_weights()
     return sum(weight.numel() for weight in model.parameters())
 
@@ -383,8 +441,11 @@ def _blocks_in(raw: Any) -> int:
 
 def _load_config(
     folder: Path, name: str | os.PathLike[str], options: dict[str, Any], files: list[Path]
-) -> Any:
-    """The model's configuration.
+) -> tuple[Any, Any, Any]:
+    """The model's configuration; what loads it; the class with all its parts, where that is another.
+
+    Of a model that also sees or hears, the text part is loaded by itself where `transformers` has it as a
+    causal language model, else all of it, by the class that the configuration names.
 
     Args:
         files: with the model's weights.
@@ -392,6 +453,7 @@ def _load_config(
     Raises:
         AdapterError: it is none, or not that of a causal language model that may be loaded.
     """
+    import transformers
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
@@ -424,26 +486,45 @@ def _load_config(
         raise _unusable(name, "configuration", error) from error
     mapping = AutoModelForCausalLM._model_mapping
     if brings_code and options["trust_remote_code"]:
-        return config
-    if type(config) not in mapping:
-        if brings_code:
-            raise AdapterError(_CODE.format(name))
-        causal = False
-    else:
+        return config, AutoModelForCausalLM, None
+    kinds: list[Any] = []
+    if type(config) in mapping:
         # BERT and its like can be run as causal models, but were not trained as such.
         own: Any = mapping[type(config)]
-        names = (own.__name__, "ForCausalLM", "LMHeadModel")
-        causal = not architectures or any(str(one).endswith(names) for one in architectures)
-    if not causal or getattr(config, "is_encoder_decoder", False):
-        kind = architectures[0] if architectures else type(config).__name__
-        raise _not_causal(name, kind)
+        names = (own.__name__, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        if not architectures or any(str(one).endswith(names) for one in architectures):
+            kinds.append(AutoModelForCausalLM)
+    elif brings_code:
+        raise AdapterError(_CODE.format(name))
+    kinds += [
+        kind
+        for kind in (getattr(transformers, str(one), None) for one in architectures)
+        if kind is not None and kind is not mapping.get(type(config), None) and _reads_text(kind, config)
+    ]
+    if not kinds or getattr(config, "is_encoder_decoder", False):
+        raise _not_causal(name, architectures[0] if architectures else type(config).__name__)
     try:
-        _check_sizes(config, folder, files)
+        _check_sizes(config, kinds[0], folder, files)
     except AdapterError:
         raise
     except Exception as error:  # the same
         raise _unusable(name, "model", error) from error
-    return config
+    return config, kinds[0], kinds[1] if len(kinds) > 1 else None
+
+
+def _reads_text(kind: Any, config: Any) -> bool:
+    """Whether a class of `transformers` writes text and needs nothing but text for that."""
+    from transformers import GenerationMixin
+
+    if not (
+        kind.__name__.endswith("ForConditionalGeneration")
+        and issubclass(kind, GenerationMixin)
+        and getattr(kind, "config_class", None) is type(config)
+    ):
+        return False
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return needed <= {"input_ids"}
 
 
 def _not_causal(name: str | os.PathLike[str], kind: str) -> AdapterError:
@@ -462,27 +543,37 @@ def _unusable(name: str | os.PathLike[str], part: str, error: Exception) -> Adap
 
 def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> list[Path]:
     """The files with a model's weights; raises an AdapterError unless they are whole safetensors files."""
-    from philens.support.files import check_safetensors, read_json
+    from philens.support.files import check_safetensors
 
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        files = ["model.safetensors"]
-    else:
-        parts = read_json(index, _INDEX_BYTES).get("weight_map")
-        if not isinstance(parts, dict) or not all(isinstance(file, str) for file in parts.values()):
-            raise AdapterError(f"{index} does not say which file holds which weights; it is damaged.")
-        files = sorted(set(parts.values()))
-        if any(Path(file).name != file or not file.endswith(".safetensors") for file in files):
-            raise AdapterError(
-                f"{index} names something else than safetensors files beside it; it is damaged."
-            )
-    if files == ["model.safetensors"] and not os.path.lexists(folder / files[0]):
+    files = [_WEIGHTS] if (folder / _WEIGHTS).exists() else _parts(folder)
+    if files == [_WEIGHTS] and not os.path.lexists(folder / _WEIGHTS):
         pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         held = f", only {min(pickles)}, and pickles are never loaded" if pickles else ""
         raise AdapterError(f"{name} holds no model.safetensors{held}; save the model with safetensors.")
     for file in files:
         check_safetensors(folder / file)
     return [folder / file for file in files]
+
+
+def _parts(folder: Path) -> list[str]:
+    """The files that hold a model's weights by its index, whatever they are called; without an index, the
+    only one.
+
+    Raises:
+        AdapterError: the index is damaged.
+    """
+    from philens.support.files import read_json
+
+    index = folder / _INDEX
+    if not index.exists():
+        return [_WEIGHTS]
+    parts = read_json(index, _INDEX_BYTES).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(file, str) for file in parts.values()):
+        raise AdapterError(f"{index} does not say which file holds which weights; it is damaged.")
+    files = sorted(set(parts.values()))
+    if any(Path(file).name != file or not file.endswith(".safetensors") for file in files):
+        raise AdapterError(f"{index} names something else than safetensors files beside it; it is damaged.")
+    return files
 
 
 def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:
