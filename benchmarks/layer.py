@@ -13,7 +13,8 @@ from benchmarks.harness import Bench, Comparison, Series, Target, Unavailable
 from benchmarks.models import scratch_recipe
 from benchmarks.peak import peak_bytes
 from philens.lens.config import PHiConfig
-from philens.lens.layer import PHiLayer, contrastive_loss
+from philens.lens.divergence import contrastive_loss
+from philens.lens.layer import PHiLayer
 from philens.support.errors import InputError
 
 # Causal attention's products are cut into so many pieces, so that about half of the squares is left out.

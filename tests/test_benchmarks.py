@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from philens.lens.config import PHiConfig
-from philens.lens.layer import PHiLayer, contrastive_loss
+from philens.lens.divergence import contrastive_loss
+from philens.lens.layer import PHiLayer
 from philens.support.errors import InputError
 
 CPU = torch.device("cpu")
