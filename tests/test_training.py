@@ -271,16 +271,22 @@ STOPS = {
     "saving": ("kill_while_saving", 6),
     "ctrl_c": ("interrupt", 3),
 }
+# Of the LSTM in every run, what its records, sums over several passes, add to the Transformer's.
+STOPPED = [("transformer", stop) for stop in STOPS] + [("lstm", "phase_2"), ("lstm", "ctrl_c")]
+OTHERS = [("lstm", "early"), ("lstm", "phase_1"), ("lstm", "saving")]
 FULL = ("fill_disk", "fill_disk_to_the_brim")
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Folders of runs that were stopped, all made in one process that imports torch once."""
-    folder = tmp_path_factory.mktemp("stopped")
-    cases = {(a, s): (*STOPS[s], ARCHITECTURES[a]) for a in ("transformer", "lstm") for s in STOPS}
+    """Folders of runs that were stopped."""
+    cases = {(a, s): (*STOPS[s], ARCHITECTURES[a]) for a, s in STOPPED}
     cases[("muon", "phase_2")] = ("kill", 6, ARCHITECTURES["muon"])
-    cases |= {("transformer", mishap): (mishap, 5, {}) for mishap in FULL}
+    return stop(tmp_path_factory.mktemp("stopped"), cases | {("transformer", m): (m, 5, {}) for m in FULL})
+
+
+def stop(folder, cases):
+    """Runs that are stopped in their folders, all made in one process that imports torch once."""
     scenarios = []
     for (architecture, name), (mishap, step, changes) in cases.items():
         path = folder / f"{architecture}-{name}"
@@ -308,9 +314,19 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("architecture", ["transformer", "lstm"])
+@pytest.mark.parametrize(("architecture", "stop"), STOPPED)
 def test_a_resumed_run_is_the_uninterrupted_one(stopped, uninterrupted, architecture, stop):
+    resume(stopped, uninterrupted, architecture, stop)
+
+
+@pytest.mark.slow
+def test_resumed_runs_of_other_stops(tmp_path, uninterrupted):
+    stop(tmp_path, {(a, s): (*STOPS[s], ARCHITECTURES[a]) for a, s in OTHERS})
+    for architecture, name in OTHERS:
+        resume(tmp_path, uninterrupted, architecture, name)
+
+
+def resume(stopped, uninterrupted, architecture, stop):
     folder = stopped / f"{architecture}-{stop}"
     checkpoints = [path.name for path in find_checkpoints(folder)]
     expected = {"early": [], "phase_1": ["checkpoint-2"], "phase_2": ["checkpoint-4", "checkpoint-6"]}
