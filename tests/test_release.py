@@ -1,6 +1,7 @@
 """What is released: metadata that agree, a wheel with all it needs, and philens without its extras."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -224,6 +225,8 @@ def test_without_any_extra(tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        # Formal languages alone; tests/test_demo.py has SmolLM2 read.
+        env=os.environ | {"PHILENS_CACHE": str(tmp_path / "cache"), "PIP_FIND_LINKS": ""},
     )
     assert run.returncode == 0, run.stderr
     done = json.loads(run.stdout.splitlines()[-1])
