@@ -13,6 +13,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 torch.set_num_threads(1)
 
 
+# Files of few and long tests; `make test` begins with them, so that none is left for last.
+LONG = {"benchmarks", "explore_browser", "held", "reasoning", "scale", "training"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
