@@ -300,7 +300,7 @@ def stop(folder, cases):
     subprocess.run(
         [sys.executable, str(script), str(file)],
         check=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     return folder
