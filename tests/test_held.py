@@ -72,7 +72,7 @@ def watched_step(lens, batch):
     return watch
 
 
-# No graph breaks. `eager` finds them, in half the time; `aot_eager` also traces the backward pass.
+# No graph breaks. `eager` finds them and takes less time; `aot_eager` also traces the backward pass.
 
 TWO_BLOCKS = {"model__layers": 2, "phi__layer": 0}
 
