@@ -219,6 +219,7 @@ def explore(
     host: str = "127.0.0.1",
     port: int = 7860,
     max_characters: int = 10_000,
+    record: Path | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
@@ -232,6 +233,7 @@ def explore(
         host: address to listen on; any but that of this machine lets others use the model.
         port: to listen on; 0 takes any that is free.
         max_characters: that a text may have.
+        record: file that keeps every view of the session, a page that works without philens.
         revision: branch, tag or commit of the model on the Hub.
         dtype: of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
@@ -239,7 +241,7 @@ def explore(
     from philens.explore.server import explore
 
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
-    explore(model, adapters, revision, dtype, trust_remote_code, host, port, max_characters, say)
+    explore(model, adapters, revision, dtype, trust_remote_code, host, port, max_characters, say, record)
 
 
 def sweep(

@@ -10,15 +10,18 @@ from gradio.themes.utils.fonts import Font
 
 from philens.explore import view
 from philens.explore.examples import Example, examples
+from philens.explore.link import START, Shown
 from philens.explore.models import FORMAL, TEXT, Explored
 from philens.explore.session import NAMES, Sessions, Update
 from philens.explore.view import PALETTES, RANGES, Look
 from philens.show.colours import plain_label
+from philens.support.errors import PhilensError
 
 _HEAD = """<div class="ph-head"><h1>Where does the model think?</h1>
 <p>Each token is coloured by <b>phi</b>, the information in nats that its hidden state adds to what the
 model's earlier hidden states already told, beside its <b>surprisal</b>. Point at a token, or walk through
-the text with the arrow keys, to read its values; drag, or hold Shift, to mark a span.</p></div>"""
+the text with the arrow keys, to read its values; click it, or press Enter, to put another in its place or
+write on from there; drag, or hold Shift, to mark a span.</p></div>"""
 _COUNT = """(text) => {{
   const line = document.querySelector('#ph-count'), count = [...text].length;
   line.textContent = `${{count.toLocaleString('en')}} of {most:,} characters`;
@@ -27,6 +30,8 @@ _COUNT = """(text) => {{
 # Lists whose options depend on the model. A click may come before the options of the one before it did, which
 # Gradio would take for an error; whether a model has what was chosen is asked where the answer is a sentence.
 _ANY: dict[str, Any] = {"allow_custom_value": True}
+# The part of the address after `#`, which comes with no request; then what the page loads with.
+_FRAGMENT = "(_, ...others) => [location.hash.slice(1), ...others]"
 _HIGHLIGHT = """(text, first, last) => window.philens?.highlight(
   text === 'Text B' ? 1 : 0, Math.min(first, last), Math.max(first, last))"""
 
@@ -80,7 +85,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                 point = gr.Dropdown(
                     list(first.points), value=next(iter(first.points)), label="Insertion point", **_ANY
                 )
-                with gr.Accordion("Compare with a second text", open=False):
+                with gr.Accordion("Compare with a second text", open=False) as second:
                     other = gr.Textbox(label=NAMES[1], lines=4, max_lines=14, elem_id="text-b")
                 with gr.Accordion("How the model writes on", open=False):
                     count = gr.Number(60, label="Tokens at most", precision=0)
@@ -106,7 +111,8 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                     end = gr.Number(0, label="to token", precision=0, min_width=100, elem_id="mark-to")
 
         look = [left, right, spread, low, high, palette]
-        shown = [status, result, text, cancel, left, right]
+        fragment = gr.Textbox(visible=False)
+        shown = [status, result, text, other, second, cancel, left, right]
 
         def session(request: gr.Request) -> Any:
             return sessions.of(request.session_hash or "")
@@ -123,8 +129,11 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                 fields = None
                 if one.status is not None:
                     change[status] = one.status
-                if one.text is not None:
-                    change[text] = one.text
+                change |= {
+                    box: own for box, own in zip((text, other), one.texts, strict=True) if own is not None
+                }
+                if one.texts[1] is not None:
+                    change[second] = gr.update(open=True)
                 if one.result is not None:
                     change[result] = one.result
                 if one.metrics not in ((), look.metrics):
@@ -149,9 +158,31 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         def write_on(
             request: gr.Request, name: str, at: str, one: str, count: Any, sample: bool, heat: Any, *look: Any
         ) -> Any:
-            options = {"count": int(count or 0), "sample": sample, "temperature": float(heat or 0)}
             chosen = looked(*look)
+            options = written(count, sample, heat)
             updates = session(request).write(models[name], at, one or "", chosen, **options)
+            yield from changes(updates, chosen)
+
+        def written(count: Any, sample: bool, heat: Any) -> dict[str, Any]:
+            return {"count": int(count or 0), "sample": sample, "temperature": float(heat or 0)}
+
+        def branch(
+            request: gr.Request,
+            event: gr.EventData,
+            name: str,
+            at: str,
+            count: Any,
+            sample: bool,
+            heat: Any,
+            *look: Any,
+        ) -> Any:
+            """Go on from a token otherwise, in the place of the second text."""
+            data, chosen = event._data or {}, looked(*look)
+            number, token = (int(data.get(key, 0)) for key in ("text", "token"))
+            instead = data.get("alternative")
+            instead = None if instead is None else int(instead)
+            options = written(count, sample, heat)
+            updates = session(request).branch(models[name], at, number, token, instead, chosen, **options)
             yield from changes(updates, chosen)
 
         def turned(to: str, name: str, at: str, look: Look) -> tuple[str, Look, dict[Any, Any]]:
@@ -188,6 +219,44 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
 
             return chosen
 
+        def begin_with(request: gr.Request, fragment: str, name: str, at: str, *look: Any) -> Any:
+            """What a link brings back, else the first example."""
+            if fragment.startswith(START):
+                yield from bring_back(request, fragment, looked(*look))
+            elif FORMAL in models:
+                yield from choose(start, request, name, at, *look)
+            else:
+                yield {status: gr.skip()}
+
+        def bring_back(request: gr.Request, fragment: str, look: Look) -> Iterator[dict[Any, Any]]:
+            try:
+                wanted = Shown.from_fragment(fragment)
+            except PhilensError as error:
+                yield {status: view.status(str(error), kind="error")}
+                return
+            texts = [wanted.texts.get(name, "") for name in NAMES]
+            fields: dict[Any, Any] = {text: texts[0], other: texts[1]}
+            fields |= {second: gr.update(open=True)} if texts[1] else {}
+            if wanted.model not in models or wanted.point not in models[wanted.model].points:
+                said = (
+                    f"This link is of {wanted.model}, {wanted.point}, which is not open here; start philens "
+                    "explore with that model, or press Read to have its text read by this one."
+                )
+                yield fields | {status: view.status(said, kind="error")}
+                return
+            at, look, controls = turned(wanted.model, wanted.model, wanted.point, wanted.look)
+            named = next(label for label, own in RANGES.items() if own == look.range)
+            fixed = look.range == "fixed"
+            fields |= controls | {
+                spread: named,
+                low: gr.update(value=look.low, visible=fixed),
+                high: gr.update(value=look.high, visible=fixed),
+                palette: look.palette,
+            }
+            read = {name: own for name, own in zip(NAMES, texts, strict=True) if own}
+            updates = session(request).read(models[wanted.model], at, read or {NAMES[0]: ""}, look)
+            yield from changes(updates, look, fields)
+
         def mark(request: gr.Request, event: gr.EventData) -> Any:
             data = event._data or {}
             number, first, last = (int(data.get(key, 0)) for key in ("text", "first", "last"))
@@ -207,7 +276,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         write.click(write_on, [*where, text, count, sample, temperature, *look], shown, **options)
         cancel.click(stop, None, None, queue=False, **options)
         for name, button in buttons.items():
-            button.click(chooser(offered[name]), [*where, *look], [*shown, *where, other], **options)
+            button.click(chooser(offered[name]), [*where, *look], [*shown, *where], **options)
         model.input(turn, [model, *look], [*shown, *where], **options)
         spread.select(
             lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
@@ -224,8 +293,10 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         )
         text.change(None, text, None, js=_COUNT.format(most=sessions.most))
         page.unload(leave)
-        if FORMAL in models:
-            page.load(chooser(start), [*where, *look], [*shown, *where, other], **options)
+        writing = [count, sample, temperature]
+        result.branch(branch, [*where, *writing, *look], shown, **options)
+        everything = [*shown, *where, spread, low, high, palette]
+        page.load(begin_with, [fragment, *where, *look], everything, js=_FRAGMENT, **options)
     return page
 
 

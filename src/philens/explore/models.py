@@ -186,6 +186,7 @@ class Explored:
                 metrics=[name for name in metrics if name != _ERROR],
                 batch_tokens=1,
                 names=list(texts),
+                alternatives=True,
             )
         return [_of_point(one, at, point) for one in found]
 

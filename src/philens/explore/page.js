@@ -10,14 +10,18 @@ let pressed = false;
 let marking = 0;
 let loaded = false;
 let highlighted = '';
+let pinned = null; // the token whose values stay, with what can be done there
+const live = typeof recorded === 'undefined'; // a recorded page has no model
 
 // A pane is a list of options, its tokens: it has the keyboard's focus, and one of its tokens is the active one.
 function setUp() {
+  unpin();
   hide();
   anchor = null;
   highlighted = '';
   sections = [...element.querySelectorAll('.reading')].map((root, text) => {
-    const section = {root, text, panes: [], values: JSON.parse(root.dataset.values)};
+    const section = {root, text, panes: [], values: JSON.parse(root.dataset.values),
+      others: JSON.parse(root.dataset.others)};
     for (const pane of root.querySelectorAll('.text')) {
       const tokens = [...pane.children];
       Object.assign(pane, {section, tokens, active: 0, tabIndex: 0});
@@ -38,25 +42,87 @@ function lines({section, number}) {
     .map(([name, value]) => [name, value === null ? 'none' : value.toFixed(3)]);
 }
 
+const make = (tag, text, name) => {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (name) made.className = name;
+  return made;
+};
+const percent = (p) => p < .001 ? '<0.1 %' : `${(100 * p).toFixed(p < .0995 ? 1 : 0)} %`;
+
 function show(token, box) {
   const piece = token.textContent.replace(/\n$/, '');
-  const head = document.createElement('b');
-  head.textContent = `token ${token.number}  ${piece}`;
-  const list = document.createElement('dl');
-  for (const [name, value] of lines(token)) {
-    const term = document.createElement('dt'), detail = document.createElement('dd');
-    term.textContent = name;
-    detail.textContent = value;
-    list.append(term, detail);
-  }
-  tip.replaceChildren(head, list);
+  const list = make('dl', '');
+  for (const [name, value] of lines(token)) list.append(make('dt', name), make('dd', value));
+  tip.replaceChildren(make('b', `token ${token.number}  ${piece}`), list, ...alternatives(token));
   tip.hidden = false;
+  put(token, box);
+  point(token);
+}
+
+// Beside the token, or beside the place given.
+function put(token, box) {
   const at = box || token.getClientRects()[0] || token.getBoundingClientRect();
   const {offsetWidth: width, offsetHeight: height} = tip;
   tip.style.left = `${Math.max(4, Math.min(at.left, innerWidth - width - 8))}px`;
   const above = at.top - height - 8;
-  tip.style.top = `${above > 4 ? above : at.bottom + 8}px`;
-  point(token);
+  tip.style.top = `${Math.max(4, above > 4 ? above : Math.min(at.bottom + 8, innerHeight - height - 4))}px`;
+}
+
+// The likeliest tokens in a token's place; of a pinned one, each can be put there.
+function alternatives(token) {
+  const {ranks = [], tokens = [], of} = token.section.others, own = pinned === token;
+  const found = [], rank = ranks[token.number];
+  if (rank) {
+    found.push(make('p', `rank ${rank.toLocaleString('en')} by ${of}; likeliest:`, 'rank'));
+    const list = make('ol', '');
+    tokens[token.number].forEach(([text, p], number) => {
+      const item = make('li', ''), line = make(own ? 'button' : 'span', '', 'other');
+      if (own) {
+        line.type = 'button';
+        line.disabled = number === rank - 1 || text.includes('\ufffd') || text === '∅';
+        line.setAttribute('aria-label', `put ${text} in place of ${token.textContent}, ${percent(p)}`);
+        line.addEventListener('click', () => branch(token, number));
+      }
+      line.classList.toggle('stands', number === rank - 1);
+      line.style.setProperty('--share', `${100 * p}%`);
+      line.append(make('span', text), make('span', percent(p)));
+      item.append(line);
+      list.append(item);
+    });
+    found.push(list);
+  }
+  if (own) {
+    const on = make('button', 'Write on after this token', 'on');
+    on.type = 'button';
+    on.addEventListener('click', () => branch(token, null));
+    found.push(on);
+  }
+  return found;
+}
+
+function branch(token, alternative) {
+  unpin();
+  hide();
+  trigger('branch', {text: token.section.text, token: token.number, alternative});
+}
+
+// Values that stay until something else is done, with buttons.
+function pin(token, focus) {
+  if (!live) return;
+  pinned = token;
+  tip.classList.add('pinned');
+  tip.setAttribute('role', 'dialog');
+  tip.setAttribute('aria-label', `token ${token.number}: what else`);
+  show(token);
+  if (focus) tip.querySelector('button:enabled')?.focus();
+}
+
+function unpin() {
+  pinned = null;
+  tip.classList.remove('pinned');
+  tip.setAttribute('role', 'tooltip');
+  tip.removeAttribute('aria-label');
 }
 
 // The same token in the other pane, and its place in the plots.
@@ -74,6 +140,7 @@ function place(section, selector, from, width) {
 }
 
 function hide() {
+  if (pinned) return;
   tip.hidden = true;
   for (const other of element.querySelectorAll('.text > .here')) other.classList.remove('here');
   for (const section of sections) place(section, '.here', 0, 0);
@@ -81,6 +148,7 @@ function hide() {
 
 function activate(token) {
   const {pane, number} = token;
+  unpin();
   for (const other of element.querySelectorAll('.text > [id]')) other.removeAttribute('id');
   token.id = 'ph-active';
   token.setAttribute('aria-label', [`token ${number}`, token.textContent,
@@ -134,14 +202,32 @@ const tokenAt = (node) => {
 };
 
 element.addEventListener('pointerdown', () => { pressed = true; });
-element.addEventListener('mouseover', ({target}) => { const token = tokenAt(target); if (token) show(token); });
+element.addEventListener('mouseover', ({target}) => {
+  const token = tokenAt(target);
+  if (token && !pinned) show(token);
+});
 element.addEventListener('mouseout', ({target}) => { if (tokenAt(target) || target.closest('svg')) hide(); });
 element.addEventListener('focusin', ({target}) => {
   // Not where a pointer brought the focus, which a click then takes to its token.
   if (target.tokens && target.matches(':focus-visible')) activate(target.tokens[target.active]);
 });
 element.addEventListener('focusout', ({target}) => { if (target.tokens) hide(); });
-element.addEventListener('scroll', () => { tip.hidden = true; }, true);
+document.addEventListener('scroll', ({target}) => {
+  if (pinned) put(pinned);
+  else if (element.contains(target)) tip.hidden = true;
+}, true);
+document.addEventListener('pointerdown', ({target}) => {
+  if (pinned && !tip.contains(target)) {
+    unpin();
+    hide();
+  }
+});
+tip.addEventListener('keydown', (event) => {
+  if (event.key !== 'Escape') return;
+  const {pane} = pinned;
+  unpin();
+  pane.focus();
+});
 
 element.addEventListener('keydown', (event) => {
   const {tokens, active: number, section} = event.target;
@@ -162,19 +248,46 @@ element.addEventListener('keydown', (event) => {
     } else {
       anchor = null;
     }
-  } else if (event.key === 'Enter' || event.key === ' ') {
+  } else if (event.key === 'Enter' && live) {
+    event.preventDefault();
+    pin(tokens[number], true);
+  } else if (event.key === ' ') {
     event.preventDefault();
     mark(section, number, number);
   } else if (event.key === 'Escape') {
+    unpin();
     tip.hidden = true;
     highlight(-1, 0, -1);
   }
 });
 
-element.addEventListener('click', ({target, clientX}) => {
+const sectionOf = (row) => element.querySelector(row.getAttribute('href'));
+
+async function copy(link) {
+  const said = link.textContent;
+  try {
+    await navigator.clipboard.writeText(link.href);
+    link.textContent = 'Copied';
+  } catch {
+    link.textContent = 'Copy it from the address'; // browsers may not let a page copy
+  }
+  setTimeout(() => { link.textContent = said; }, 2000);
+}
+
+addEventListener('hashchange', () => { if (live) location.reload(); });
+
+element.addEventListener('click', (event) => {
+  const {target, clientX} = event;
   const button = target.closest('[data-go]'), plot = target.closest('svg'), token = tokenAt(target);
   const section = sections.find(({root}) => root.contains(target));
-  if (token && getSelection().isCollapsed) activate(token);
+  const link = target.closest('[data-link]'), row = target.closest('.means a');
+  if (link) copy(link);
+  else if (row) sectionOf(row).scrollIntoView();
+  if (link || row) event.preventDefault();
+  if (token && getSelection().isCollapsed) {
+    activate(token);
+    pin(token);
+  }
   else if (button) activate(section.panes[0].tokens[+button.dataset.go]);
   else if (plot) activate(section.panes[0].tokens[along(plot, section, clientX)]);
 });
@@ -211,8 +324,11 @@ document.addEventListener('selectionchange', () => {
 });
 
 window.philens = {highlight};
+// A link to what is shown stands in the address, too, where it is no step back.
+const keepLink = () => { const link = element.querySelector('[data-link]'); if (link) history.replaceState(history.state, '', link.getAttribute('href')); };
 watch('value', () => {
   setUp();
+  keepLink();
   // Where it stands below the controls, as on a phone, what was asked for would not be seen.
   if (loaded && element.getBoundingClientRect().top > innerHeight * .8) element.scrollIntoView();
   loaded = true; // with the first example

@@ -6,8 +6,10 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from philens.explore.record import Record
 from philens.explore.session import EXPORTS, Sessions
 from philens.explore.view import style
 from philens.support.errors import ConfigError, PhilensError
@@ -33,6 +35,7 @@ def explore(
     port: int,
     most: int,
     say: Callable[[str], None],
+    record: Path | None = None,
 ) -> None:
     """Load models, say where the page is, and serve it until the user stops it.
 
@@ -41,6 +44,7 @@ def explore(
         host, port: as for `listen`.
         most: characters that a text may have.
         say: told the address.
+        record: file that keeps every view.
 
     Raises:
         PhilensError: Gradio is missing, or models or address cannot be had.
@@ -48,19 +52,22 @@ def explore(
     if most < 1:
         raise ConfigError(f"--max-characters must be at least 1, not {most}.")
     require("gradio", "explore", "philens explore")
+    kept = None if record is None else Record(record)
     listening = listen(host, port)
     with listening:
         from philens.explore.app import build
         from philens.explore.models import open_all
 
         models = open_all(model, adapters, revision, dtype, trust_remote_code)
-        sessions = Sessions(most)
+        sessions = Sessions(most, kept)
         app = application(build(models, sessions), sessions)
         if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             logger.warning("Whoever reaches %s can use this model; nothing asks who they are.", host)
         shown = f"[{host}]" if ":" in host else host
         say(f"Open http://{shown}:{listening.getsockname()[1]} in a browser; Ctrl+C stops it.")
         serve(app, listening, sessions.end_all)
+    if kept is not None and kept.views:
+        say(f"Wrote {record}: {len(kept.views):,} view{'s' * (len(kept.views) > 1)}.")
 
 
 class _Headers:

@@ -4,18 +4,25 @@ import io
 import logging
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from philens.explore import view
+from philens.explore.link import Shown
 from philens.explore.models import Explored, Job, Stopped
+from philens.explore.record import Record
 from philens.explore.view import Look
 from philens.scoring.scores import TokenScores
+from philens.show.colours import plain_label
 from philens.show.page import write_scores_page
-from philens.support.errors import InputError, PhilensError
+from philens.support.errors import InputError, OutputError, PhilensError
+from philens.support.output import visible
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +44,14 @@ class Update:
     Attributes:
         status: markup of the line that says what is going on.
         result: markup of what was read.
-        text: the first text, while it is being written.
+        texts: the two texts, where one is being written or was put there.
         busy: whether a job is running.
         metrics: with a result, the columns shown.
     """
 
     status: str | None = None
     result: str | None = None
-    text: str | None = None
+    texts: tuple[str | None, str | None] = (None, None)
     busy: bool = False
     metrics: tuple[str, ...] = ()
 
@@ -55,12 +62,14 @@ class Session:
 
     Attributes:
         most: characters that a text may have.
+        record: where views are kept, if they are.
         key: its secret, in addresses of exports.
         look: how `scores` were shown last.
         scores: of the texts read last.
     """
 
     most: int
+    record: Record | None = None
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     look: Look = field(default_factory=Look)
     scores: list[TokenScores] = field(default_factory=list)
@@ -97,15 +106,81 @@ class Session:
 
         def work(job: Job) -> Iterator[Update]:
             self._check(NAMES[0], prompt)
-            what = "The model is writing"
-            text = yield from self._followed(
-                job, what, lambda: model.write(prompt, point, job=job, **options)
-            )
-            yield Update(view.status(f"{what} …", 1.0, "working"), text=text, busy=True)
-            self._reading = {NAMES[0]: text}
-            yield from self._scored(job, model, point, {NAMES[0]: text}, look)
+            yield from self._written(job, model, point, {NAMES[0]: prompt}, look, options)
 
         yield from self._answer(work)
+
+    def branch(
+        self,
+        model: Explored,
+        point: str,
+        number: int,
+        token: int,
+        alternative: int | None,
+        look: Look,
+        **options: Any,
+    ) -> Iterator[Update]:
+        """Change a text at a token, and read what becomes of it as the second text beside it.
+
+        Args:
+            number: of the text, which becomes the first.
+            token: in the text, counted from 0.
+            alternative: which of its alternatives to put there, before the rest of the text; None lets the
+                model write on after the token, with options of `Explored.write`.
+        """
+
+        def work(job: Job) -> Iterator[Update]:
+            if not (0 <= number < len(self.scores) and 0 <= token < len(self.scores[number])):
+                raise InputError("There is no such token; read a text first.")
+            scores = self.scores[number]
+            start, kept = "".join(scores.pieces()[:token]), "".join(scores.pieces()[: token + 1])
+            texts = {NAMES[0]: scores.text, NAMES[1]: kept}
+            if alternative is None:
+                yield Update(texts=(scores.text, kept), busy=True)
+                yield from self._written(job, model, point, texts, look, options)
+                return
+            others = scores.alternatives[token] if scores.alternatives is not None else []
+            if not 0 <= alternative < len(others):
+                raise InputError("There is no such alternative; read the text again.")
+            chosen = others[alternative]
+            if not chosen.text or "\N{REPLACEMENT CHARACTER}" in chosen.text:
+                raise InputError(
+                    "This token is no text by itself, but a part of a character; choose another."
+                )
+            texts[NAMES[1]] = start + chosen.text + scores.text[len(kept) :]
+            yield Update(texts=(scores.text, texts[NAMES[1]]), busy=True)
+            self._reading = texts
+            quoted = (f"“{visible(piece)}”" for piece in (chosen.text, kept[len(start) :]))
+            about = f"{' in place of '.join(quoted)} at token {token}."
+            yield from self._scored(job, model, point, texts, look, about)
+            # Tokens are made of the whole text anew.
+            at = int(np.argmax(self.scores[1].offsets[:, 1] > len(start)))
+            if self.scores[1].token_ids[at] != chosen.token_id:
+                cut = " ".join(f"“{visible(piece)}”" for piece in self.scores[1].pieces()[at : at + 2])
+                said = [about, f"The tokenizer cuts the text otherwise here: {cut} …"]
+                yield Update(view.status(" ".join([*said, *self._summary(model, self.scores)])))
+
+        yield from self._answer(work)
+
+    def _written(
+        self,
+        job: Job,
+        model: Explored,
+        point: str,
+        texts: dict[str, str],
+        look: Look,
+        options: Mapping[str, Any],
+    ) -> Iterator[Update]:
+        """Go on writing after the last of one or two texts, then read them."""
+        what, name, others = "The model is writing", list(texts)[-1], (None,) * (len(texts) - 1)
+        prompt = texts[name]
+        work = partial(model.write, prompt, point, job=job, **options)
+        for update in self._followed(job, what, work):
+            yield replace(update, texts=(*others, job.text or None, None)[:2])
+        text = job.text
+        yield Update(view.status(f"{what} …", 1.0, "working"), texts=(*others, text, None)[:2], busy=True)
+        self._reading = texts | {name: text}
+        yield from self._scored(job, model, point, self._reading, look)
 
     def _answer(
         self, work: Callable[[Job], Iterator[Update]], reading: dict[str, str] | None = None
@@ -147,20 +222,51 @@ class Session:
             metrics = [
                 name for name in model.metrics(point) if name in {*(have or model.first_metrics), *wanted}
             ]
-            scores = yield from self._followed(
-                job, "The model is reading", lambda: model.read(texts, point, metrics, job)
-            )
+            known = self._known(model, point, texts, metrics)
+            new = {name: text for name, text in texts.items() if name not in known}
+            if new:
+                read = yield from self._followed(
+                    job, "The model is reading", lambda: model.read(new, point, metrics, job)
+                )
+                known |= dict(zip(new, read, strict=True))
+            scores = [known[name] for name in texts]
         # Another model, or the same at another point, may not have a metric.
         left, right = (
             metric if metric in scores[0].columns else first
             for metric, first in zip(look.metrics, model.first_metrics, strict=False)
         )
         look = replace(look, metrics=(left, right))
-        markup = view.result(scores, look, f"export/{self.key}")
+        link = Shown(model.name, point, texts, look).to_fragment()
+        markup = view.result(scores, look, f"export/{self.key}", link)
         job.check()  # what is kept and marked is what the page shows
         self._read, self.scores, self.look = (model, point, texts), scores, look
-        said = view.status(" ".join([about, *self._summary(model, scores)]))
-        yield Update(said, markup, metrics=look.metrics)
+        said = [about, *self._summary(model, scores), *self._recorded(model, scores, look)]
+        yield Update(view.status(" ".join(said)), markup, metrics=look.metrics)
+
+    def _known(
+        self, model: Explored, point: str, texts: Mapping[str, str], metrics: Sequence[str]
+    ) -> dict[str, TokenScores]:
+        """Of these texts by name the scores of those that were read last, with these columns."""
+        if self._read is None or self._read[:2] != (model, point):
+            return {}
+        return {
+            name: one
+            for name, one in zip(self._read[2], self.scores, strict=True)
+            if texts.get(name) == one.text and list(one.columns) == metrics
+        }
+
+    def _recorded(self, model: Explored, scores: Sequence[TokenScores], look: Look) -> list[str]:
+        """Keep a view where views are kept; what is to be said if that does not work."""
+        if self.record is None:
+            return []
+        shown = " beside ".join(f"“{visible(one.text[:40])}…”" for one in scores)
+        metrics = " and ".join(plain_label(metric) for metric in dict.fromkeys(look.metrics))
+        point = scores[0].provenance["insertion_point"]
+        try:
+            self.record.add(f"{shown} {metrics}, {model.name}, {point}", view.result(scores, look, None))
+        except OutputError as error:
+            return [f"It is not in the record: {error}"]
+        return []
 
     def _check(self, name: str, text: str) -> None:
         if not text:
@@ -177,7 +283,7 @@ class Session:
         while not wait([future], _INTERVAL).done:
             share = job.share
             waiting = f"{what} …" if share is not None else "Waiting for the model …"
-            yield Update(view.status(waiting, share, "working"), text=job.text or None, busy=True)
+            yield Update(view.status(waiting, share, "working"), busy=True)
         return future.result()
 
     def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
@@ -227,13 +333,13 @@ class Session:
 class Sessions:
     """All tabs, by the hash that Gradio gives each; those left longest go first beyond `limit`."""
 
-    def __init__(self, most: int, limit: int = 500) -> None:
-        self.most, self.limit = most, limit
+    def __init__(self, most: int, record: Record | None = None, limit: int = 500) -> None:
+        self.most, self.record, self.limit = most, record, limit
         self._by_hash: dict[str, Session] = {}
 
     def of(self, hash: str) -> Session:
         """A tab's session, new if it is."""
-        session = self._by_hash.pop(hash, None) or Session(self.most)
+        session = self._by_hash.pop(hash, None) or Session(self.most, self.record)
         self._by_hash[hash] = session
         while len(self._by_hash) > self.limit:
             self.end(next(iter(self._by_hash)))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,6 +28,7 @@ from philens.show.page import (
     shown_piece,
 )
 from philens.support.errors import InputError
+from philens.support.output import visible_spaces
 
 RANGES = {"shared by texts": "shared", "each text's own": "own", "from … to …": "fixed"}
 PALETTES = {"colour": (LIGHT, DARK), "grey": (("#ffffff", "#111111"), ("#1c1c21", "#ffffff"))}
@@ -78,13 +81,15 @@ def asset(name: str) -> str:
     return files("philens.explore").joinpath(name).read_text("utf-8")
 
 
-def result(texts: Sequence[TokenScores], look: Look, exports: str) -> str:
+def result(texts: Sequence[TokenScores], look: Look, exports: str | None, link: str = "") -> str:
     """All of what was read.
 
     Args:
-        texts: one or two, with names in their provenance.
+        texts: one or two, with names in their provenance. Two stand side by side, and where they part after a
+            common beginning is marked.
         look: how.
-        exports: address below which `session.EXPORTS` are.
+        exports: address below which `session.EXPORTS` are; None where nothing can be fetched.
+        link: the fragment of an address that brings all of this back.
 
     Raises:
         InputError: a fixed range that ends before it begins.
@@ -93,10 +98,19 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str) -> str:
     means = means_table(
         [PageDocument(_name(one), "", one.pieces(), one.columns, units=one.units) for one in texts]
     )
+    kept = "" if exports is None else _exports(texts, exports, link)
     return (
-        f'<div class="ph {look.palette}"><div class="panel">{means}</div>{"".join(sections)}'
-        f"{_exports(texts, exports)}</div>"
+        f'<div class="ph {look.palette}"><div class="panel">{means}</div>'
+        f'<div class="readings">{"".join(sections)}</div>{kept}</div>'
     )
+
+
+def parting(texts: Sequence[TokenScores]) -> list[int | None]:
+    """Of each text the first token in which two texts differ after a common beginning; else none."""
+    pairs = zip(*(one.text for one in texts), strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: len({*pair}) == 1, pairs)) if len(texts) > 1 else 0
+    after = [np.flatnonzero(one.offsets[:, 1] > common) for one in texts]
+    return [int(one[0]) if common and len(one) else None for one in after]
 
 
 def tokens(count: int) -> str:
@@ -114,9 +128,10 @@ def _label(column: str) -> str:
 
 def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], look: Look) -> str:
     name, pieces = clean(_name(scores)), [shown_piece(piece) for piece in scores.pieces()]
+    parts = parting(texts)[number]
     metrics = list(dict.fromkeys(look.metrics))
     scales = {metric: look.scale(metric, scores, texts) for metric in metrics}
-    panes = "".join(_pane(name, metric, scores, pieces, scales[metric]) for metric in metrics)
+    panes = "".join(_pane(name, metric, scores, pieces, scales[metric], parts) for metric in metrics)
     plots = "".join(
         _plot(place, name, metric, scores.columns[metric], scales[metric])
         for place, metric in enumerate(metrics)
@@ -125,20 +140,34 @@ def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], loo
         plain_label(column) + (f" ({unit(column)})" if unit(column) else ""): _numbers(column_values)
         for column, column_values in scores.columns.items()
     }
+    told = [tokens(len(scores)), clean(scores.provenance.get("insertion_point") or "")]
+    told += [] if parts is None else [f"another text from token {parts} on"]
     return (
         f'<section class="reading" id="d{number + 1}" aria-label="{name}" data-text="{number}" '
-        f'data-values="{escape(json.dumps(values))}"><h3>{name} <small>{tokens(len(scores))}, '
-        f"{clean(scores.provenance.get('insertion_point') or '')}</small></h3>"
+        f'data-values="{escape(json.dumps(values))}" data-others="{escape(json.dumps(_others(scores)))}">'
+        f"<h3>{name} <small>{', '.join(told)}</small></h3>"
         f'<div class="panes">{panes}</div>'
         f'<div class="below"><div class="panel plots"><h4>Along the text</h4>{plots}</div>'
         f"{_highest(scores, metrics)}</div></section>"
     )
 
 
-def _pane(name: str, metric: str, scores: TokenScores, pieces: Sequence[str], scale: Scale) -> str:
+def _others(scores: TokenScores) -> dict[str, Any]:
+    """Each token's rank and alternatives, and whose they are; nothing where they are not known."""
+    if (others := scores.alternatives) is None:
+        return {}
+    shown = [[[visible_spaces(one.text), round(one.probability, 5)] for one in some] for some in others]
+    return {"of": plain_label(others.of), "ranks": others.ranks.tolist(), "tokens": shown}
+
+
+def _pane(
+    name: str, metric: str, scores: TokenScores, pieces: Sequence[str], scale: Scale, parts: int | None
+) -> str:
+    classes = [colour_class(level) for level in scale.levels(scores.columns[metric])]
+    if parts is not None:
+        classes[parts] += " parts"
     spans = "".join(
-        f'<span class="{colour_class(level)}">{piece}</span>'
-        for piece, level in zip(pieces, scale.levels(scores.columns[metric]), strict=True)
+        f'<span class="{names}">{piece}</span>' for piece, names in zip(pieces, classes, strict=True)
     )
     return (
         f'<figure class="pane" data-metric="{clean(metric)}"><figcaption>'
@@ -186,7 +215,7 @@ def _highest(scores: TokenScores, metrics: Sequence[str]) -> str:
     )
 
 
-def _exports(texts: Sequence[TokenScores], address: str) -> str:
+def _exports(texts: Sequence[TokenScores], address: str, link: str) -> str:
     links = [("page.html", "Stand-alone page"), ("scores.csv", "CSV")]
     links += [
         (
@@ -196,6 +225,7 @@ def _exports(texts: Sequence[TokenScores], address: str) -> str:
         for number, one in enumerate(texts)
     ]
     shown = "".join(f'<a class="export" href="{address}/{file}" download>{text}</a>' for file, text in links)
+    shown += f'<a class="export" href="#{link}" data-link>Copy link</a>' if link else ""
     return f'<div class="panel exports"><h4>Keep</h4>{shown}</div>'
 
 
