@@ -5,6 +5,7 @@ SmolLM2, and the pictures of docs/explore.md are taken on the way.
 """
 
 import io
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ import pytest
 from browser import chromium, open_browser
 from philens.explore.examples import examples
 from philens.explore.models import TEXT
+from philens.scoring.alternatives import percent
 
 MOST = 10_000  # by default
 HOSTILE = (
@@ -94,7 +96,7 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
     """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
     contexts, wrong = [], []
 
-    def open_tab(address: str = server, **options: Any) -> Any:
+    def open_tab(address: str = server, fragment: str = "", **options: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -103,8 +105,8 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: _from(address, request.url) or wrong.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("#result .reading")
+        page.goto(address + fragment)
+        page.wait_for_selector("#result .reading, #status .error")
         return page
 
     yield open_tab
@@ -118,11 +120,11 @@ def _from(server: str, url: str) -> bool:
 
 
 def shown(page: Any, section: int = 0, pane: int = 0) -> str:
-    """The text in a pane."""
+    """The text in a pane, without the sign for a token before it."""
     return page.evaluate(
         """([section, pane]) => {
           const found = document.querySelectorAll('.reading')[section]?.querySelectorAll('.text')[pane];
-          return found ? found.textContent.replaceAll('⏎\\n', '\\n') : '';
+          return found ? found.textContent.replaceAll('⏎\\n', '\\n').replace(/^∅/, '') : '';
         }""",
         [section, pane],
     )
@@ -131,7 +133,7 @@ def shown(page: Any, section: int = 0, pane: int = 0) -> str:
 def wait_shown(page: Any, text: str, section: int = 0) -> None:
     page.wait_for_function(
         """([text, section]) => document.querySelectorAll('.reading')[section]
-          ?.querySelector('.text').textContent.replaceAll('⏎\\n', '\\n') === text""",
+          ?.querySelector('.text').textContent.replaceAll('⏎\\n', '\\n').replace(/^∅/, '') === text""",
         arg=[text, section],
     )
 
@@ -202,7 +204,8 @@ def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     assert page.locator("#status").inner_text().startswith("A new automaton")
     scores = table(page)
     assert "".join(scores["token"]) == text
-    assert list(scores.columns[-3:]) == ["phi", "surprisal_with_layer", "text"]
+    columns = ["phi", "surprisal_with_layer", "rank", "alternatives", "probabilities", "text"]
+    assert list(scores.columns[4:]) == columns
     phi = scores["phi"].to_numpy()
     # Colours follow the values; the first token has no surprisal.
     left, right = ([int(c[1:]) if c != "none" else -1 for c in classes(page, 0, pane)] for pane in (0, 1))
@@ -238,6 +241,187 @@ def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     assert "<script" not in markup
     assert markup.count('<span class="c') + markup.count('<span class="none') >= 2 * len(text)
     assert kept(page, "Figure (PNG)").startswith(b"\x89PNG\r\n")
+
+
+def test_alternatives_on_hover_are_those_of_the_scores(visit: Any) -> None:
+    page = visit()
+    formal(page)
+    scores = table(page)
+    for number in (0, 1, 12):
+        page.locator(".text").first.locator("span").nth(number).hover()
+        said = page.locator(".ph-tip").inner_text()
+        names, shares = (json.loads(scores[c][number]) for c in ("alternatives", "probabilities"))
+        listed = page.locator(".ph-tip .other").all_inner_texts()
+        assert [line.split("\n")[0] for line in listed] == [name.replace(" ", "␣") for name in names]
+        assert (number == 0) == (not listed)
+        if number:
+            rank = int(scores["rank"][number])
+            assert f"rank {rank:,} by surprisal with layer; likeliest:" in said
+            assert listed[0].split()[-2] == percent(shares[0]).split()[0]
+            assert page.locator(".ph-tip .stands").count() == (rank <= len(names))
+    assert page.locator(".ph-tip button").count() == 0  # only of a token that was clicked
+
+
+def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
+    page = visit()
+    text = "The capital of France is Paris, and the capital of Spain is Madrid."
+    read(page, text)
+    wait_shown(page, text)
+    pieces = [piece.strip("∅") for piece in page.locator(".text").first.locator("span").all_text_contents()]
+    token = next(n for n in range(len(pieces)) if "".join(pieces[: n + 1]).endswith((" Paris", "is P")))
+    page.locator(".text").first.locator("span").nth(token).click()
+    page.wait_for_selector(".ph-tip.pinned button.other")
+    page.locator(".text").first.locator("span").nth(token + 2).hover()
+    assert page.locator(".ph-tip b").inner_text().startswith(f"token {token} ")  # it stays
+    photograph(page, "explore_alternatives")
+    letters = re.compile("^[^⟨\ufffd⏎⇥]+$")
+    chosen = page.locator(".ph-tip button.other:enabled").filter(has_text=letters).first
+    instead = chosen.locator("span").first.text_content().replace("␣", " ")
+    chosen.click()
+    page.wait_for_function("document.querySelectorAll('.reading').length === 2")
+    start = "".join(pieces[:token])
+    changed = start + instead + text[len(start) + len(pieces[token]) :]
+    wait_shown(page, changed, 1)
+    assert shown(page) == text
+    assert page.locator("#text-b textarea").input_value() == changed
+    assert page.locator(".ph-tip").is_hidden()
+    assert f"in place of “{pieces[token]}” at token {token}." in wait_status(page, "in place of")
+    boxes = [page.locator(".reading").nth(n).bounding_box() for n in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    for section in (0, 1):
+        marks = page.locator(".reading").nth(section).locator(".text .parts")
+        assert marks.all_text_contents()[0] == (pieces[token] if section == 0 else instead)
+        assert marks.count() == 2  # in either pane
+    phi = table(page).groupby("text")["phi"].apply(list)
+    np.testing.assert_allclose(phi["Text A"][:token], phi["Text B"][:token], atol=2e-3)
+    assert phi["Text A"][token:] != phi["Text B"][token:]
+    page.evaluate("window.scrollTo(0, 0)")
+    page.mouse.move(5, 5)
+    photograph(page, "explore_branch", 1500)
+
+
+def test_writing_on_from_a_token(visit: Any) -> None:
+    page = visit()
+    text = formal(page)
+    page.get_by_role("button", name="How the model writes on").click()
+    page.get_by_label("Tokens at most").fill("9")
+    page.locator(".text").first.locator("span").nth(20).click()
+    page.get_by_role("button", name="Write on after this token").click()
+    page.wait_for_function(
+        "document.querySelectorAll('.reading')[1]?.querySelector('.text').children.length === 30"
+    )
+    assert shown(page) == text == page.locator("#text-a textarea").input_value()
+    written = shown(page, 1)
+    assert written[:21] == text[:21]
+    assert written == page.locator("#text-b textarea").input_value()
+    # From the second text: it becomes the first.
+    page.locator(".reading").nth(1).locator(".text").first.locator("span").nth(4).click()
+    page.get_by_role("button", name="Write on after this token").click()
+    wait_shown(page, written)
+    page.wait_for_function(
+        "document.querySelectorAll('.reading')[1]?.querySelector('.text').children.length === 14"
+    )
+    assert shown(page, 1)[:5] == text[:5]
+
+
+def test_branches_by_keyboard(visit: Any) -> None:
+    page = visit()
+    text = formal(page)
+    page.locator(".text").first.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    assert page.evaluate("document.activeElement.closest('.ph-tip.pinned') !== null")
+    assert page.locator("[role=dialog]").get_attribute("aria-label") == "token 3: what else"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.active") == 3
+    assert page.locator(".ph-tip.pinned").count() == 0
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    instead = page.evaluate("document.activeElement.querySelector('span').textContent").replace("␣", " ")
+    page.keyboard.press("Enter")
+    wait_shown(page, text[:4] + instead + text[5:], 1)
+
+
+def test_a_link_brings_everything_back(visit: Any, server: str) -> None:
+    page = visit()
+    formal(page)
+    page.get_by_role("button", name="Compare with a second text").click()
+    texts = ["abcab abcab <b>", "naïve → 日本語 abd"]
+    page.locator("#text-b textarea").fill(texts[1])
+    read(page, texts[0])
+    wait_shown(page, texts[1], 1)
+    choose(page, "Right pane", "entropy")
+    page.wait_for_selector(".pane[data-metric=entropy]")
+    choose(page, "Palette", "grey")
+    page.wait_for_selector(".ph.grey")
+    choose(page, "Colour scale", "from … to …")
+    page.get_by_label("to", exact=True).fill("4")
+    page.wait_for_function("document.querySelectorAll('.ticks')[0].textContent === '024 and more'")
+    link = page.get_by_role("link", name="Copy link").get_attribute("href")
+    assert page.url == f"{server}/{link}"  # it stands in the address, too
+    again = visit(fragment=f"/{link}")
+    for number, text in enumerate(texts):
+        wait_shown(again, text, number)
+        assert again.locator(f"#text-{'ab'[number]} textarea").input_value() == text
+    assert again.locator(".ph.grey .pane[data-metric=entropy]").count() == 2
+    assert again.locator(".ticks").first.inner_text().split() == ["0", "2", "4", "and", "more"]
+    assert again.get_by_label("to", exact=True).input_value() == "4"
+    assert again.get_by_label("formal-language model").is_checked()
+    assert again.get_by_label("Right pane", exact=True).input_value() == "entropy"
+    for damaged in (link[:-9], "#v1.x", "#v1.eJyrVgIAAK0AVQ"):
+        assert "damaged" in wait_status(visit(fragment=f"/{damaged}"), "This link is damaged")
+    # In another link put into the same tab.
+    page.evaluate("(other) => { location.hash = other; }", "#v1.x")
+    wait_status(page, "This link is damaged")
+
+
+def test_a_record_works_without_a_server(browser: Any, text_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "record.html"
+    with serving(text_model, "--record", str(path)) as (address, process):
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(address)
+        page.wait_for_selector("#result .reading")
+        read(page, HOSTILE)
+        wait_shown(page, HOSTILE)
+        choose(page, "Right pane", "margin")
+        page.wait_for_selector(".pane[data-metric=margin]")
+        page.locator(".text").first.locator("span").nth(5).hover()
+        expected = page.locator(".ph-tip").inner_text()
+        scores = [shown(page, 0, pane) for pane in (0, 1)]
+        page.close()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == f"Wrote {path}: 3 views.\n"
+    context, asked, wrong = browser.new_context(viewport={"width": 1280, "height": 1000}), [], []
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.goto(path.as_uri())
+    options = page.locator("#views option").all_inner_texts()
+    assert len(options) == 3
+    assert "phi and margin" in options[2]
+    assert shown(page) == (examples()["prose"].text)
+    page.get_by_label("View").select_option(index=2)
+    assert [shown(page, 0, pane) for pane in (0, 1)] == scores
+    page.locator(".text").first.locator("span").nth(5).hover()
+    assert page.locator(".ph-tip").inner_text() == expected
+    page.locator(".text").first.locator("span").nth(5).click()
+    assert page.locator(".ph-tip button").count() == 0  # there is no model to ask
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".ph-tip").inner_text().startswith("token 6")
+    assert page.evaluate("window.hit") is None
+    page.get_by_label("View").select_option(index=0)
+    page.locator(".text").first.locator("span").nth(75).hover()
+    photograph(page, "explore_recorded")
+    assert asked == [path.as_uri()]
+    assert not wrong
+    dark = browser.new_context(color_scheme="dark").new_page()
+    dark.goto(path.as_uri())
+    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 21, 26)"
+    dark.context.close()
+    context.close()
 
 
 def test_text_is_only_text(visit: Any) -> None:
@@ -426,7 +610,7 @@ def test_each_insertion_point_and_each_example(visit: Any) -> None:
         page.get_by_role("button", name=name, exact=True).click()
         wait_status(page, re.escape(example.about))
         assert page.locator("#text-a textarea").input_value() == example.text
-        assert shown(page).removeprefix("∅") == example.text
+        assert shown(page) == example.text
         assert page.get_by_label("formal-language model").is_checked() == example.formal
     page.get_by_label(TEXT, exact=True).check()
     wait_status(page, re.escape(f"({TEXT})"))
@@ -588,6 +772,6 @@ def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.querySelector('.ph-tip').getBoundingClientRect().right") <= 390
     page.get_by_role("button", name="prose", exact=True).tap()
-    wait_shown(page, examples()["prose"].text.rjust(len(examples()["prose"].text) + 1, "∅"))
+    wait_shown(page, examples()["prose"].text)
     page.evaluate("document.querySelector('#result').scrollIntoView()")
     photograph(page, "explore_phone")

@@ -62,18 +62,11 @@ def _reproduce_formal(
     finding: str, scale: str, architecture: str, output: Path | None, model: Path | None, *options: Any
 ) -> None:
     """Reproduce a finding on formal languages and show what was found."""
-    from philens.findings import tables as terminal
     from philens.findings.reproduce import reproduce
 
     folder = output or Path("runs") / f"reproduce-{scale}-{architecture}"
-    results = reproduce(finding, scale, folder, architecture, model, *options)
-    table = terminal.tasks_table if finding == "tasks" else terminal.complexity_table
-    for one in results.get("seeds", [results]):
-        if "seeds" in results:
-            say(f"Seed {one['seed']}")
-        console().print(table(one))
-    if "spread" in results:
-        console().print(terminal.spread_table(results["spread"]))
+    for table in reproduce(finding, scale, folder, architecture, model, *options).tables():
+        console().print(table)
     say(f"Wrote {folder / finding}.")
 
 
@@ -107,20 +100,14 @@ def reproduce_texts(
         window: tokens read at once; by default the rows' length of the run.
     """
     from philens.findings.reproduce_texts import reproduce_texts
-    from philens.findings.tables import recitation_table, text_pairs_table, text_points_table, texts_table
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
     results = reproduce_texts(
         model, levels, folder, adapters, checkpoints, documents, tokens, kl, plain, window
     )
-    if "points" in results:
-        console().print(text_points_table(results))
-    console().print(texts_table(results))
-    if any(pair["claim"] for pair in results["pairs"]):
-        console().print(text_pairs_table(results))
-    if (results["verbatim"] or {}).get("tokens"):
-        console().print(recitation_table(results["verbatim"]))
+    for table in results.tables():
+        console().print(table)
     say(f"Wrote {folder / 'texts'}.")
 
 
@@ -155,12 +142,10 @@ def reproduce_results(
     if "" in adapters:
         raise ConfigError("An --adapter is empty; give folders or Hub ids as A,B,C.")
     from philens.findings.reproduce import reproduce_results
-    from philens.findings.results_tables import tables
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
     measured = (sentences, problems, split, limit, kl, seed, quick)
-    results = reproduce_results(model, folder, adapters, *measured)
-    for table in tables(results):
+    for table in reproduce_results(model, folder, adapters, *measured).tables():
         console().print(table)
     say(f"Wrote {folder / 'results'}.")
 
@@ -304,14 +289,13 @@ def _reproduce_reasoning(
     finding: Any, scale: str | None, output: Path | None, seeds: int, layers: str | None, **choices: Any
 ) -> None:
     """Reproduce a finding on reasoning and show what was found."""
-    from philens.findings import reasoning_tables as reasoning
     from philens.findings.reasoning import Choices, reproduce_reasoning
     from philens.findings.sweep import parse_layers
 
     points = None if layers is None else parse_layers(layers)
     name = (scale or "small") if choices["model"] is None else Path(choices["model"]).name
     folder = output or Path("runs") / f"reasoning-{name}"
-    results = reproduce_reasoning(finding, folder, scale, Choices(layers=points, **choices), seeds)
-    for table in reasoning.terminal_tables(finding, results):
+    chosen = Choices(layers=points, **choices)
+    for table in reproduce_reasoning(finding, folder, scale, chosen, seeds).tables():
         console().print(table)
     say(f"Wrote {folder / finding}.")

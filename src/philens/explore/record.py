@@ -58,7 +58,7 @@ class Record:
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">\n"
             "<title>philens explore, recorded</title>\n"
-            f"<style>{_STYLE}{view.style()}</style>\n</head>\n<body>\n"
+            f"<style>{view.asset('record.css')}{view.style()}</style>\n</head>\n<body>\n"
             '<div class="ph-head"><h1>philens explore, recorded</h1><p>Every view of a session. Point at a '
             "token, or walk through the text with the arrow keys, to read its values.</p></div>\n"
             '<label class="ph-label" for="views">View</label>\n<select id="views">'.encode()
@@ -89,14 +89,4 @@ draw();
 """
 _AFTER = """
 views.addEventListener('change', () => { draw(); drawn(); });
-"""
-_STYLE = """
-:root{--body-background-fill:#fff;--block-background-fill:#fff;--border-color-primary:#d4d4d8;color-scheme:light}
-.dark{--body-background-fill:#15151a;--block-background-fill:#1c1c21;--border-color-primary:#3a3a42;
-color-scheme:dark}
-*{box-sizing:border-box}body{margin:0 auto;padding:1.5rem;max-width:100rem;background:var(--body-background-fill);
-color:var(--ph-ink);font:16px/1.45 system-ui,sans-serif}
-.ph-label{display:block;margin:1rem 0 .3rem!important}
-#views{font:inherit;max-width:100%;width:60rem;margin-bottom:1rem;padding:.35rem .5rem;border-radius:6px;border:1px solid var(--border-color-primary);color:inherit;
-background:var(--block-background-fill)}
 """

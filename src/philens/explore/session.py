@@ -1,6 +1,7 @@
 """What one tab of a browser is doing: a job at a time, and what it read last."""
 
 import io
+import json
 import logging
 import secrets
 import tempfile
@@ -324,7 +325,10 @@ class Session:
             import pandas as pd
 
             tables = [one.to_pandas().assign(text=one.provenance["name"]) for one in self.scores]
-            return pd.concat(tables).to_csv(index=False).encode()
+            table = pd.concat(tables)
+            for column in table.columns.intersection(["alternatives", "probabilities"]):
+                table[column] = [json.dumps(some, ensure_ascii=False) for some in table[column]]
+            return table.to_csv(index=False).encode()
         image = io.BytesIO()
         self.scores[number].plot(metrics).savefig(image, format="png")
         return image.getvalue()

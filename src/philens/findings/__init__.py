@@ -2,23 +2,47 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from philens.show.notebook import terminal_markup
 from philens.support.errors import InputError, OutputError
 from philens.support.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from philens.lens.model import PHiModel
 
-__all__ = ["combine_seeds", "use_formula", "write_finding"]
+__all__ = ["Results", "combine_seeds", "use_formula", "write_finding"]
+
+
+class Results(dict[str, Any]):
+    """What was found, as `results.json` has it; a notebook shows the tables of the terminal.
+
+    Args:
+        values: the results.
+        tables: makes the tables of them.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], tables: "Callable[[Mapping[str, Any]], Iterable[Table]]"
+    ) -> None:
+        super().__init__(values)
+        self._tables = tables
+
+    def tables(self) -> "list[Table]":
+        """To print with a `rich.console.Console`."""
+        return [*self._tables(self)]
+
+    def _repr_html_(self) -> str:
+        return terminal_markup(self.tables())
 
 
 def use_formula(lens: "PHiModel", kl: Literal["exact", "official"] | None) -> None:

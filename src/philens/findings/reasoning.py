@@ -10,13 +10,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from philens.bases.wheels import WHEELS
-from philens.findings import combine_seeds, use_formula, write_finding
+from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.controls import untrained
 from philens.findings.correctness import measure_correctness, sweep_correctness
 from philens.findings.difficulty import measure_difficulty, sweep_difficulty
@@ -133,7 +134,7 @@ def reproduce_reasoning(
     scale: str | None = None,
     choices: Choices | None = None,
     seeds: int = 1,
-) -> dict[str, Any]:
+) -> Results:
     """Reproduce a finding on reasoning.
 
     `output/seed-K` holds what was trained, sampled and measured, shared by both findings and used again by
@@ -173,16 +174,16 @@ def reproduce_reasoning(
 
 def write_reasoning(
     finding: Finding, folder: Path, seeds: Sequence[dict[str, Any]], run: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Results:
     """Write the results of each seed with tables and figures; returns them as one."""
     from philens.findings.reasoning_figures import figures
-    from philens.findings.reasoning_tables import tables
+    from philens.findings.reasoning_tables import tables, terminal_tables
 
     results: dict[str, Any] = {"seeds": list(seeds)}
     if len(seeds) > 1:
         results["spread"] = combine_seeds([one["points"] for one in seeds])
     write_finding(folder, results, tables(finding, seeds), figures(finding, seeds), run)
-    return {**run, **results}
+    return Results({**run, **results}, partial(terminal_tables, finding))
 
 
 def _find(finding: Finding, table: "pd.DataFrame", choices: Choices) -> dict[str, Any]:

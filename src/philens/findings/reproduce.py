@@ -3,16 +3,19 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from philens.findings import combine_seeds, use_formula, write_finding
+from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
+from philens.findings.results_tables import tables as results_tables
+from philens.findings.tables import formal_tables
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
 from philens.lens.model import PHiModel, load
 from philens.reasoning.problems import find_prompt, load_problems
@@ -99,7 +102,7 @@ def reproduce(
     documents: int | None = None,
     kl: Literal["exact", "official"] | None = None,
     overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Reproduce a finding of the paper.
 
     `output/seed-K` are training runs, made or resumed as needed and shared by the findings. `output/FINDING`
@@ -161,7 +164,7 @@ def reproduce(
         by_seed = [{"seed": run["seed"], **one} for run, one in zip(runs, every, strict=True)]
         results = {**results, "seeds": by_seed, "spread": combine_seeds(every)}
     write(finding, output / finding, results, runs[0])
-    return runs[0] | results
+    return Results(runs[0] | results, partial(formal_tables, finding))
 
 
 def trained(recipe: Recipe, folder: Path) -> PHiModel:
@@ -189,7 +192,7 @@ def reproduce_results(
     kl: Literal["exact", "official"] | None = None,
     seed: int = 0,
     quick: bool = False,
-) -> dict[str, Any]:
+) -> Results:
     """Measure phi where a result is worked out and where a number only comes, and write `output/results`.
 
     Args:
@@ -253,7 +256,7 @@ def reproduce_results(
         "provenance": {key: value for key, value in examples[0].provenance.items() if key != "name"},
     }
     _write_results(output / "results", layers, tables, examples, run)
-    return {**run, "layers": layers}
+    return Results({**run, "layers": layers}, results_tables)
 
 
 def _write_results(

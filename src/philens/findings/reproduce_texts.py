@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from philens.bases.facts import text_config
-from philens.findings import write_finding
+from philens.findings import Results, write_finding
 from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
+from philens.findings.tables import all_texts_tables
 from philens.findings.texts import (
     compare_points,
     cut_texts,
@@ -48,7 +49,7 @@ def reproduce_texts(
     plain: bool = False,
     window: int | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Results:
     """Measure phi and surprisal of texts of several levels in a language model, and write `output/texts`.
 
     Of several adapters or insertion points, results are those of the last, and `points` has those of each.
@@ -129,7 +130,7 @@ def reproduce_texts(
         "recipe": None if recipe is None else asdict(recipe),
     }
     write_texts(output / "texts", results, run, list(zip(texts, here, strict=True)))
-    return run | results
+    return Results(run | results, all_texts_tables)
 
 
 def write_texts(

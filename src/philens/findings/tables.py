@@ -1,6 +1,6 @@
 """Findings as tables for a terminal: functions from results to rich tables, to print with a Console."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +22,29 @@ CORRELATION_LABELS = {
 # With fewer, a bootstrap has hardly anything to draw from.
 FEW_TEXTS = 5
 LEVELS = {"token_wise": "tokens", "document_means": "document means"}
+
+
+def formal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]:
+    """What to print of a finding on formal languages: each seed's results, and over seeds."""
+    make = tasks_table if finding == "tasks" else complexity_table
+    for one in results.get("seeds", [results]):
+        table = make(one)
+        if "seeds" in results:
+            table.title = Text(f"Seed {one['seed']}: {table.title}", style="bold")
+        yield table
+    if "spread" in results:
+        yield spread_table(results["spread"])
+
+
+def all_texts_tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """What to print of levels of text."""
+    if "points" in results:
+        yield text_points_table(results)
+    yield texts_table(results)
+    if any(pair["claim"] for pair in results["pairs"]):
+        yield text_pairs_table(results)
+    if (results["verbatim"] or {}).get("tokens"):
+        yield recitation_table(results["verbatim"])
 
 
 def tasks_table(results: Mapping[str, Any]) -> Table:

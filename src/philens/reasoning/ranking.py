@@ -79,7 +79,8 @@ def rank(
     Returns:
         A row for each candidate, prompt by prompt and in these the best first: prompt and candidate (numbers
         from 0), rank (1 is the best; of equal ones all have the better), score (what the rule looks at, the
-        higher the better, so for `lowest_` the negative), the columns of `measure_replies`, and text.
+        higher the better, so for `lowest_` the negative), the columns of `measure_replies`, and text. A
+        notebook shows it prompt by prompt.
 
     Raises:
         ConfigError: no rule.
@@ -87,6 +88,8 @@ def rank(
             exist; or what `measure_replies` raises.
     """
     import pandas as pd
+
+    from philens.reasoning.ranked import RankTable
 
     one = isinstance(prompts, str)
     prompts = list(as_texts(prompts, "prompts"))
@@ -105,7 +108,7 @@ def rank(
     ]
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
     ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)
-    return pd.concat([table for _, table in ranked], ignore_index=True)
+    return RankTable(pd.concat([table for _, table in ranked], ignore_index=True))
 
 
 def iter_ranked(

@@ -17,7 +17,7 @@ from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.alternatives import Alternatives, TokenTexts
 from philens.scoring.metrics import Likeliest, LogitLens, divergence, predictions, settling_depth, steps
-from philens.scoring.scores import TokenScores
+from philens.scoring.scores import ScoredTexts, TokenScores
 from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
 from philens.support.errors import InputError
@@ -58,7 +58,7 @@ def score(
     names: Sequence[str] | None = None,
     overflow: Overflow = "error",
     alternatives: bool = False,
-) -> list[TokenScores]:
+) -> ScoredTexts:
     """Score texts token by token.
 
     Args:
@@ -81,7 +81,7 @@ def score(
             path where `surprisal_with_layer` is asked for and `surprisal` is not.
 
     Returns:
-        One `TokenScores` for each text, in order.
+        One `TokenScores` for each text, in order: a list, which a notebook shows.
 
     Raises:
         InputError: no text, or one that is empty or no text; an unknown metric, or one that this lens does
@@ -93,7 +93,7 @@ def score(
         raise InputError("There is nothing to score; give at least one text.")
     if names is not None and len(names) != len(texts):
         raise InputError(f"There are {len(texts)} texts and {len(names)} names; give one name for each text.")
-    return list(
+    return ScoredTexts(
         iter_scores(
             lens,
             tokenizer,

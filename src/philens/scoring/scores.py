@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from philens.scoring.alternatives import Alternatives
 from philens.show.colours import plain_label
-from philens.show.page import write_scores_page
+from philens.show.notebook import texts_markup
+from philens.show.page import PageDocument, write_scores_page
 from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
@@ -305,6 +306,10 @@ class TokenScores:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where} does not hold scores of philens; give what to_json wrote.") from error
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text, coloured by phi and surprisal, and the means."""
+        return texts_markup([PageDocument.of(self, 1)])
+
     def to_html(self, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
         """Write a page of the text, coloured by each metric; None means phi and surprisal.
 
@@ -324,6 +329,8 @@ class TokenScores:
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+
+        from philens.show.fonts import drawable
 
         chosen = self._chosen(metrics)
         few = len(self) <= _TOKENS_NAMED
@@ -346,8 +353,9 @@ class TokenScores:
             axes.tick_params(labelsize=8)
             axes.margins(x=0.01)
         if few:
-            pieces = list(map(visible_spaces, self.pieces()))
+            pieces, families = drawable([visible_spaces(piece) for piece in self.pieces()])
             panels[-1].set_xticks(places, pieces, rotation=90)
+            panels[-1].tick_params(axis="x", labelfontfamily=families)
             for label in panels[-1].get_xticklabels():
                 label.set_parse_math(False)  # a text's dollar signs are dollar signs
         panels[-1].set_xlabel("token", fontsize=9)
@@ -366,6 +374,13 @@ class TokenScores:
 def unit(column: str) -> str:
     """The unit of a column; empty where it is a plain number."""
     return UNITS.get(Column(column).metric, "nats")
+
+
+class ScoredTexts(list[TokenScores]):
+    """The scores of several texts: a list, which a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        return texts_markup([PageDocument.of(one, number) for number, one in enumerate(self, start=1)])
 
 
 def _as_span(span: Any) -> Span:

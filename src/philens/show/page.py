@@ -41,6 +41,32 @@ class PageDocument:
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | self.units)
 
+    @classmethod
+    def of(cls, scores: ScoredText, number: int) -> "PageDocument":
+        """A scored text under its name, or its number."""
+        return cls(
+            scores.provenance.get("name") or f"Text {number}",
+            "",
+            scores.pieces(),
+            scores.columns,
+            _span_of_each(scores),
+            scores.means(),
+            scores.units,
+            scores.alternatives.notes() if scores.alternatives is not None else (),
+        )
+
+    def beginning(self, pieces: int) -> "PageDocument":
+        """The first pieces of it, with the means of all."""
+        if len(self.pieces) <= pieces:
+            return self
+        return replace(
+            self,
+            pieces=self.pieces[:pieces],
+            columns={name: np.asarray(array)[:pieces] for name, array in self.columns.items()},
+            spans=self.spans[:pieces],
+            notes=self.notes[:pieces],
+        )
+
 
 def write_scores_page(
     path: str | os.PathLike[str],
@@ -60,19 +86,7 @@ def write_scores_page(
         InputError: a metric that the scores do not have.
         OutputError: the file cannot be written.
     """
-    documents = [
-        PageDocument(
-            item.provenance.get("name") or f"Text {number}",
-            "",
-            item.pieces(),
-            item.columns,
-            _span_of_each(item),
-            item.means(),
-            item.units,
-            item.alternatives.notes() if item.alternatives is not None else (),
-        )
-        for number, item in enumerate(scores, start=1)
-    ]
+    documents = [PageDocument.of(one, number) for number, one in enumerate(scores, start=1)]
     return write_page(
         path, title, documents, metrics, provenance=_shared([item.provenance for item in scores])
     )
@@ -121,7 +135,7 @@ def write_page(
         InputError: pieces and values differ in number, or a document lacks a metric.
         OutputError: the file cannot be written.
     """
-    metrics = _chosen(documents, metrics)
+    metrics = chosen_metrics(documents, metrics)
     shown, note = _cut(documents)
     values = [{name: np.asarray(array, np.float64) for name, array in item.columns.items()} for item in shown]
     scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
@@ -141,7 +155,12 @@ def write_page(
     return write_atomically(path, write)
 
 
-def _chosen(documents: Sequence[PageDocument], metrics: Sequence[str] | None) -> list[str]:
+def chosen_metrics(documents: Sequence[PageDocument], metrics: Sequence[str] | None) -> list[str]:
+    """The columns to draw: those asked for, else the first of phi and the surprisal.
+
+    Raises:
+        InputError: pieces and values differ in number, or a document lacks a metric.
+    """
     if metrics is None:
         names = list(documents[0].columns) if documents else []
         first = next((name for name in names if Column(name).metric == "phi"), "phi")
@@ -166,17 +185,8 @@ def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
     for document in documents[:MAX_DOCUMENTS]:
         if not left:
             break
-        if len(document.pieces) > left:
-            columns = {name: np.asarray(array)[:left] for name, array in document.columns.items()}
-            document = replace(
-                document,
-                pieces=document.pieces[:left],
-                columns=columns,
-                spans=document.spans[:left],
-                notes=document.notes[:left],
-            )
-        shown.append(document)
-        left -= len(document.pieces)
+        shown.append(document.beginning(left))
+        left -= len(shown[-1].pieces)
     total = sum(len(document.pieces) for document in documents)
     if total == MAX_TOKENS - left:
         return shown, ""
@@ -201,24 +211,31 @@ def _head(title: str) -> str:
 
 def means_table(documents: Sequence[PageDocument]) -> str:
     """Means of every column, one row a document."""
+    (_, *heads), rows = mean_rows(documents)
+    if not rows:
+        return "<p>There is nothing to show.</p>\n"
+    head = "".join(f"<th>{clean(text)}</th>" for text in heads)
+    body = []
+    for number, (name, *means) in enumerate(rows, start=1):
+        cells = "".join(f"<td>{mean}</td>" for mean in means)
+        body.append(f'<tr><th><a href="#d{number}">{clean(name)}</a></th>{cells}</tr>')
+    lines = "\n".join([f"<tr><th></th>{head}</tr>", *body])
+    return f'<div class="means"><table><caption>Means over tokens</caption>\n{lines}\n</table></div>\n'
+
+
+def mean_rows(documents: Sequence[PageDocument]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and for each document its name, the number of its tokens, and the mean of every column."""
     columns = list(dict.fromkeys(name for document in documents for name in document.columns))
     units = _units(documents)
-    heads = "".join(f"<th>{label(name, units[name])}</th>" for name in columns)
     rows = []
-    for number, document in enumerate(documents, start=1):
+    for document in documents:
         own = document.means
         means = [
             _mean(document.columns.get(name, ()) if own is None else [own.get(name, np.nan)])
             for name in columns
         ]
-        cells = "".join(f"<td>{mean}</td>" for mean in (f"{len(document.pieces):,}", *means))
-        rows.append(f'<tr><th><a href="#d{number}">{clean(document.name)}</a></th>{cells}</tr>\n')
-    if not rows:
-        return "<p>There is nothing to show.</p>\n"
-    return (
-        f'<div class="means"><table><caption>Means over tokens</caption>\n<tr><th></th><th>tokens</th>{heads}'
-        f"</tr>\n{''.join(rows)}</table></div>\n"
-    )
+        rows.append([document.name, f"{len(document.pieces):,}", *means])
+    return ["", "tokens", *(plain_heading(name, units[name]) for name in columns)], rows
 
 
 def _legends(scales: Mapping[str, Scale], units: Mapping[str, str]) -> str:
@@ -246,15 +263,9 @@ def _section(
     yield f'<section id="d{number}">\n<h2>{clean(document.name)}</h2>\n'
     if document.description:
         yield f"<p>{clean(document.description)}</p>\n"
-    pieces = [visible(piece) for piece in document.pieces]
-    units = [document.units[name] for name in columns]
-    notes = document.notes or [""] * len(pieces)
-    titles = [
-        escape(f"{piece or 'empty'}: {', '.join(map(_reading, columns, units, row))}\n{note}".rstrip())
-        for piece, row, note in zip(pieces, zip(*columns.values(), strict=True), notes, strict=True)
-    ]
+    titles = hovers(document, columns)
     shown = [shown_piece(piece) for piece in document.pieces]
-    spans = document.spans or [NO_SPAN] * len(pieces)
+    spans = document.spans or [NO_SPAN] * len(shown)
     yield '<div class="panes">\n'
     for name, scale in scales.items():
         yield f"<figure><figcaption>{label(name, document.units[name])}</figcaption>"
@@ -269,6 +280,17 @@ def _section(
         yield "</span>" if inside else ""
         yield "</div></figure>\n"
     yield "</div>\n</section>\n"
+
+
+def hovers(document: PageDocument, columns: Mapping[str, Floats]) -> list[str]:
+    """(T,) what is read of each piece on hover, as markup."""
+    pieces = [visible(piece) for piece in document.pieces]
+    units = [document.units[name] for name in columns]
+    notes = document.notes or [""] * len(pieces)
+    return [
+        escape(f"{piece or 'empty'}: {', '.join(map(_reading, columns, units, row))}\n{note}".rstrip())
+        for piece, row, note in zip(pieces, zip(*columns.values(), strict=True), notes, strict=True)
+    ]
 
 
 def _foot(provenance: Mapping[str, Any]) -> str:
@@ -309,8 +331,13 @@ def colour_rules(scope: str = "") -> str:
 
 def label(column: str, unit: str) -> str:
     """A column's name and unit as markup."""
+    return clean(plain_heading(column, unit))
+
+
+def plain_heading(column: str, unit: str) -> str:
+    """A column's name and unit."""
     words = "phi (PHi loss)" if column == "phi" else plain_label(column)
-    return clean(f"{words}, {unit}" if unit else words)
+    return f"{words}, {unit}" if unit else words
 
 
 def _units(documents: Sequence[PageDocument]) -> dict[str, str]:
