@@ -163,7 +163,8 @@ def choose(page: Any, label: str, option: str) -> None:
 
 def wait_status(page: Any, pattern: str) -> str:
     page.wait_for_function(
-        "(pattern) => new RegExp(pattern).test(document.querySelector('#status').textContent)", arg=pattern
+        "(pattern) => new RegExp(pattern).test(document.querySelector('#status')?.textContent ?? '')",
+        arg=pattern,
     )
     return page.locator("#status").inner_text()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Of a cell; to_html writes pages of more.
 MOST_TOKENS, MOST_TEXTS = 2_000, 20
 # Black and white text can both be read on every shade of it, on white and on black ground.
-_COLOUR, _STRONGEST = "255,120,0", 0.6
+_COLOUR, _STRONGEST = "255,120,0", 0.48
 _LONG = 24
 _CELL = "padding:.15em 1em .15em 0;text-align:"
 
