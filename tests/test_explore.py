@@ -1,12 +1,15 @@
 """What is behind the page of `philens explore`: models, jobs, sessions, markup, and the command's errors."""
 
+import base64
+import json
 import logging
 import re
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,16 @@ from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.explore import view
 from philens.explore.examples import LEVELS, examples
+from philens.explore.link import START, Shown
 from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_all
+from philens.explore.record import Record
 from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
 from philens.explore.view import Look
 from philens.scoring.score import METRICS, score
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
+from philens.support.output import visible
 from philens.tasks.automata import TASKS
+from test_scores import plain
 
 A, B = NAMES
 PHI = ["phi", "surprisal"]
@@ -490,3 +497,133 @@ def test_answers_allow_nothing_from_elsewhere(model: Explored) -> None:
         assert answer.text.startswith("token,token_id,start,end,phi,surprisal")
         assert client.get(f"/export/{session.key}/recipe.yaml").status_code == 404
     assert issubclass(InputError, PhilensError)
+
+
+def shown_link(**changes: Any) -> Shown:
+    look = Look(("entropy", "phi"), "fixed", 0.5, 4.0, "grey")
+    return replace(
+        Shown("a model", "adapter (after x)", {A: "naïve <b>\n", B: "日本\ud800"}, look), **changes
+    )
+
+
+def test_links_bring_back_what_was_shown() -> None:
+    shown = shown_link()
+    fragment = shown.to_fragment()
+    assert re.fullmatch(r"v1\.[\w-]+", fragment)  # nothing in it that an address would change
+    assert Shown.from_fragment(fragment) == shown
+    long = shown_link(texts={A: "some words and others " * 2_000})
+    assert len(long.to_fragment()) < 1_000
+    assert Shown.from_fragment(long.to_fragment()) == long
+
+
+def packed(value: Any) -> str:
+    return START + base64.urlsafe_b64encode(zlib.compress(json.dumps(value).encode())).decode()
+
+
+def test_links_of_others_are_not_trusted() -> None:
+    good = asdict(shown_link(texts={A: "abc"}))
+    assert Shown.from_fragment(packed(good)).texts == {A: "abc"}
+    wrong: list[Any] = [
+        [],
+        {},
+        "x",
+        good | {"texts": ["abc"]},
+        good | {"texts": {A: 3}},
+        good | {"model": None},
+        good | {"look": good["look"] | {"palette": '"><script>'}},
+        good | {"look": good["look"] | {"range": "other"}},
+        good | {"look": good["look"] | {"low": "x"}},
+        good | {"look": good["look"] | {"more": 1}},
+        good | {"look": good["look"] | {"metrics": ["phi"]}},
+        good | {"texts": {A: "a" * 5_000_000}},  # which would take much memory
+    ]
+    for fragment in ("", "v1.", "v2.abc", "v1.é", "v1.%%%", "v1." + "A" * 99, *map(packed, wrong)):
+        with pytest.raises(InputError, match="This link is damaged"):
+            Shown.from_fragment(fragment)
+
+
+def test_a_branch_is_read_beside_its_text(model: Explored, monkeypatch: Any) -> None:
+    session, point, reads = Session(100), next(iter(model.points)), []
+    real = model.read
+    monkeypatch.setattr(model, "read", lambda texts, *rest: reads.append(dict(texts)) or real(texts, *rest))
+    last(session.read(model, point, {A: "abcab abd"}, Look()))
+    others = session.scores[0].alternatives
+    assert others is not None
+    chosen = others[4][2]
+    updates = [*session.branch(model, point, 0, 4, 2, Look())]
+    changed = "abca" + chosen.text + " abd"
+    assert [one.text for one in session.scores] == ["abcab abd", changed]
+    assert any(one.texts == ("abcab abd", changed) for one in updates)
+    assert reads == [{A: "abcab abd"}, {B: changed}]  # what was read is not read again
+    assert view.parting(session.scores) == [4, 4]
+    assert f"“{visible(chosen.text)}” in place of “b” at token 4." in str(updates[-1].status)
+    last(session.read(model, point, {A: "abcab abd"}, Look()))
+    assert len(reads) == 2
+    # Writing on, with what is written as it comes.
+    updates = [*session.branch(model, point, 0, 2, None, Look(), count=5)]
+    assert session.scores[1].text.startswith("abc")
+    assert len(session.scores[1].text) == 8
+    assert updates[1].texts == ("abcab abd", "abc")
+    assert [one.texts[1] for one in updates if one.texts[1]][-1] == session.scores[1].text
+    written = session.scores[1].text
+    last(session.branch(model, point, 1, 0, 0, Look()))  # of the second, which becomes the first
+    assert session.scores[0].text == written
+
+
+def test_what_cannot_be_branched_is_a_sentence(model: Explored) -> None:
+    session, point = Session(100), next(iter(model.points))
+
+    def said(*place: Any) -> str:
+        return str(last(session.branch(model, point, *place, Look())).status)
+
+    assert "There is no such token" in said(0, 0, 0)
+    last(session.read(model, point, {A: "abc"}, Look()))
+    for place in ((1, 0, 0), (0, 3, 0), (0, -1, 0), (-1, 0, 0)):
+        assert "There is no such token" in said(*place)
+    assert "There is no such alternative" in said(0, 0, 0)  # nothing foretells the first
+    assert "There is no such alternative" in said(0, 1, 10)
+    others = session.scores[0].alternatives
+    assert others is not None
+    for text in ("", "\N{REPLACEMENT CHARACTER}"):
+        broken = replace(others, texts=dict.fromkeys(others.texts, text))
+        session.scores = [replace(session.scores[0], alternatives=broken)]
+        assert "but a part of a character" in said(0, 1, 0)
+    assert [one.text for one in session.scores] == ["abc"]
+
+
+def test_where_texts_part() -> None:
+    def parting(*texts: str) -> list[int | None]:
+        return view.parting([plain(text) for text in texts])
+
+    assert parting("abc") == [None]
+    assert parting("abc", "abd") == [2, 2]
+    assert parting("abc", "ab") == [2, None]
+    assert parting("abc", "xbc") == [None, None]  # from the first character on they are just two texts
+
+
+def test_a_record_has_every_view(model: Explored, tmp_path: Path) -> None:
+    path, point = tmp_path / "record.html", next(iter(model.points))
+    record = Record(path)
+    sessions = Sessions(100, record)
+    one, two = sessions.of("one"), sessions.of("two")
+    last(one.read(model, point, {A: "abc <b>"}, Look()))
+    last(two.read(model, point, {A: "abd"}, Look()))
+    for look in (Look(("phi", "entropy")), Look(("phi", "entropy"))):  # the second time nothing is new
+        last(two.read(model, point, None, look))
+    markup = path.read_text()
+    assert len(record.views) == 3
+    assert markup.count("<template>") == markup.count("<option") == 3
+    assert "&lt;b&gt;" in markup
+    assert "export/" not in markup  # there is no server
+    assert "https://" not in markup
+    assert [title.split(" ", 1)[1] for title, _ in record.views][2].startswith("“abd…” phi and entropy, ")
+    with pytest.raises(ConfigError, match="is there already; name another --record file"):
+        Record(path)
+    with pytest.raises(ConfigError, match="There is no folder"):
+        Record(tmp_path / "none" / "record.html")
+    # What can't be written is told, and the page goes on.
+    path.unlink()
+    path.mkdir()
+    update = last(one.read(model, point, {A: "abcd"}, Look()))
+    assert update.result
+    assert "It is not in the record: " in str(update.status)

@@ -1,17 +1,20 @@
 """What notebooks show: escaped, readable on light and dark ground, and of use where styles are dropped."""
 
+import os
 import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.font_manager import FontProperties, fontManager
 
 import philens
+from browser import chromium, open_browser
 from conftest import make_llama
 from philens.bases.tokenizer import character_tokenizer
 from philens.findings import Results
@@ -196,3 +199,47 @@ def test_figures_have_fonts_for_the_script_of_their_text(own_font: str) -> None:
 def test_usual_texts_look_for_no_font(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fonts, "_others", lambda: pytest.fail("looked"))
     assert drawable(["naïve → é"])[0] == ["naïve → é"]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_in_a_real_browser(theme: str, tmp_path: Path) -> None:
+    """As nbconvert has it; with styles dropped, as some programs do, all there is to read remains."""
+    nbconvert = pytest.importorskip("nbconvert", reason="nbconvert is not installed.")
+    chromium()
+    pictures = os.environ.get("PHILENS_SCREENSHOTS")
+    lens, tokenizer = philens.load_lens() if pictures else (lens_of(make_llama()), CHARACTERS)
+    texts = ["The capital of France is Paris, and 12 + 9 = 21.", "</pre><img src=x onerror='hit = 1'>"]
+    scores = philens.score(lens, tokenizer, texts[: 1 if pictures else 2], alternatives=True)
+    ranked = philens.rank(lens, tokenizer, "12 + 9 = ", ["21.", "22.", "twenty-one."])
+    shown = {"philens.score(lens, tokenizer, text, alternatives=True)": scores._repr_html_()}
+    shown["philens.rank(lens, tokenizer, prompt, answers)"] = ranked._repr_html_()
+    cells = [
+        nbformat.v4.new_code_cell(
+            source,
+            outputs=[nbformat.v4.new_output("execute_result", {"text/html": markup}, execution_count=1)],
+        )
+        for source, markup in shown.items()
+    ]
+    exporter = nbconvert.HTMLExporter(theme=theme)
+    body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=cells))
+    path = tmp_path / "notebook.html"
+    path.write_text(body, encoding="utf-8")
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1100, "height": 620}, color_scheme=theme)
+        page.route(re.compile("^http"), lambda route: route.abort())  # MathJax
+        page.goto(path.as_uri())
+        texts_shown = page.locator(".jp-OutputArea pre").all_text_contents()
+        assert texts_shown[0] == texts[0] == texts_shown[1]
+        assert page.evaluate("typeof hit") == "undefined"
+        grounds = page.evaluate(
+            """[...document.querySelectorAll('.jp-OutputArea pre span')]
+              .map((span) => getComputedStyle(span).backgroundColor)"""
+        )
+        assert len(set(grounds)) > 5
+        if pictures and theme == "light":
+            page.screenshot(path=Path(pictures) / "notebook.png")
+        if pictures and theme == "dark":
+            page.screenshot(path=Path(pictures) / "notebook_dark.png")
+        page.evaluate("document.querySelectorAll('[style]').forEach((e) => e.removeAttribute('style'))")
+        assert page.locator(".jp-OutputArea pre").all_inner_texts()[0] == texts[0]
+        assert page.locator(".jp-OutputArea td").first.inner_text() == "Text 1"
