@@ -566,7 +566,7 @@ def test_a_branch_is_read_beside_its_text(model: Explored, monkeypatch: Any) -> 
     assert updates[1].texts == ("abcab abd", "abc")
     assert [one.texts[1] for one in updates if one.texts[1]][-1] == session.scores[1].text
     written = session.scores[1].text
-    last(session.branch(model, point, 1, 0, 0, Look()))  # of the second, which becomes the first
+    last(session.branch(model, point, 1, 1, 0, Look()))  # of the second, which becomes the first
     assert session.scores[0].text == written
 
 

@@ -213,8 +213,12 @@ element.addEventListener('focusin', ({target}) => {
 });
 element.addEventListener('focusout', ({target}) => { if (target.tokens) hide(); });
 document.addEventListener('scroll', ({target}) => {
-  if (pinned) put(pinned);
-  else if (element.contains(target)) tip.hidden = true;
+  const {top = 0, bottom = 0} = pinned?.getBoundingClientRect() ?? {};
+  if (pinned && bottom > 0 && top < innerHeight) put(pinned);
+  else if (pinned || element.contains(target)) {
+    unpin();
+    hide();
+  }
 }, true);
 document.addEventListener('pointerdown', ({target}) => {
   if (pinned && !tip.contains(target)) {
