@@ -4,16 +4,19 @@ import pickle
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from conftest import make_gpt2, make_llama
 from philens import SHIPPED, PHiConfig, attach, load, load_run
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.adapter import FORMAT, describe_base, fingerprint, fingerprints, save_adapter
+from philens.lens.layer import PHiLayer
 from philens.support.errors import AdapterError, ConfigError, OutputError
 
 CONFIG = PHiConfig(layer=1, prior_heads=2, latent_size=40, init="random", kl="official")
@@ -454,3 +457,19 @@ def test_options_that_do_not_work(saved, folder, options):
 def test_a_configuration_that_is_none(folder, text):
     (folder / "adapter_config.json").write_text(text)
     assert "it is damaged or something else" in error_of(folder)
+
+
+SHIPPED_BEFORE = sorted((Path(__file__).parent / "data" / "adapters").iterdir())
+
+
+@pytest.mark.parametrize("shipped", SHIPPED_BEFORE, ids=lambda path: path.stem)
+def test_every_adapter_that_was_ever_shipped_is_read(shipped, tmp_path):
+    """Its description is; the base is then the wrong one. Add a copy when another is shipped."""
+    shutil.copy(shipped, tmp_path / "adapter_config.json")
+    description = json.loads(shipped.read_text())
+    points = description["phi"].get("layers") or [0]
+    layers = [PHiLayer(description["hidden_size"], PHiConfig(**description["phi"])) for _ in points]
+    own = layers[0] if len(layers) == 1 else nn.ModuleList(layers)
+    save_file(own.state_dict(), tmp_path / "phi_layer.safetensors")
+    with pytest.raises(AdapterError, match="was trained in another base model"):
+        load(make_llama(), tmp_path)
