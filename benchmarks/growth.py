@@ -25,8 +25,8 @@ from benchmarks.report import SMOKE, machine_text, write_figure, write_json
 from benchmarks.training import lens_step
 from philens.lens.model import PHiModel
 from philens.support.errors import PhilensError
+from philens.training.build import start_model
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import start_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

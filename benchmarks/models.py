@@ -18,8 +18,8 @@ from benchmarks.harness import Bench, Unavailable
 from philens.bases.hub import load_pretrained
 from philens.lens.model import PHiModel
 from philens.support.errors import PhilensError
+from philens.training.build import start_model
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import start_model
 from philens.training.trainer import training_rows
 
 VOCABULARY = 128_256  # of Llama 3

@@ -13,8 +13,8 @@ from benchmarks.training import Parts, model_text, shape_text
 from philens.lens.losses import token_surprisal
 from philens.lens.model import PHiModel
 from philens.support.errors import InputError
+from philens.training.build import start_model
 from philens.training.recipe import load_recipe
-from philens.training.run import start_model
 
 NO_MINICONS = "minicons is not installed (pip install minicons)"
 # Lengths of the texts of a realistic mix, in tokens: log-normal.

@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks.harness import Bench, Comparison, Target, total
 from benchmarks.models import frozen_llama, packed_batch, real_base, scratch_recipe
 from philens.lens.model import PHiModel
+from philens.training.build import start_model
 from philens.training.optimizer import make_optimizer
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import start_model
 
 Step = Callable[[], object]
 

@@ -23,8 +23,8 @@ import philens
 from philens.reasoning.problems import load_problems
 from philens.reasoning.sampling import read_solutions
 from philens.reasoning.solutions import Solution
-from philens.scoring.run import load_lens
 from philens.tasks.problem import Problem
+from philens.training.opening import load_lens
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 STRETCHES = ("before", "in", "after")

@@ -206,8 +206,7 @@ def _run(item: tuple[str, bytes], place: Path) -> str | None:
     import os
     import shutil
 
-    from philens.training.recipe import RecipeError, flatten, load_recipe
-    from philens.training.run import _plain
+    from philens.training.recipe import RecipeError, flatten, load_recipe, plain
     from philens.training.trainer import train
 
     shutil.rmtree(place, ignore_errors=True)
@@ -221,7 +220,7 @@ def _run(item: tuple[str, bytes], place: Path) -> str | None:
         if (place / "executed").exists():
             return "code in it was executed"  # noqa: B012
     # What the mutant changed is what differs from every recipe that comes with philens, and stays.
-    found = flatten(_plain(recipe))
+    found = flatten(plain(recipe))
     keys = {part.partition(":")[0] for part in item[0].partition(": ")[2].split(", ")}
     changed = {name for name in found if keys & {name, name.rsplit(".", 1)[-1], name.split(".")[0]}}
     small = {name: value for name, value in _TINY.items() if name not in changed}

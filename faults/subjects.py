@@ -145,8 +145,7 @@ def unsealed() -> Subject:
 
 @cache
 def run_folder() -> Subject:
-    from philens.scoring.run import load_lens
-    from philens.training.run import load_run
+    from philens.training.opening import load_lens, load_run
 
     _tokens()
     folder = workshop() / "run"
@@ -186,7 +185,7 @@ def base_model() -> Subject:
 @cache
 def shipped() -> Subject:
     import philens
-    from philens.scoring.run import load_lens
+    from philens.training.opening import load_lens
 
     _tokens()
     read = lambda place: _phi(load_lens(str(place))[0])  # noqa: E731

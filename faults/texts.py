@@ -29,7 +29,7 @@ def _shipped() -> tuple[Any, Any]:
     import torch
 
     import philens
-    from philens.scoring.run import load_lens
+    from philens.training.opening import load_lens
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -75,25 +75,25 @@ def undisturbed(root: Path, kind: str) -> Undisturbed:
 
 def result(folder: Path) -> dict[str, Any]:
     """What a run gave, by name: files of the model and the layer, records, and what else there is."""
-    from philens.training.run import find_checkpoints, read_metrics
+    from philens.training.folder import RunFolder
 
     found: dict[str, Any] = {}
     for part in ("model", "adapter"):
         found |= {f"{part}/{name}": data for name, data in process.files_below(folder / part).items()}
-    steps = [path.name for path in find_checkpoints(folder)[:-1]]  # a run that was stopped has others
+    steps = [path.name for path in RunFolder(folder).checkpoints()[:-1]]  # a run that was stopped has others
     names = {path.name for path in folder.iterdir()} - {".lock", *steps}
     found |= {f"is there: {name}": True for name in names}
-    for number, record in enumerate(read_metrics(folder)):
+    for number, record in enumerate(RunFolder(folder).metrics()):
         found[f"record {number}"] = {key: one for key, one in record.items() if key != "tokens_per_second"}
     return found
 
 
 def resumed(root: Path, kind: str, folder: Path, setup: Sequence[Setup] = ()) -> str | None:
     """What is wrong with a run once it has gone on to its end, and from its last checkpoint."""
-    from philens.training.run import find_checkpoints
+    from philens.training.folder import RunFolder
 
     finished = (folder / "adapter").is_dir()
-    last = [] if finished or not folder.exists() else find_checkpoints(folder)[-1:]
+    last = [] if finished or not folder.exists() else RunFolder(folder).checkpoints()[-1:]
     ended = process.run(words(root, kind, folder, "--resume"), folder.with_suffix(".resumed"), setup)
     problem = process.finished(ended) or same(root, kind, folder)
     if problem is None and last and f"Resuming from {last[0]}." not in ended.text:
@@ -376,7 +376,7 @@ def are_nan(place: Path) -> Outcome:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from philens.training.run import find_checkpoints
+    from philens.training.folder import RunFolder
 
     root, outcome = place.parent, Outcome()
     source = undisturbed(root, "fresh").folder
@@ -386,7 +386,7 @@ def are_nan(place: Path) -> Outcome:
         for finished in ("model", "adapter"):
             if name != "base":
                 shutil.rmtree(run / finished)
-        file = run / "model/model.safetensors" if name == "base" else find_checkpoints(run)[-1] / name
+        file = run / "model/model.safetensors" if name == "base" else RunFolder(run).checkpoints()[-1] / name
         if name == "optimizer.pt":
             state = torch.load(file, weights_only=True)
             next(iter(state["state"].values()))["exp_avg"].view(-1)[0] = torch.nan

@@ -16,16 +16,8 @@ from philens.lens.adapter import save_adapter
 from philens.lens.model import PHiModel
 from philens.scoring.scores import TokenScores
 from philens.tasks.levels import load_levels
-from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import (
-    ADAPTER_FOLDER,
-    METRICS_FILE,
-    RECIPE_FILE,
-    VERSIONS_FILE,
-    read_metrics,
-    recipe_yaml,
-    training_record,
-)
+from philens.training.folder import RunFolder, is_checkpoint, step_of
+from philens.training.recipe import Recipe, recipe_yaml
 from releasing.steps import Failed
 
 # What rounding may do to phi, and how large the layer may be.
@@ -48,11 +40,12 @@ def ship(console: Console, run: Path, name: str) -> None:
     Raises:
         Failed: phi is no longer the same within `MOST`, or the layer is larger than `BYTES`.
     """
-    checkpoint = run if (run / ADAPTER_FOLDER).is_dir() and not (run / RECIPE_FILE).is_file() else None
-    run = run if checkpoint is None else run.parent
-    recipe = without_places(load_recipe(run / RECIPE_FILE), name)
+    chosen = run = RunFolder(run)
+    if is_checkpoint(chosen.path):
+        run = RunFolder(chosen.path.parent)
+    recipe = without_places(run.recipe(), name)
     base, tokenizer = philens.load_pretrained(name)
-    lens = philens.load(base, (checkpoint or run) / ADAPTER_FOLDER)
+    lens = philens.load(base, chosen.adapter)
     texts = cut_texts(tokenizer, load_levels(documents=TEXTS), TOKENS)
     before = list(score_texts(lens, tokenizer, texts, metrics=["phi"]))
     round_matrices(lens)
@@ -65,18 +58,18 @@ def ship(console: Console, run: Path, name: str) -> None:
     if most > MOST:
         raise Failed(f"phi of a text may differ by {MOST:.0%}")
 
-    folder = SHIPPED / name
+    folder, shipped = SHIPPED / name, RunFolder(SHIPPED / name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    steps = recipe.train.steps if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    records = [json.dumps(record) + "\n" for record in read_metrics(run) if record["step"] <= steps]
-    (folder / METRICS_FILE).write_text("".join(records), encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
-    shutil.copyfile(run / VERSIONS_FILE, folder / VERSIONS_FILE)
+    steps = step_of(chosen.path) if is_checkpoint(chosen.path) else recipe.train.steps
+    records = [json.dumps(record) + "\n" for record in run.metrics() if record["step"] <= steps]
+    shipped.metrics_file.write_text("".join(records), encoding="utf-8")
+    shipped.recipe_file.write_text(recipe_yaml(recipe), encoding="utf-8")
+    shutil.copyfile(run.versions_file, shipped.versions_file)
     for parameter in matrices(lens):
         parameter.data = parameter.data.bfloat16()
-    save_adapter(lens, folder / ADAPTER_FOLDER, training=training_record(recipe, folder))
-    philens.load(lens.detach(), folder / ADAPTER_FOLDER)  # strict
+    save_adapter(lens, shipped.adapter, training=shipped.record(recipe))
+    philens.load(lens.detach(), shipped.adapter)  # strict
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     console.print(f"{folder.name}: {size / 1e6:.1f} MB, after step {steps}")
     if size > BYTES:

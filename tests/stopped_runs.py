@@ -16,9 +16,10 @@ import torch
 
 from philens.cli import main
 from philens.training import trainer as trainer_module
+from philens.training.folder import RunFolder
 from philens.training.trainer import PHiTrainer
 
-compute_loss, save_model = PHiTrainer.compute_loss, trainer_module.save_model
+compute_loss, save_model = PHiTrainer.compute_loss, RunFolder.save_model
 
 
 def kill(trainer):
@@ -31,7 +32,7 @@ def interrupt(trainer):
 
 def fill_disk(trainer):
     """From now on, no file may grow to the size of the optimizer's state."""
-    checkpoint = max(trainer.folder.glob("checkpoint-*"))
+    checkpoint = max(trainer.run.path.glob("checkpoint-*"))
     sizes = sorted(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     limit = (sizes[-2] + sizes[-1]) // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -39,7 +40,7 @@ def fill_disk(trainer):
 
 def fill_disk_to_the_brim(trainer):
     """From now on, no file may grow beyond what a record needs."""
-    size = (trainer.folder / "metrics.jsonl").stat().st_size + 1000
+    size = trainer.run.metrics_file.stat().st_size + 1000
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -56,13 +57,13 @@ def run(scenario) -> None:
             MISHAPS[scenario["mishap"]](trainer)
         return compute_loss(trainer, *args, **kwargs)
 
-    def while_saving(lens, folder, *args):
-        save_model(lens, folder, *args)
-        if f"checkpoint-{scenario['step']}." in folder.name:
-            kill(lens)
+    def while_saving(folder, *args):
+        save_model(folder, *args)
+        if f"checkpoint-{scenario['step']}." in folder.path.name:
+            kill(folder)
 
     if scenario["mishap"] == "kill_while_saving":
-        trainer_module.save_model = while_saving
+        RunFolder.save_model = while_saving
     else:
         PHiTrainer.compute_loss = in_step
     output = os.open(scenario["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from philens.cli import main
-from philens.scoring.run import load_lens
+from philens.training.opening import load_lens
 
 
 def shards(folder: str) -> int:

@@ -9,8 +9,8 @@ import yaml
 from philens import __version__, cli
 from philens.commands import lens
 from philens.support.errors import ConfigError
+from philens.training.opening import load_run
 from philens.training.recipe import load_recipe
-from philens.training.run import load_run
 from tiny import TINY, as_options, tiny_values
 
 

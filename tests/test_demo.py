@@ -13,8 +13,8 @@ from philens.bases.wheels import SHIPPED
 from philens.cli import main
 from philens.lens.adapter import CONFIG_FILE
 from philens.tasks.automata import TASKS
+from philens.training.folder import RunFolder
 from philens.training.recipe import load_recipe
-from philens.training.run import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_shipped_run_is_one_of_the_small_recipe() -> None:
         small.data,
         small.optimizer,
     )
-    last = read_metrics(philens.SHIPPED)[-1]
+    last = RunFolder(philens.SHIPPED).metrics()[-1]
     assert last["step"] == recipe.train.steps == small.train.steps
     assert last["eval/in_context_language/phi"] > last["eval/memorized_programs/phi"]
 
@@ -157,7 +157,7 @@ def test_the_shipped_layer_of_smollm2_is_one_of_its_recipe() -> None:
         own.optimizer,
     )
     assert json.loads((folder / "adapter" / CONFIG_FILE).read_text())["base"]["name_or_path"] == "smollm2"
-    assert any("eval/math/phi" in record for record in read_metrics(folder))
+    assert any("eval/math/phi" in record for record in RunFolder(folder).metrics())
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
     # Nothing of the machine that trained it.

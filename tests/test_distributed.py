@@ -20,8 +20,9 @@ from philens.support.errors import TrainingError
 from philens.tasks.packing import PackedRows
 from philens.training import trainer as trainer_module
 from philens.training.distributed import StepSampler, is_sharded, passes_each
-from philens.training.recipe import load_recipe
-from philens.training.run import find_checkpoints, load_run, read_metrics, recipe_yaml
+from philens.training.folder import RunFolder
+from philens.training.opening import load_run
+from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.trainer import train, training_rows
 from tiny import tiny_recipe
 
@@ -68,7 +69,7 @@ def scenario(folder, name, recipe, shard=False, resume=False, bad_step=None):
 def cut(folder, to, step):
     """A copy of a finished run as it was when it was stopped after the checkpoint of a step."""
     shutil.copytree(folder, to)
-    later = [path for path in find_checkpoints(to) if int(path.name[11:]) > step]
+    later = [path for path in RunFolder(to).checkpoints() if int(path.name[11:]) > step]
     for path in (*later, to / "adapter", to / "model"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -80,7 +81,7 @@ def weights_of(folder):
 
 def assert_same_run(folder, other, rounding=2e-6):
     """The same records, each once, and the same weights but for the order of summation."""
-    records, others = read_metrics(folder), read_metrics(other)
+    records, others = RunFolder(folder).metrics(), RunFolder(other).metrics()
     assert len(records) == len(others) > 4
     assert [r.keys() for r in records] == [r.keys() for r in others]
     for record, one in zip(records, others, strict=True):
@@ -166,7 +167,7 @@ def test_a_loss_that_is_not_finite_in_one_of_two(runs):
     assert said.count("philens: error: ") == 1
     assert "Training failed, loss is nan at step 6; checkpoint-4 is intact" in said
     assert "Traceback" not in said
-    assert [path.name for path in find_checkpoints(runs / "bad")] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in RunFolder(runs / "bad").checkpoints()] == ["checkpoint-2", "checkpoint-4"]
 
 
 # What each process reads
@@ -240,8 +241,8 @@ def test_noise_is_set_by_the_pass(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.PHiTrainer, "training_step", drawing)
         train(recipe, tmp_path / "two")
-    assert [r["phi"] for r in read_metrics(tmp_path / "one") if "phi" in r] == [
-        r["phi"] for r in read_metrics(tmp_path / "two") if "phi" in r
+    assert [r["phi"] for r in RunFolder(tmp_path / "one").metrics() if "phi" in r] == [
+        r["phi"] for r in RunFolder(tmp_path / "two").metrics() if "phi" in r
     ]
 
 
@@ -305,7 +306,7 @@ def test_a_launcher_that_is_stopped(tmp_path, number):
         process = subprocess.Popen([*TORCHRUN, free_port(), *own], stdout=log, stderr=log, env=ENVIRONMENT)
         try:
             limit = time.monotonic() + 120
-            while len(read_metrics(folder)) < 3 and time.monotonic() < limit:
+            while len(RunFolder(folder).metrics()) < 3 and time.monotonic() < limit:
                 time.sleep(0.2)
             process.send_signal(number)
             process.wait(120)
@@ -314,8 +315,8 @@ def test_a_launcher_that_is_stopped(tmp_path, number):
     said = (tmp_path / "log").read_text()
     assert said.count("a checkpoint will be written") == 1, said
     assert "philens: error" not in said
-    steps = [record["step"] for record in read_metrics(folder)]
-    (checkpoint,) = find_checkpoints(folder)
+    steps = [record["step"] for record in RunFolder(folder).metrics()]
+    (checkpoint,) = RunFolder(folder).checkpoints()
     assert int(checkpoint.name[11:]) in (steps[-1], steps[-1] + 1)
     assert load_recipe(folder / "recipe.yaml") == recipe
 
@@ -329,7 +330,7 @@ def test_a_process_that_is_killed(tmp_path):
         process = subprocess.Popen([*TORCHRUN, free_port(), *own], stdout=log, stderr=log, env=ENVIRONMENT)
         try:
             limit = time.monotonic() + 120
-            while not find_checkpoints(folder) and time.monotonic() < limit:
+            while not RunFolder(folder).checkpoints() and time.monotonic() < limit:
                 time.sleep(0.2)
             found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
             os.kill(int(found.split()[-1]), signal.SIGKILL)
@@ -338,5 +339,5 @@ def test_a_process_that_is_killed(tmp_path):
             process.kill()
     said = (tmp_path / "log").read_text()
     assert said.count("philens: error: Another process of this training ended without a word") == 1, said
-    checkpoint = find_checkpoints(folder)[-1]
+    checkpoint = RunFolder(folder).checkpoints()[-1]
     assert json.loads((checkpoint / "recipe.json").read_text())["train"]["steps"] == 100_000

@@ -32,6 +32,7 @@ from philens.scoring.score import METRICS, score
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
 from philens.support.output import visible
 from philens.tasks.automata import TASKS
+from philens.training.source import ModelSource
 from test_scores import plain
 
 A, B = NAMES
@@ -57,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> Explored:
-    return Explored.open(str(run))
+    return Explored.open(ModelSource(str(run)))
 
 
 def last(updates: Any) -> Update:
@@ -122,7 +123,7 @@ def test_each_point_reads_as_its_layer_alone(run: Path, model: Explored) -> None
 
 
 def test_each_layer_of_an_adapter_with_several_is_a_point(run: Path) -> None:
-    both = Explored.open(str(run / "model"), [str(run / "both")])
+    both = Explored.open(ModelSource(str(run / "model")), [str(run / "both")])
     assert list(both.points) == ["both (after model.layers.0)", "both (after model.layers.2)"]
     assert "surprisal_with_layer" not in both.metrics("both (after model.layers.0)")
     lens = philens.load(make_llama(), run / "both")
@@ -134,14 +135,14 @@ def test_each_layer_of_an_adapter_with_several_is_a_point(run: Path) -> None:
 
 
 def test_adapters_named_and_those_of_a_sweep(run: Path) -> None:
-    named = Explored.open(str(run / "model"), [str(run / "layer-2"), str(run / "both")])
+    named = Explored.open(ModelSource(str(run / "model")), [str(run / "layer-2"), str(run / "both")])
     assert [point.split()[0] for point in named.points] == ["layer-2", "both", "both"]
-    swept = Explored.open(str(run / "model"), [str(run)])
+    swept = Explored.open(ModelSource(str(run / "model")), [str(run)])
     assert [point.split()[0] for point in swept.points] == ["adapter", "layer-2", "layer-10"]
     with pytest.raises(AdapterError):
-        Explored.open(str(run / "model"), [str(run / "nothing")])
+        Explored.open(ModelSource(str(run / "model")), [str(run / "nothing")])
     with pytest.raises(ConfigError, match="No PHi layer was named"):
-        Explored.open(str(run / "model"))
+        Explored.open(ModelSource(str(run / "model")))
     with pytest.raises(ConfigError, match="give --model too"):
         open_all(None, ["x"])
 
@@ -468,7 +469,7 @@ def test_others_are_let_in_only_if_asked_for(
     )
     said: list[str] = []
     with caplog.at_level(logging.WARNING):
-        server.explore(str(run), [], None, "auto", False, host, 0, 100, said.append)
+        server.explore(ModelSource(str(run)), [], host, 0, 100, said.append)
     assert served == ["0.0.0.0" if warns else "127.0.0.1"]
     assert re.fullmatch(rf"Open http://{host}:\d+ in a browser; Ctrl\+C stops it\.", said[0])
     assert ("Whoever reaches 0.0.0.0 can use this model" in caplog.text) == warns

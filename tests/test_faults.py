@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from philens.support.errors import InputError, OutputError, PhilensError, RecipeError, TrainingError
 from philens.support.files import SUMS_FILE, locked
 from philens.training.distributed import one_voice
-from philens.training.run import RECIPE_FILE, find_checkpoints, read_metrics
+from philens.training.folder import RunFolder
 from philens.training.trainer import train
 from tiny import tiny_recipe
 
@@ -51,7 +51,7 @@ def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
     folder = unfinished(run, tmp_path / "run")
     for name in (".checkpoint-4.ab12cd", ".model.x1", ".adapter.x1.old"):
         (folder / name / "part").mkdir(parents=True)
-    for name in (f".{RECIPE_FILE}.77.tmp", ".metrics.jsonl.77.tmp", ".training.png.77.tmp"):
+    for name in (".recipe.yaml.77.tmp", ".metrics.jsonl.77.tmp", ".training.png.77.tmp"):
         (folder / name).write_text("")
     (folder / ".mine").write_text("not philens'")
     train(tiny_recipe(**SHORT), folder, resume=True)
@@ -74,7 +74,7 @@ def test_a_run_killed_as_it_began_begins_anew(run, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".lock").write_text("")
-    (folder / f".{RECIPE_FILE}.77.tmp").write_text("name: ")
+    (folder / ".recipe.yaml.77.tmp").write_text("name: ")
     train(tiny_recipe(**SHORT), folder)
     assert files(folder / "adapter") == files(run / "adapter")
 
@@ -82,13 +82,13 @@ def test_a_run_killed_as_it_began_begins_anew(run, tmp_path):
 def test_what_was_measured_before_the_first_step_is_recorded_once(run, tmp_path):
     recipe, folder = tiny_recipe(**FROZEN, model__base=str(run / "model")), tmp_path / "run"
     train(recipe, folder)
-    expected = [set(record) - {"tokens_per_second"} for record in read_metrics(folder)]
-    for path in [*find_checkpoints(folder), folder / "adapter"]:
+    expected = [set(record) - {"tokens_per_second"} for record in RunFolder(folder).metrics()]
+    for path in [*RunFolder(folder).checkpoints(), folder / "adapter"]:
         for file in sorted(path.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         path.rmdir()
     train(recipe, folder, resume=True)
-    records = read_metrics(folder)
+    records = RunFolder(folder).metrics()
     assert [record["step"] for record in records].count(0) == 1
     assert [set(record) - {"tokens_per_second"} for record in records] == expected
 
@@ -97,7 +97,7 @@ def test_two_trainings_into_one_folder(run, tmp_path):
     folder = unfinished(run, tmp_path / "run")
     before = files(folder)
     with (
-        locked(folder, RECIPE_FILE),
+        RunFolder(folder).lock(),
         pytest.raises(OutputError, match=r"Another process is writing into .*; wait for it"),
     ):
         train(tiny_recipe(**SHORT), folder, resume=True)
@@ -140,8 +140,8 @@ def test_a_data_worker_ends(tmp_path):
     said = done.stdout.splitlines()
     assert len(said) == 2, done.stderr
     assert all(line.startswith("A data worker ended without a word") for line in said)
-    assert find_checkpoints(tmp_path / "killed")
-    assert find_checkpoints(tmp_path / "no room")
+    assert RunFolder(tmp_path / "killed").checkpoints()
+    assert RunFolder(tmp_path / "no room").checkpoints()
 
 
 def test_data_workers_end_with_the_training(tmp_path):

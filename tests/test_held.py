@@ -17,7 +17,7 @@ from philens.lens.attention import (
 )
 from philens.lens.divergence import contrastive_loss, gaussian_kl
 from philens.lens.layer import PHiLayer
-from philens.training.run import start_model
+from philens.training.build import start_model
 from philens.training.trainer import training_rows
 from tiny import tiny_recipe
 

@@ -20,7 +20,8 @@ from philens.bases.hub import load_pretrained
 from philens.lens.adapter import WEIGHTS_FILE, _hash_of
 from philens.support.errors import AdapterError, TrainingError
 from philens.support.files import SUMS_FILE, check_sums, write_sums
-from philens.training.run import load_run, read_metrics
+from philens.training.folder import RunFolder
+from philens.training.opening import load_run
 from philens.training.trainer import train
 from tiny import tiny_recipe
 
@@ -361,8 +362,8 @@ def test_a_damaged_record_of_metrics(run):
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # half-written
-    assert len(read_metrics(run)) == len(lines)
+    assert len(RunFolder(run).metrics()) == len(lines)
     for damaged in ('{"step": 1', "[]", "{}", '{"step": "x"}', "[" * 100_000):
         path.write_text("\n".join([lines[0], damaged, *lines[1:]]) + "\n")
         with pytest.raises(AdapterError, match=r"Line 2 of .* is not a record"):
-            read_metrics(run)
+            RunFolder(run).metrics()

@@ -23,10 +23,10 @@ from philens.bases.tokenizer import byte_tokenizer
 from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
 from philens.reasoning.problems import load_problems
 from philens.scoring.corpus import Corpus
-from philens.scoring.run import load_lens
 from philens.scoring.texts import render_chat
 from philens.support.errors import AdapterError, InputError, OutputError
 from philens.support.files import SUMS_FILE, file_hash, write_atomically, written_whole
+from philens.training.opening import load_lens
 
 
 def write(path):

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from philens.support.errors import PhilensError, RecipeError
+from philens.training.build import build_base, start_model
 from philens.training.recipe import load_recipe
-from philens.training.run import build_base, start_model
 from tiny import tiny_recipe, tiny_values
 
 GROWS = "\n".join(

@@ -11,8 +11,9 @@ from conftest import make_llama
 from philens.bases.tokenizer import byte_tokenizer
 from philens.support.errors import RecipeError
 from philens.training import own_text
+from philens.training.folder import RunFolder
+from philens.training.opening import load_run
 from philens.training.own_text import with_own_text
-from philens.training.run import load_run, read_metrics
 from philens.training.trainer import train
 from tiny import tiny_recipe
 
@@ -49,7 +50,7 @@ def written(folder: Path, part: str) -> list[dict]:
 
 
 def test_as_many_documents_as_wanted_of_each_kind(base, tokenizer, tmp_path):
-    recipe = with_own_text(recipe_of(), base, tokenizer, tmp_path, True)
+    recipe = with_own_text(recipe_of(), base, tokenizer, RunFolder(tmp_path), True)
     parts = recipe.data.parts
     assert {name: part.source for name, part in parts.items()} == {
         name: str(tmp_path / f"self-{name}.jsonl") for name in PARTS
@@ -67,7 +68,7 @@ def test_what_is_written_depends_on_the_seed_alone(base, tokenizer, tmp_path):
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         folder.mkdir()
         torch.manual_seed(hash(folder))  # whatever was drawn before
-        with_own_text(recipe_of(seed=seed), base, tokenizer, folder, True)
+        with_own_text(recipe_of(seed=seed), base, tokenizer, RunFolder(folder), True)
     one, again, other = (written(folder, "texts") for folder in folders)
     assert one == again != other
 
@@ -75,20 +76,20 @@ def test_what_is_written_depends_on_the_seed_alone(base, tokenizer, tmp_path):
 def test_it_goes_on_after_a_stop(base, tokenizer, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
-    with_own_text(recipe_of(), base, tokenizer, whole, True)
+    with_own_text(recipe_of(), base, tokenizer, RunFolder(whole), True)
     lines = (whole / "self-texts.jsonl").read_text().splitlines(keepends=True)
     (cut / "self-texts.jsonl").write_text("".join(lines[:4]))  # a batch and one document
     (cut / "self-chats.jsonl").write_bytes((whole / "self-chats.jsonl").read_bytes())
     calls = []
     go_on = own_text._go_on
     monkeypatch.setattr(own_text, "_go_on", lambda *args: calls.append(args) or go_on(*args))
-    with_own_text(recipe_of(), base, tokenizer, cut, True)
+    with_own_text(recipe_of(), base, tokenizer, RunFolder(cut), True)
     assert len(calls) == 2  # the second batch and the third of texts, nothing of chats
     assert (cut / "self-texts.jsonl").read_bytes() == (whole / "self-texts.jsonl").read_bytes()
 
 
 def test_a_process_that_does_not_write_waits(base, tokenizer, tmp_path):
-    recipe = with_own_text(recipe_of(), base, tokenizer, tmp_path, False)
+    recipe = with_own_text(recipe_of(), base, tokenizer, RunFolder(tmp_path), False)
     assert not list(tmp_path.iterdir())
     assert recipe.data.parts["chats"].source.endswith("self-chats.jsonl")
 
@@ -101,7 +102,8 @@ def test_a_chat_is_asked_and_answered_by_the_template(base, tokenizer, tmp_path,
         "_go_on",
         lambda *args: prompts.append([tokenizer.decode(p) for p in args[2]]) or go_on(*args),
     )
-    with_own_text(recipe_of(data__parts={"chats": PARTS["chats"]}), base, tokenizer, tmp_path, True)
+    recipe = recipe_of(data__parts={"chats": PARTS["chats"]})
+    with_own_text(recipe, base, tokenizer, RunFolder(tmp_path), True)
     user = written(tmp_path, "chats")[0]["messages"][0]["content"]
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
@@ -120,14 +122,14 @@ def test_a_layer_is_trained_without_any_data(base, tokenizer, tmp_path):
     lens, found = load_run(tmp_path / "run")
     assert found.data.parts["chats"].source == "self"  # the recipe says what it said
     assert lens.config.pressure == "distill"
-    steps = [record for record in read_metrics(tmp_path / "run") if "divergence" in record]
+    steps = [record for record in RunFolder(tmp_path / "run").metrics() if "divergence" in record]
     assert len(steps) == recipe.train.steps
     assert str(tmp_path) not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_a_model_without_generate_cannot_write(tokenizer, tmp_path):
     with pytest.raises(RecipeError, match="Linear has no generate and cannot write the text of source self"):
-        with_own_text(recipe_of(), nn.Linear(1, 1), tokenizer, tmp_path, True)
+        with_own_text(recipe_of(), nn.Linear(1, 1), tokenizer, RunFolder(tmp_path), True)
 
 
 def test_fresh_weights_have_nothing_to_say():

@@ -6,8 +6,8 @@ import torch
 
 from philens.support.errors import ConfigError, RecipeError
 from philens.support.typed import convert, describe, nearest
-from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys
-from philens.training.run import build_base, build_model, recipe_yaml
+from philens.training.build import build_base, build_model
+from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys, recipe_yaml
 from tiny import tiny_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -23,8 +23,8 @@ import philens
 from philens.commands.environment import environment
 from philens.support.errors import ConfigError
 from philens.support.extras import require
-from philens.training.recipe import load_recipe
-from philens.training.run import read_metrics, recipe_yaml
+from philens.training.folder import RunFolder
+from philens.training.recipe import load_recipe, recipe_yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -265,7 +265,7 @@ def test_the_layer_of_a_run_ships_without_what_is_of_its_machine(tmp_path, text_
         "notes": "notes",
         "code": "installed",
     }
-    assert [record["step"] for record in read_metrics("shipped/tiny")] == [1, 2]
+    assert [record["step"] for record in RunFolder("shipped/tiny").metrics()] == [1, 2]
     files = [path for path in Path("shipped").rglob("*") if path.suffix in (".json", ".yaml", ".md")]
     assert len(files) == 4
     assert not any(str(tmp_path) in path.read_text() for path in files)

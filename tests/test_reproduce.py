@@ -130,7 +130,7 @@ def test_another_recipe_in_the_same_folder(runs):
 
 def test_the_same_documents_are_measured_again(runs):
     _, folder = runs
-    from philens.training.run import load_run
+    from philens.training.opening import load_run
 
     lens, recipe = load_run(folder / "seed-0")
     tables = [measure(lens, recipe, ("random", "copy"), n) for n in (3, 3)]

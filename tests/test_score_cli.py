@@ -19,9 +19,9 @@ from conftest import make_gpt2, make_llama
 from philens import cli
 from philens.bases.hub import quiet
 from philens.bases.tokenizer import character_tokenizer
-from philens.scoring.run import load_lens
 from philens.scoring.score import score
 from philens.scoring.scores import TokenScores
+from philens.training.opening import load_lens
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "<b>Ho</b>"}]

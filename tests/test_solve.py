@@ -29,6 +29,7 @@ from philens.scoring.texts import tokenize
 from philens.support.errors import AdapterError, ConfigError, InputError, OutputError
 from philens.tasks.chat import encode_chat
 from philens.tasks.problem import Problem, Prompt, messages
+from philens.training.source import ModelSource
 
 # As Llama 3's: a system's message with the date, contents trimmed.
 LLAMA_TEMPLATE = """\
@@ -85,7 +86,7 @@ def solved(model: str, tmp_path: Path) -> Any:
     count = 0
 
     def solved(
-        model: str = model, problems: Any = PROBLEMS, prompt: Prompt = PROMPT, **options: Any
+        model: str | ModelSource = model, problems: Any = PROBLEMS, prompt: Prompt = PROMPT, **options: Any
     ) -> list[Solution]:
         nonlocal count
         count += 1
@@ -242,7 +243,7 @@ def test_the_models_own_generation_settings(model: str, tmp_path: Path, solved: 
     record = json.loads((tmp_path / "x" / "solve.json").read_text())
     assert record["origin"]["generation_settings_not_used"] == settings
     assert record["origin"]["ends"] == ENDS
-    engine = TransformersEngine(folder, None, None, "auto", False, 1.0, 1.0)
+    engine = TransformersEngine(ModelSource(folder), 1.0, 1.0)
     before = engine.base.generation_config.to_dict()
     engine.draw([[1, 2]], [3], 0)
     assert engine.base.generation_config.to_dict() == before
@@ -271,7 +272,7 @@ def test_a_layer_is_in_the_path(tmp_path: Path, solved: Any) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     save(tmp_path / "run" / "model", base, tokenizer)
     lens.save_pretrained(tmp_path / "run" / "adapter")
-    named = solved(str(tmp_path / "run" / "model"), adapter=str(tmp_path / "run" / "adapter"))
+    named = solved(ModelSource(str(tmp_path / "run" / "model"), str(tmp_path / "run" / "adapter")))
     for one in named:
         assert one.logprobs == pytest.approx(expected(lens, tokenizer, one), abs=1e-4)
     # A run folder brings its layer; its model folder is the base alone.
@@ -307,7 +308,7 @@ def test_prompts_are_read_once_and_nothing_is_measured(
     lengths = [len(prompt_ids(byte_tokenizer(), messages(problem, PROMPT))) for problem in PROBLEMS]
     for adapter in (None, str(tmp_path / "bottleneck"), str(tmp_path / "observe")):
         tokens = 0
-        solutions = solved(model=folder, adapter=adapter, samples=6, max_new_tokens=1)
+        solutions = solved(ModelSource(folder, adapter), samples=6, max_new_tokens=1)
         assert len(solutions) == 24
         # The last token of each prompt is where rows part; padding is read too.
         assert tokens == 4 * (max(lengths) - 1) + 24
@@ -415,7 +416,7 @@ def test_half_written_files_go_on(model: str, tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused(model: str, tmp_path: Path) -> None:
-    def again(problems: Any = PROBLEMS, model: str = model, **options: Any) -> Any:
+    def again(problems: Any = PROBLEMS, model: str | ModelSource = model, **options: Any) -> Any:
         base = {"prompt": PROMPT, "samples": 2, "max_new_tokens": 4}
         return solve(model, problems, tmp_path / "x", **base | options)
 
@@ -426,13 +427,14 @@ def test_other_settings_are_refused(model: str, tmp_path: Path) -> None:
         "temperature": 0.5,
         "top_p": 0.9,
         "batch_size": 7,
-        "dtype": "bfloat16",
     }
     for name, value in changes.items():
         with pytest.raises(
             OutputError, match=f"begun with another {name.replace('_', ' ')} .*choose another"
         ):
             again(**{name: value})
+    with pytest.raises(OutputError, match="begun with another dtype"):
+        again(model=ModelSource(model, dtype="bfloat16"))
     with pytest.raises(OutputError, match="another problems"):
         again(problems=PROBLEMS[:3])
     with pytest.raises(OutputError, match="another prompt"):
@@ -468,7 +470,7 @@ def test_other_settings_are_refused(model: str, tmp_path: Path) -> None:
         ({"engine": "tgi"}, "engine must be one of transformers, vllm"),
         ({"problems": []}, "nothing to solve"),
         ({"problems": [PROBLEMS[0]] * 2}, "2 problems have the id 'a'"),
-        ({"engine": "vllm", "adapter": "x"}, "vLLM runs a base model alone"),
+        ({"engine": "vllm", "model": ModelSource("x", "y")}, "vLLM runs a base model alone"),
     ],
 )
 def test_bad_settings(solved: Any, options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,8 @@ from philens.cli import main
 from philens.findings.sweep import parse_layers, sweep
 from philens.lens.model import load
 from philens.support.errors import ConfigError
-from philens.training.run import load_run, read_metrics
+from philens.training.folder import RunFolder
+from philens.training.opening import load_run
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +98,10 @@ def test_each_layer_alone_in_the_path_gives_the_sweeps_figures(swept, base, opti
 
 def test_called_again_it_takes_the_finished_run(swept, base, options, capsys):
     output, results = swept
-    records = read_metrics(output / "run")
+    records = RunFolder(output / "run").metrics()
     again = sweep(str(base), [0, 2], output, overrides=options)
     assert again == results
-    assert read_metrics(output / "run") == records
+    assert RunFolder(output / "run").metrics() == records
 
 
 def test_the_command(base, options, tmp_path, capsys):

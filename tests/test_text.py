@@ -20,15 +20,10 @@ from philens.tasks.chat import encode_chat
 from philens.tasks.packing import PackedRows, SingleRows
 from philens.tasks.sources import PROMPT, TextFiles, TextPart, _open_hub, installed_files, open_source
 from philens.tasks.text import HELD_OUT, TextMixture, is_held_out
+from philens.training.build import evaluation_documents, load_tokenizer, start_model
+from philens.training.folder import RunFolder
+from philens.training.opening import finished_model, load_run
 from philens.training.recipe import Recipe
-from philens.training.run import (
-    evaluation_documents,
-    finished_model,
-    load_run,
-    load_tokenizer,
-    read_metrics,
-    start_model,
-)
 from philens.training.trainer import PHiTrainer, train, training_rows
 from tiny import tiny_recipe
 
@@ -509,7 +504,7 @@ def test_a_plain_base(runs):
     config = lens.base.config
     assert config.vocab_size == len(tokenizer) == 300
     assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    records = [record for record in read_metrics(folder) if "surprisal" in record]
+    records = [record for record in RunFolder(folder).metrics() if "surprisal" in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert records[0]["loss"] == records[0]["surprisal"] == pytest.approx(np.log(300), abs=0.5)
     assert records[-1]["loss"] < records[0]["loss"]
@@ -565,7 +560,8 @@ def test_stopped_runs_go_on(runs, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("philens.bases.tokenizer.train_bpe", None)
     assert train(recipe, tmp_path / "run", resume=True) is not None
     ours, theirs = (
-        [r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (tmp_path / "run", whole)
+        [r["loss"] for r in RunFolder(folder).metrics() if "loss" in r]
+        for folder in (tmp_path / "run", whole)
     )
     assert ours == theirs
     assert train(recipe, tmp_path / "run", resume=True) is not None  # finished

@@ -51,8 +51,9 @@ from philens.tasks.levels import (
     role,
     with_built,
 )
+from philens.training.build import load_tokenizer
+from philens.training.opening import load_run
 from philens.training.recipe import load_recipe
-from philens.training.run import load_run, load_tokenizer
 from philens.training.trainer import train
 from tiny import TINY
 

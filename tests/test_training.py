@@ -13,10 +13,12 @@ from torch._dynamo.exc import TorchDynamoException
 
 from philens.support.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
 from philens.training import course
+from philens.training.build import build_model
 from philens.training.course import figure_training  # not the blank one of conftest.py
 from philens.training.evaluation import evaluate_tasks
-from philens.training.recipe import load_recipe
-from philens.training.run import build_model, find_checkpoints, load_run, read_metrics, recipe_yaml
+from philens.training.folder import RunFolder
+from philens.training.opening import load_run
+from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.trainer import PHiTrainer, latent_information, train, training_rows
 from tiny import tiny_recipe
 
@@ -25,7 +27,7 @@ EVERY_STEP = {"step", "loss", "surprisal", "learning_rate", "grad_norm", "tokens
 
 def steps_of(folder, *ignored):
     """The records of training steps, without what a clock decides."""
-    records = [record for record in read_metrics(folder) if "loss" in record]
+    records = [record for record in RunFolder(folder).metrics() if "loss" in record]
     return [{k: v for k, v in r.items() if k not in {"tokens_per_second", *ignored}} for r in records]
 
 
@@ -69,7 +71,7 @@ def test_the_picture_of_a_run_is_drawn(smoke, monkeypatch):
     *_, folder = smoke
     blank = (folder / "training.png").read_bytes()
     monkeypatch.setattr(course, "figure_training", figure_training)
-    course.draw_course(folder)
+    course.draw_course(RunFolder(folder))
     drawn = (folder / "training.png").read_bytes()
     assert blank[:8] == drawn[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(drawn) > 10 * len(blank)
@@ -77,7 +79,7 @@ def test_the_picture_of_a_run_is_drawn(smoke, monkeypatch):
 
 def test_every_step_is_logged(smoke):
     _, recipe, folder = smoke
-    records = [r for r in read_metrics(folder) if "loss" in r]
+    records = [r for r in RunFolder(folder).metrics() if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, 10))
     for record in records:
         assert set(record) >= EVERY_STEP
@@ -95,7 +97,7 @@ def test_every_step_is_logged(smoke):
 
 def test_evaluations_are_logged_per_task(smoke):
     _, recipe, folder = smoke
-    evaluations = [r for r in read_metrics(folder) if any(key.startswith("eval/") for key in r)]
+    evaluations = [r for r in RunFolder(folder).metrics() if any(key.startswith("eval/") for key in r)]
     assert [r["step"] for r in evaluations] == [3, 6, 9]
     assert len([key for key in evaluations[0] if key.endswith("/surprisal")]) == 6
     assert not [key for key in evaluations[0] if key.endswith("/phi")]
@@ -238,7 +240,7 @@ def test_collapse_is_seen(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "philens"):
         train(recipe, tmp_path / "run")
     assert "The PHi layer has collapsed at step 60" in caplog.text
-    assert [r["collapsed"] for r in read_metrics(tmp_path / "run") if "collapsed" in r] == [1.0]
+    assert [r["collapsed"] for r in RunFolder(tmp_path / "run").metrics() if "collapsed" in r] == [1.0]
 
 
 def test_latent_information():
@@ -328,7 +330,7 @@ def test_resumed_runs_of_other_stops(tmp_path, uninterrupted):
 
 def resume(stopped, uninterrupted, architecture, stop):
     folder = stopped / f"{architecture}-{stop}"
-    checkpoints = [path.name for path in find_checkpoints(folder)]
+    checkpoints = [path.name for path in RunFolder(folder).checkpoints()]
     expected = {"early": [], "phase_1": ["checkpoint-2"], "phase_2": ["checkpoint-4", "checkpoint-6"]}
     expected |= {"saving": ["checkpoint-2", "checkpoint-4"], "ctrl_c": ["checkpoint-2", "checkpoint-3"]}
     assert checkpoints == expected[stop]
@@ -367,7 +369,7 @@ def test_a_full_disk(stopped, mishap):
     assert lines[0].startswith("philens: error: ")
     assert "could not be written" in lines[0]
     assert lines[0].endswith("free some space and --resume.")
-    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
@@ -382,7 +384,7 @@ def test_other_records_and_checkpoints_on_resuming(stopped, uninterrupted, tmp_p
     folder = stopped / "transformer-fill_disk_to_the_brim"
     train(tiny_recipe(train__log_every=5, train__save_every=3, train__keep=9), folder, resume=True)
     assert [r["step"] for r in steps_of(folder)] == [1, 2, 3, 4, 5]
-    assert [p.name[11:] for p in find_checkpoints(folder)] == ["2", "4", "6", "9"]
+    assert [p.name[11:] for p in RunFolder(folder).checkpoints()] == ["2", "4", "6", "9"]
     first, second = weights_of(folder), weights_of(uninterrupted / "transformer")
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
@@ -411,7 +413,7 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, log_every):
             train(recipe, folder)
     found = "loss is nan at step 5" if log_every == 1 else "a weight is not finite at step 6"
     assert found in str(caught.value)
-    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
     assert train(recipe, folder, resume=True) is not None
 

@@ -13,14 +13,14 @@ _HOME = {
     "attach": "lens.model",
     "load": "lens.model",
     "load_pretrained": "bases.hub",
-    "load_lens": "scoring.run",
+    "load_lens": "training.opening",
     "score": "scoring.score",
     "iter_scores": "scoring.score",
     "TokenScores": "scoring.scores",
     "rank": "reasoning.ranking",
     "PHiReward": "reasoning.reward",
-    "load_run": "training.run",
-    "SHIPPED": "training.run",
+    "load_run": "training.opening",
+    "SHIPPED": "training.opening",
     "score_documents": "scoring.documents",
     "LSTMConfig": "bases.lstm",
     "LSTMForCausalLM": "bases.lstm",
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from philens.reasoning.ranking import rank as rank
     from philens.reasoning.reward import PHiReward as PHiReward
     from philens.scoring.documents import score_documents as score_documents
-    from philens.scoring.run import load_lens as load_lens
     from philens.scoring.score import iter_scores as iter_scores
     from philens.scoring.score import score as score
     from philens.scoring.scores import TokenScores as TokenScores
     from philens.support.errors import PhilensError as PhilensError
-    from philens.training.run import SHIPPED as SHIPPED
-    from philens.training.run import load_run as load_run
+    from philens.training.opening import SHIPPED as SHIPPED
+    from philens.training.opening import load_lens as load_lens
+    from philens.training.opening import load_run as load_run
 
 
 def __getattr__(name: str) -> Any:

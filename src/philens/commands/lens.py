@@ -4,6 +4,7 @@ torch and transformers are imported inside the functions, so that help and error
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,12 +54,10 @@ def train(
         resume: go on from the last checkpoint in the run folder.
         print_config: print the whole recipe and stop.
     """
-    from philens.training.recipe import load_recipe
+    from philens.training.recipe import load_recipe, recipe_yaml
 
     resolved = load_recipe(recipe, keys)
     if print_config:
-        from philens.training.run import recipe_yaml
-
         utf8_output().write(recipe_yaml(resolved))
         return 0
     from philens.support.processes import rank
@@ -143,11 +142,13 @@ def score(
         temperature: of drawing.
     """
     from philens.scoring.corpus import Corpus
-    from philens.scoring.run import load_lens, score_corpus
+    from philens.scoring.run import score_corpus
     from philens.support.processes import rank
+    from philens.training.opening import open_lens
+    from philens.training.source import ModelSource
 
     process = rank()
-    source = (model, adapter, revision, dtype, trust_remote_code)
+    source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
@@ -157,7 +158,7 @@ def score(
             raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
         if sample and not 0 < temperature < math.inf:
             raise ConfigError(f"--temperature must be above 0, not {temperature:g}.")
-        _generate(load_lens(*source), generate, max_new_tokens, sample, temperature, overflow)
+        _generate(open_lens(source), generate, max_new_tokens, sample, temperature, overflow)
         return 0
     schedule = None
     if engine == "ray":
@@ -172,7 +173,7 @@ def score(
     try:
         summary = score_corpus(
             corpus,
-            lambda: load_lens(*source),
+            partial(open_lens, source),
             format,
             output,
             metrics=[name.strip() for name in metrics.split(",") if name.strip()],
@@ -181,7 +182,7 @@ def score(
             overflow=overflow,
             alternatives=alternatives,
             shard_characters=shard_characters,
-            options=dict(zip(("model", "adapter", "revision", "dtype"), source, strict=False)),
+            options={"model": model, "adapter": adapter, "revision": revision, "dtype": dtype},
             rank=process,
             schedule=schedule,
         )
@@ -239,9 +240,11 @@ def explore(
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.explore.server import explore
+    from philens.training.source import ModelSource
 
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
-    explore(model, adapters, revision, dtype, trust_remote_code, host, port, max_characters, say, record)
+    source = None if model is None else ModelSource(model, None, revision, dtype, trust_remote_code)
+    explore(source, adapters, host, port, max_characters, say, record)
 
 
 def sweep(

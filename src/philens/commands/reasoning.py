@@ -3,6 +3,7 @@
 torch and transformers are imported inside the functions, so that help and errors come at once.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -60,11 +61,12 @@ def solve(
         raise ConfigError("No problems were named; give --problems.")
     from philens.reasoning.problems import find_prompt, load_problems, parse_levels
     from philens.reasoning.sampling import solve
+    from philens.training.source import ModelSource
 
     only = parse_levels(levels)
     chosen = load_problems(problems, split, limit, seed, only)
     solved = solve(
-        model,
+        ModelSource(model, adapter, revision, dtype, trust_remote_code),
         chosen,
         output or Path("runs") / f"solve-{Path(model).name}",
         prompt=find_prompt(problems, prompt, shots, seed, only),
@@ -74,10 +76,6 @@ def solve(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         engine=engine,
-        adapter=adapter,
-        revision=revision,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
         seed=seed,
     )
     say(f"{'Wrote' if solved.new else 'Already finished:'} {solved.path}: {solved}.")
@@ -141,12 +139,12 @@ def rank(
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.reasoning.ranking import rank_file
-    from philens.scoring.run import load_lens
+    from philens.training.opening import open_lens
+    from philens.training.source import ModelSource
 
-    source = (model, adapter, revision, dtype, trust_remote_code)
     count = rank_file(
         candidates,
-        lambda: load_lens(*source),
+        partial(open_lens, ModelSource(model, adapter, revision, dtype, trust_remote_code)),
         format,
         output,
         rule=rule,

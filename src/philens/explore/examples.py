@@ -8,8 +8,8 @@ import numpy as np
 from philens.findings.demo import EXPLANATIONS
 from philens.tasks.automata import TASKS, generate
 from philens.tasks.levels import LevelText, in_order, role, with_built
-from philens.training.recipe import load_recipe
-from philens.training.run import RECIPE_FILE, SHIPPED
+from philens.training.folder import RunFolder
+from philens.training.opening import SHIPPED
 
 # Of which stream of documents, that no run has been trained on; and how long they are.
 _SEED, _CHARACTERS = 4_321, 480
@@ -85,7 +85,7 @@ def examples() -> dict[str, Example]:
         name = role(level) or level
         found[name] = Example(name, LEVELS[name], text, formal=False)
     # Of the same sizes, and with the same to know by heart, as the shipped model was trained on.
-    config = replace(load_recipe(SHIPPED / RECIPE_FILE).data.tasks, max_length=_CHARACTERS)
+    config = replace(RunFolder(SHIPPED).recipe().data.tasks, max_length=_CHARACTERS)
     for task in TASKS:
         documents = generate(config, _SEED, task, np.arange(8))
         text = documents.text(int(documents.lengths.argmax()))

@@ -15,15 +15,15 @@ from transformers.generation.streamers import BaseStreamer
 from philens.bases import hub
 from philens.lens.insertion import find_blocks
 from philens.lens.model import PHiModel, load
-from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import METRICS, score
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import tokenize_all
 from philens.scoring.windows import context_length, find_windows
 from philens.support.errors import AdapterError, ConfigError, InputError, InsertionError
-from philens.training.recipe import load_recipe
-from philens.training.run import RECIPE_FILE
-from philens.training.run import SHIPPED as SMALL
+from philens.training.folder import RunFolder, adapters_in
+from philens.training.opening import SHIPPED as SMALL
+from philens.training.opening import open_lens
+from philens.training.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -118,34 +118,31 @@ class Explored:
     @classmethod
     def open(
         cls,
-        model: str,
+        source: ModelSource,
         adapters: Sequence[str] = (),
-        revision: str | None = None,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
         name: str | None = None,
     ) -> "Explored":
         """Load a base and layers for it.
 
         Args:
-            model: as for `philens.scoring.run.load_lens`, like the options after `adapters`.
+            source: of the base, or a run folder.
             adapters: folders or Hub ids, or folders that hold several, such as a sweep's; by default those
-                in the run folder `model`.
+                in the run folder.
             name: what readers see.
 
         Raises:
             PhilensError: something is missing, damaged, or does not belong together.
         """
         found = [one for given in adapters for one in (adapters_in(given) or [given])]
-        found = found or adapters_in(model)
-        first, tokenizer = load_lens(model, found[0] if found else None, revision, dtype, trust_remote_code)
-        lenses = {Path(found[0] if found else model).name: first}
+        found = found or adapters_in(source.model)
+        first, tokenizer = open_lens(replace(source, adapter=found[0] if found else None))
+        lenses = {Path(found[0] if found else source.model).name: first}
         for one in found[1:]:
             next(reversed(lenses.values())).disable()
             label = Path(one).name
             lens = load(first.base, one).to(next(first.phi.parameters()).device)
             lenses[label if label not in lenses else one] = lens
-        return cls(name or Path(model).name, tokenizer, lenses, _trained_together(model))
+        return cls(name or Path(source.model).name, tokenizer, lenses, _trained_together(source.model))
 
     def metrics(self, point: str) -> list[str]:
         """The columns that can be read there, in their order."""
@@ -281,21 +278,15 @@ class _Writing(BaseStreamer):
         pass
 
 
-def open_all(
-    model: str | None,
-    adapters: Sequence[str] = (),
-    revision: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> dict[str, Explored]:
+def open_all(source: ModelSource | None, adapters: Sequence[str] = ()) -> dict[str, Explored]:
     """The models to choose from, by name: the one asked for, or those that come with philens; of these the
     formal-language model alone, and a warning, where the other's base is not to be had.
 
     Raises:
         PhilensError: as `Explored.open`; adapters without a model.
     """
-    if model is not None:
-        opened = Explored.open(model, adapters, revision, dtype, trust_remote_code)
+    if source is not None:
+        opened = Explored.open(source, adapters)
         return {opened.name: opened}
     if adapters:
         raise ConfigError("An adapter belongs to a base model; give --model too.")
@@ -306,7 +297,7 @@ def open_all(
     except (AdapterError, ConfigError) as error:
         logger.warning("Only formal languages can be read: %s", error)
         del shipped[TEXT]
-    return {name: Explored.open(model, name=name) for name, model in shipped.items()}
+    return {name: Explored.open(ModelSource(model), name=name) for name, model in shipped.items()}
 
 
 TEXT, FORMAL = "SmolLM2 135M", "formal-language model"
@@ -316,11 +307,11 @@ SHIPPED = {TEXT: "smollm2", FORMAL: str(SMALL)}
 
 def _trained_together(model: str) -> bool:
     """Whether a run folder's base was trained with the layer in it."""
-    if not (Path(model) / RECIPE_FILE).is_file():
+    run = RunFolder(model)
+    if not run.exists:
         return False
-    recipe = load_recipe(Path(model) / RECIPE_FILE)
-    alone = recipe.model.base is not None and recipe.model.frozen
-    return recipe.phi is not None and recipe.phi.mode == "bottleneck" and not alone
+    recipe = run.recipe()
+    return recipe.phi is not None and recipe.phi.mode == "bottleneck" and recipe.keeps_base
 
 
 def _of_point(scores: TokenScores, point: Point, label: str) -> TokenScores:

@@ -14,6 +14,7 @@ from philens.explore.session import EXPORTS, Sessions
 from philens.explore.view import style
 from philens.support.errors import ConfigError, PhilensError
 from philens.support.extras import require
+from philens.training.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,8 @@ _POLICY = (
 
 
 def explore(
-    model: str | None,
+    source: ModelSource | None,
     adapters: Sequence[str],
-    revision: str | None,
-    dtype: str,
-    trust_remote_code: bool,
     host: str,
     port: int,
     most: int,
@@ -40,7 +38,7 @@ def explore(
     """Load models, say where the page is, and serve it until the user stops it.
 
     Args:
-        model: as for `models.open_all`, like the options up to `trust_remote_code`.
+        source: as for `models.open_all`, like `adapters`.
         host, port: as for `listen`.
         most: characters that a text may have.
         say: told the address.
@@ -58,7 +56,7 @@ def explore(
         from philens.explore.app import build
         from philens.explore.models import open_all
 
-        models = open_all(model, adapters, revision, dtype, trust_remote_code)
+        models = open_all(source, adapters)
         sessions = Sessions(most, kept)
         app = application(build(models, sessions), sessions)
         if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:

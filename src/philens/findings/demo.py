@@ -11,7 +11,7 @@ from philens.scoring.documents import TokenTable
 from philens.show.page import PageDocument, write_page
 from philens.support.versions import versions
 from philens.tasks.automata import TASKS
-from philens.training.run import SHIPPED, load_run
+from philens.training.opening import SHIPPED, load_run
 
 EXPLANATIONS = {
     "memorized_sequences": "Strings known by heart: the model recites.",

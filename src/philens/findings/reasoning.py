@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from philens.bases.wheels import WHEELS
 from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.controls import untrained
 from philens.findings.correctness import measure_correctness, sweep_correctness
@@ -25,12 +24,13 @@ from philens.findings.sweep import RUN_FOLDER, sweep
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.reasoning.sampling import read_solutions, solve
 from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
-from philens.scoring.run import load_lens
 from philens.scoring.score import provenance
 from philens.support.errors import ConfigError
 from philens.support.files import write_atomically
+from philens.training.folder import RunFolder
+from philens.training.opening import has_layer, load_lens
 from philens.training.recipe import load_recipe
-from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER
+from philens.training.source import ModelSource
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,14 +217,13 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         solutions = reference_solutions(problems)
     else:
         solved = solve(
-            model,
+            ModelSource(model, dtype=choices.dtype),
             problems,
             folder / "solutions",
             prompt=prompt,
             samples=choices.samples or scale.samples,
             temperature=choices.temperature,
             max_new_tokens=choices.max_new_tokens or scale.max_new_tokens,
-            dtype=choices.dtype,
             seed=choices.seed,
         )
         logger.info("%s.", solved)
@@ -275,18 +274,18 @@ def _train_base(scale: Scale, folder: Path, seed: int) -> str:
     from philens.findings.reproduce import trained
 
     trained(load_recipe(scale.base, {"seed": seed}), folder)
-    return str(folder / MODEL_FOLDER)
+    return str(RunFolder(folder).model)
 
 
 def _adapter(model: str, folder: Path, scale: Scale, choices: Choices) -> str | None:
     """Where the PHi layers are; None: in the run that is the model, or with philens. Trains missing ones."""
     given = choices.adapter
     if given is not None:
-        swept = Path(given) / RUN_FOLDER / ADAPTER_FOLDER
+        swept = RunFolder(Path(given) / RUN_FOLDER).adapter
         return str(swept) if swept.is_dir() else given
-    if model in WHEELS or (Path(model) / ADAPTER_FOLDER).is_dir():
+    if has_layer(model):
         return None
     layers, overrides = choices.layers or scale.layers, {**(choices.overrides or {}), "seed": choices.seed}
     if sweep(model, layers, folder, choices.recipe or scale.recipe, overrides) is None:
         raise KeyboardInterrupt
-    return str(folder / RUN_FOLDER / ADAPTER_FOLDER)
+    return str(RunFolder(folder / RUN_FOLDER).adapter)

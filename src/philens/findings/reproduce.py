@@ -20,7 +20,6 @@ from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
 from philens.lens.model import PHiModel, load
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.scoring.documents import TokenTable, score_documents
-from philens.scoring.run import load_lens
 from philens.scoring.score import score
 from philens.support.errors import ConfigError, InputError
 from philens.support.versions import versions
@@ -32,8 +31,8 @@ from philens.tasks.results import (
     make_sentences,
     mark_solutions,
 )
+from philens.training.opening import finished_model, load_lens, load_run
 from philens.training.recipe import Recipe, load_recipe
-from philens.training.run import finished_model, load_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,6 +1,5 @@
 """Levels of text measured in a language model, from adapters to results, figures and a page."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -22,7 +21,6 @@ from philens.findings.texts import (
     token_rows,
 )
 from philens.lens.model import PHiModel, load
-from philens.scoring.run import adapters_in, load_lens
 from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores
 from philens.support.columns import Column
@@ -30,8 +28,8 @@ from philens.support.errors import ConfigError
 from philens.support.progress import shown
 from philens.support.versions import versions
 from philens.tasks.levels import LevelText, load_levels, without_users
-from philens.training.recipe import load_recipe
-from philens.training.run import RECIPE_FILE
+from philens.training.folder import RunFolder, adapters_in, is_checkpoint, place_of, step_of
+from philens.training.opening import load_lens
 
 # Tokens of each text that are read, so that no level has longer texts than another.
 TOKENS = 384
@@ -83,9 +81,8 @@ def reproduce_texts(
     if plain:
         texts = without_users(texts)
     first, tokenizer = load_lens(str(model), found[0] if found else None)
-    recipe = None
-    if not adapters and (Path(model) / RECIPE_FILE).is_file():
-        recipe = load_recipe(Path(model) / RECIPE_FILE)
+    own = RunFolder(model)
+    recipe = own.recipe() if not adapters and own.exists else None
     if window is None and recipe is not None:
         limit = getattr(text_config(first.base), "max_position_embeddings", None)
         window = min(recipe.data.length, limit or recipe.data.length)
@@ -200,25 +197,16 @@ def _untrained(
     ]
 
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def _folder(adapter: str) -> Path:
-    """What an adapter is known by: a run's or a checkpoint's folder, or its own."""
-    path = Path(adapter)
-    return path.parent if path.name == "adapter" else path
-
-
 def _run(adapter: str) -> Path:
     """The run folder that an adapter lies in, or its own."""
-    folder = _folder(adapter)
-    return folder.parent if _CHECKPOINT.fullmatch(folder.name) else folder
+    place = place_of(adapter)
+    return place.parent if is_checkpoint(place) else place
 
 
 def _step(lens: PHiModel, adapter: str | None) -> int | None:
     """The training step that a layer is of, as far as its folder or its record says."""
-    if adapter is not None and (found := _CHECKPOINT.fullmatch(_folder(adapter).name)):
-        return int(found[1])
+    if adapter is not None and is_checkpoint(place := place_of(adapter)):
+        return step_of(place)
     steps = ((lens.record or {}).get("recipe") or {}).get("train", {}).get("steps")
     return steps if isinstance(steps, int) else None
 
@@ -247,7 +235,7 @@ def _labels(points: Sequence[dict[str, Any]]) -> list[str]:
         return [f"step {point['step']}" for point in points]
     if len(set(adapters)) == 1:
         return places
-    names = [_folder(adapter).name for adapter in adapters]
+    names = [place_of(adapter).name for adapter in adapters]
     if len(set(names)) < len(set(adapters)):
         names = adapters
     if len(set(places)) == 1:

@@ -17,8 +17,8 @@ from philens.support.columns import column_name
 from philens.support.errors import ConfigError
 from philens.support.typed import numbers
 from philens.support.versions import versions
+from philens.training.folder import RunFolder
 from philens.training.recipe import load_recipe
-from philens.training.run import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def sweep(
     if lens is None:
         return None
     save_each(lens, output)
-    results = compare(lens.module_paths, read_metrics(output / RUN_FOLDER))
+    results = compare(lens.module_paths, RunFolder(output / RUN_FOLDER).metrics())
     table = [{"insertion_point": path, **values} for path, values in results["points"].items()]
     run = {"base": Path(base).name, "recipe": recipe, "seed": chosen.seed, "versions": versions()}
     tables = {"sweep": table, "course": results["course"]}

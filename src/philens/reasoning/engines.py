@@ -17,19 +17,20 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from philens.bases.facts import cache_argument
-from philens.bases.hub import find, is_folder, load_pretrained, reason
+from philens.bases.hub import find, is_folder, reason
 from philens.lens.adapter import fingerprint
 from philens.lens.cache import new_cache
 from philens.lens.generation import unmeasured
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflowed, first_row, overflow_error
 from philens.reasoning.problems import PLAIN_STOP
-from philens.scoring.run import load_lens
 from philens.scoring.windows import context_length
 from philens.support.errors import AdapterError, ConfigError, InputError
 from philens.support.extras import require
 from philens.support.files import read_json
-from philens.training.run import ADAPTER_FOLDER
+from philens.training.folder import RunFolder
+from philens.training.opening import open_lens
+from philens.training.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +67,7 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(
-    name: str,
-    model: str,
-    adapter: str | None,
-    revision: str | None,
-    dtype: str,
-    trust_remote_code: bool,
-    temperature: float,
-    top_p: float,
-) -> Engine:
+def load_engine(name: str, source: ModelSource, temperature: float, top_p: float) -> Engine:
     """The engine of a name, `transformers` or `vllm`; other arguments as of `TransformersEngine`.
 
     Raises:
@@ -83,28 +75,24 @@ def load_engine(
         PhilensError: what the engines raise.
     """
     if name == "transformers":
-        return TransformersEngine(model, adapter, revision, dtype, trust_remote_code, temperature, top_p)
-    if _has_layer(model, adapter):
+        return TransformersEngine(source, temperature, top_p)
+    if _has_layer(source):
         raise ConfigError(
             "vLLM runs a base model alone, and here is a PHi layer; leave out --engine, or give the base."
         )
-    return VLLMEngine(model, revision, dtype, trust_remote_code, temperature, top_p)
+    return VLLMEngine(source, temperature, top_p)
 
 
-def _has_layer(model: str, adapter: str | None) -> bool:
+def _has_layer(source: ModelSource) -> bool:
     """Whether a PHi layer goes into a model: one that was named, or the one of a run folder."""
-    return adapter is not None or (Path(model) / ADAPTER_FOLDER).is_dir()
+    return source.adapter is not None or RunFolder(source.model).adapter.is_dir()
 
 
 class TransformersEngine:
     """Draws with `generate` of transformers, on the accelerator where there is one.
 
     Args:
-        model: folder or Hub id; of a run folder, with its PHi layer where it has one.
-        adapter: folder or Hub id of a PHi layer.
-        revision: of the base on the Hub.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        trust_remote_code: run Python code that the base's repository brings.
+        source: of the base; with a PHi layer where one is named, or lies in the run folder.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws among the likeliest tokens that together have this probability.
 
@@ -113,24 +101,13 @@ class TransformersEngine:
         InputError: the model cannot generate.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: str | None,
-        revision: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        temperature: float,
-        top_p: float,
-    ) -> None:
+    def __init__(self, source: ModelSource, temperature: float, top_p: float) -> None:
         self.lens: PHiModel | None = None
-        if _has_layer(model, adapter):
-            self.lens, self.tokenizer = load_lens(model, adapter, revision, dtype, trust_remote_code)
+        if _has_layer(source):
+            self.lens, self.tokenizer = open_lens(source)
             self.base: Any = self.lens.base
         else:
-            self.base, self.tokenizer = load_pretrained(
-                model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            self.base, self.tokenizer = source.load_base()
             if torch.accelerator.is_available():
                 self.base.to(torch.accelerator.current_accelerator())
         generates = isinstance(self.base, GenerationMixin)
@@ -158,7 +135,7 @@ class TransformersEngine:
             settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
             logger.info("The model's own generation settings are not used: %s.", settings)
         self.record = {
-            "base": str(self.base.config._name_or_path or model),
+            "base": str(self.base.config._name_or_path or source.model),
             "revision": getattr(self.base.config, "_commit_hash", None),
             "fingerprint": fingerprint(self.base),
             "adapter": None if self.lens is None else self.lens.source,
@@ -269,24 +246,16 @@ class VLLMEngine:
         AdapterError: there is no such model, or vLLM cannot load it.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None,
-        dtype: str,
-        trust_remote_code: bool,
-        temperature: float,
-        top_p: float,
-    ) -> None:
-        vllm = require("vllm", "vllm", "The engine vllm")
-        folder, commit = find(model, ("*.json",), "model", "config.json", revision=revision)
+    def __init__(self, source: ModelSource, temperature: float, top_p: float) -> None:
+        vllm, model = require("vllm", "vllm", "The engine vllm"), source.model
+        folder, commit = find(model, ("*.json",), "model", "config.json", revision=source.revision)
         try:
             self.llm = vllm.LLM(
                 model=str(folder) if is_folder(model) else model,
                 revision=commit,
                 tokenizer_revision=commit,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                dtype=source.dtype,
+                trust_remote_code=source.trust_remote_code,
                 generation_config="vllm",  # its defaults, not the model's
                 logprobs_mode="raw_logprobs",
             )

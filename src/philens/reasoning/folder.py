@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from philens.scoring.shards import check_same_settings
 from philens.support.errors import OutputError
 from philens.support.files import write_atomically
+from philens.support.versions import versions
 from philens.tasks.problem import Problem
 
 FORMAT = 1
@@ -54,8 +55,6 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    from philens.support.versions import versions
-
     text = json.dumps({"versions": versions(), **record}, indent=2, ensure_ascii=False)
     write_atomically(folder / RECORD_FILE, lambda file: file.write(f"{text}\n".encode()))
 

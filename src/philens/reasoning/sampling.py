@@ -38,6 +38,7 @@ from philens.support.errors import ConfigError, InputError
 from philens.support.files import locked
 from philens.tasks.chat import Messages, encode_text
 from philens.tasks.problem import Problem, Prompt, messages
+from philens.training.source import ModelSource
 
 if TYPE_CHECKING:
     from philens.reasoning.engines import Drawn, Engine
@@ -85,7 +86,7 @@ class Solved:
 
 
 def solve(
-    model: str,
+    model: str | ModelSource,
     problems: Sequence[Problem],
     output: Path,
     *,
@@ -96,17 +97,13 @@ def solve(
     max_new_tokens: int = 512,
     batch_size: int | None = None,
     engine: Literal["transformers", "vllm"] = "transformers",
-    adapter: str | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
     seed: int = 0,
 ) -> Solved:
     """Sample solutions from a model, grade them, and write them into a folder; the same call goes on.
 
     Args:
-        model: folder or Hub id of a base model; or a run folder, whose PHi layer is in the path where it has
-            one (its `model` folder is the base alone).
+        model: where it comes from, or the folder or Hub id of a base model; or a run folder, whose PHi layer
+            is in the path where it has one (its `model` folder is the base alone).
         problems: what to solve.
         output: the folder.
         prompt: how a problem is put.
@@ -116,10 +113,6 @@ def solve(
         max_new_tokens: of a solution; less where the model's context ends earlier.
         batch_size: solutions drawn at once; None takes that of `BATCH_SIZES`. Other sizes draw others.
         engine: `transformers`, or `vllm` for speed.
-        adapter: folder or Hub id of a PHi layer to put into the path.
-        revision: of the base on the Hub.
-        dtype: of the base: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        trust_remote_code: run Python code that the base's repository brings.
         seed: of the drawing.
 
     Raises:
@@ -136,11 +129,12 @@ def solve(
     batch_size = BATCH_SIZES[engine] if batch_size is None else batch_size
     _check_numbers(samples, temperature, top_p, max_new_tokens, batch_size)
     _check_problems(problems)
+    named = model if isinstance(model, ModelSource) else ModelSource(model)
     settings = {
-        "model": model,
-        "adapter": adapter,
-        "revision": revision,
-        "dtype": dtype,
+        "model": named.model,
+        "adapter": named.adapter,
+        "revision": named.revision,
+        "dtype": named.dtype,
         "engine": engine,
         "problems": f"{len(problems)} with hash {_digest(list(map(_identity, problems)))}",
         "prompt": f"{prompt.instruction[:40]!r} with hash {_digest(asdict(prompt))}",
@@ -156,7 +150,7 @@ def solve(
         record = begin(output, settings)
         if record["counts"]:
             return Solved(output / SOLUTIONS_FILE, **record["counts"], new=False)
-        source = load_engine(engine, model, adapter, revision, dtype, trust_remote_code, temperature, top_p)
+        source = load_engine(engine, named, temperature, top_p)
         origin = json.loads(json.dumps(source.record, default=str))
         check_same_settings(output, record["origin"] or origin, origin)
         chats = [messages(problem, prompt) for problem in problems]

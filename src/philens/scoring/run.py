@@ -1,19 +1,18 @@
 """A corpus scored: shown in the terminal, written into a folder of shards, or onto a page."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.shards import Done, Schedule, chunks, json_line, write_shards
-from philens.support.errors import AdapterError, ConfigError, InputError
+from philens.support.errors import ConfigError, InputError
 from philens.support.files import same_file
 from philens.support.output import utf8_output
-from philens.support.processes import ALONE, Rank, device
+from philens.support.processes import ALONE, Rank
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
@@ -23,85 +22,6 @@ if TYPE_CHECKING:
 Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
 # What is batched by length at once; the same everywhere, so that every form gives the same scores.
 SHARD_CHARACTERS = 1_000_000
-
-
-class Opened(NamedTuple):
-    """A model that texts can be scored with: a base model with a PHi layer in it, and its tokenizer."""
-
-    lens: "PHiModel"
-    tokenizer: Any
-
-
-def load_lens(
-    model: str = "smollm2",
-    adapter: str | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> Opened:
-    """A base model with a PHi layer in it, on the accelerator where there is one, and its tokenizer.
-
-    Args:
-        model: folder, GGUF file or Hub id; or a run folder, whose own adapter is taken where none is given,
-            or `smollm2`, for which philens brings one.
-        adapter: folder or Hub id.
-        revision: of the base on the Hub.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-        trust_remote_code: run Python code that the base's repository brings.
-
-    Raises:
-        AdapterError: model or adapter are missing, damaged or do not belong together.
-        ConfigError: there is no adapter.
-    """
-    from philens.bases.hub import is_folder, load_pretrained
-    from philens.bases.wheels import WHEELS
-    from philens.lens.model import load
-    from philens.support.files import not_finite
-    from philens.training.recipe import load_recipe
-    from philens.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RECIPE_FILE, load_run
-
-    folder, base = Path(model), model
-    named = model in WHEELS and not is_folder(model)
-    if adapter is None and not (named or (folder / ADAPTER_FOLDER).is_dir()):
-        if (folder / RECIPE_FILE).is_file():
-            load_run(folder)  # says why this run has no adapter
-        raise ConfigError(f"No PHi layer was named for {model}; give --adapter, or the folder of a run.")
-    quantization = None
-    if (folder / RECIPE_FILE).is_file() and not (folder / MODEL_FOLDER).is_dir():
-        # A run keeps no copy of a frozen base from elsewhere.
-        recipe = load_recipe(folder / RECIPE_FILE).model
-        base, revision = recipe.base or base, revision or recipe.revision
-        dtype = recipe.dtype if dtype == "auto" else dtype
-        quantization = None if recipe.quantization == "none" else recipe.quantization
-    loaded, tokenizer = load_pretrained(
-        base, revision=revision, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
-    )
-    if (name := not_finite(loaded)) is not None:
-        raise AdapterError(f"{base} holds a weight that is not finite ({name}); give another model.")
-    lens = load(loaded, adapter or model)
-    if (accelerator := device()) is not None:
-        lens.to(accelerator)
-    return Opened(lens, tokenizer)
-
-
-_ADAPTER = re.compile(r"adapter|layer-(-?\d+)")
-
-
-def adapters_in(folder: str | Path, checkpoints: bool = False) -> list[str]:
-    """The adapters of a run folder or a sweep, in order: those of checkpoints if asked for, by their steps,
-    `adapter`, then `layer-N` by number. None where it is an adapter itself, or no folder."""
-    from philens.lens.adapter import CONFIG_FILE
-    from philens.training.run import ADAPTER_FOLDER, find_checkpoints
-
-    folder = Path(folder)
-    if (folder / CONFIG_FILE).exists() or not folder.is_dir():
-        return []
-    found = [(match, path) for path in folder.iterdir() if (match := _ADAPTER.fullmatch(path.name))]
-    found.sort(key=lambda item: (item[0][1] is not None, int(item[0][1] or 0)))
-    own = [path for _, path in found]
-    if checkpoints:
-        own = [path / ADAPTER_FOLDER for path in find_checkpoints(folder)] + own
-    return [str(path) for path in own if path.is_dir()]
 
 
 @dataclass

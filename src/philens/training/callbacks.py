@@ -1,6 +1,5 @@
 """What happens between training steps: phases, records, evaluations, trackers, a bar, and a way to stop."""
 
-import json
 import logging
 import math
 import signal
@@ -16,14 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.lens.model import PHiModel
 from philens.support.columns import column_name
-from philens.support.errors import TrainingError
 from philens.support.extras import require
 from philens.tasks.packing import TokenDocuments
 from philens.training.course import draw_course
 from philens.training.distributed import any_process, processes
 from philens.training.evaluation import evaluate
+from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
-from philens.training.run import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,7 @@ class Reporting(Protocol):
 
     def check_weights(self) -> None: ...
     def autocast(self) -> AbstractContextManager[Any]: ...
-    def layer_names(self) -> list[str]: ...
-    def information(self, at: str = "") -> float | None: ...
+    def information(self, point: str | None = None) -> float | None: ...
     def log(self, logs: dict[str, float]) -> None: ...
     def pause_clock(self, since: float) -> None: ...
 
@@ -55,11 +52,11 @@ class Phases(TrainerCallback):
 
 
 class Records(TrainerCallback):
-    """Appends every record to `metrics.jsonl`, and passes it on to experiment trackers."""
+    """Appends every record to the run's, and passes it on to experiment trackers."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.path = folder / METRICS_FILE
-        self.trackers = [_TRACKERS[name](recipe, folder) for name in recipe.train.report_to]
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self.run = run
+        self.trackers = [_TRACKERS[name](recipe, run.path) for name in recipe.train.report_to]
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -67,13 +64,7 @@ class Records(TrainerCallback):
         if not logs or "train_runtime" in logs:
             return
         values = {key: value for key, value in logs.items() if key != "epoch"}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step} | values) + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path} could not be written ({error.strerror}); free some space and --resume."
-            ) from error
+        self.run.add_metrics({"step": state.global_step} | values)
         for track in self.trackers:
             track(values, state.global_step)
 
@@ -119,9 +110,9 @@ class Evaluation(TrainerCallback):
     trainer: Reporting
 
     def __init__(
-        self, recipe: Recipe, lens: PHiModel, folder: Path, held_out: dict[str, TokenDocuments]
+        self, recipe: Recipe, lens: PHiModel, run: RunFolder, held_out: dict[str, TokenDocuments]
     ) -> None:
-        self.recipe, self.lens, self.folder, self.held_out = recipe, lens, folder, held_out
+        self.recipe, self.lens, self.run, self.held_out = recipe, lens, run, held_out
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Where a layer goes into a trained base, its course begins with the fresh layer.
@@ -134,7 +125,7 @@ class Evaluation(TrainerCallback):
         if last or (train.eval_every and state.global_step % train.eval_every == 0):
             self._evaluate(state, control)
             if not last and state.is_world_process_zero:
-                draw_course(self.folder)
+                draw_course(self.run)
 
     def _evaluate(self, state: TrainerState, control: TrainerControl) -> None:
         begin, should_log = time.monotonic(), control.should_log

@@ -13,6 +13,7 @@ from philens.bases.hub import reason
 from philens.support.errors import AdapterError, TrainingError
 from philens.support.files import check_file, read_json
 from philens.support.typed import convert
+from philens.training.folder import step_of
 
 CHECKPOINT_LOGS = "logs.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -53,7 +54,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 def check_state(checkpoint: Path) -> None:
     """Raise a TrainingError unless Trainer can take up the state that it left in a checkpoint."""
     with reading(checkpoint / STATE_FILE) as path:
-        state, expected = read_json(path, _STATE_BYTES), int(checkpoint.name.rsplit("-", 1)[1])
+        state, expected = read_json(path, _STATE_BYTES), step_of(checkpoint)
         kinds = {"global_step": int, "max_steps": int, "epoch": float, "log_history": list[dict[str, float]]}
         for name, kind in kinds.items():
             convert(state[name], kind, name)

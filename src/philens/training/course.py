@@ -1,31 +1,30 @@
 """The course of a training as a figure."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.tasks.automata import task_label
-from philens.training.run import read_metrics
+from philens.training.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_course(folder: Path) -> None:
-    """Draw a run's `metrics.jsonl` as `training.png`.
+def draw_course(run: RunFolder) -> None:
+    """Draw what a run has recorded.
 
     Raises:
         OutputError: it cannot be written.
     """
-    records = read_metrics(folder)
+    records = run.metrics()
     if not any("loss" in record for record in records):
         return
     figure = figure_training(records)
     if [record["collapsed"] for record in records if "collapsed" in record][-1:] == [1.0]:
         figure.suptitle("The PHi layer has collapsed: its latents carry almost no information.")
-    write_atomically(folder / "training.png", lambda file: figure.savefig(file, format="png"))
+    write_atomically(run.picture, lambda file: figure.savefig(file, format="png"))
 
 
 def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":

@@ -17,6 +17,7 @@ from philens.tasks.chat import begin_of_text, chat_prompt
 from philens.tasks.random_streams import derive
 from philens.tasks.sources import SELF, TextPart
 from philens.training.distributed import wait_for_all
+from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
 
 # Documents that a part has unless it says how many, and those written at once.
@@ -27,7 +28,7 @@ _OWN_TEXT = 21  # one of the independent streams below a seed
 _MOST_BYTES = 1 << 30
 
 
-def with_own_text(recipe: Recipe, base: Any, tokenizer: Any, folder: Path, writes: bool) -> Recipe:
+def with_own_text(recipe: Recipe, base: Any, tokenizer: Any, run: RunFolder, writes: bool) -> Recipe:
     """The recipe, with files in the run folder in place of the source `self`; they are written first.
 
     Args:
@@ -41,7 +42,7 @@ def with_own_text(recipe: Recipe, base: Any, tokenizer: Any, folder: Path, write
     parts = dict(recipe.data.parts)
     for number, (name, part) in enumerate(parts.items()):
         if part.source == SELF and part.weight:
-            path = folder / f"self-{name}.jsonl"
+            path = run.own_text(name)
             if writes:
                 _write(recipe, number, part, base, tokenizer, path)
             parts[name] = replace(part, source=str(path), name=None, documents=None)

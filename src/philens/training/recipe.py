@@ -1,8 +1,9 @@
 """The typed recipe: everything that decides what a training run is."""
 
+import json
 import math
 import re
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,11 +11,12 @@ import yaml
 
 from philens.bases.hub import reason
 from philens.lens.config import PHiConfig
-from philens.support.errors import AdapterError, ConfigError, RecipeError
+from philens.support.errors import AdapterError, ConfigError, RecipeError, TrainingError
 from philens.support.files import PACKAGE, read_text
 from philens.support.typed import convert, nearest, shown
 from philens.tasks.automata import TaskConfig, task_index
 from philens.tasks.sources import SELF, TextPart
+from philens.training.source import ModelSource
 
 # Some seconds to read; the recipes that come with philens have 2 kB at most.
 _MAX_BYTES = 1 << 18
@@ -66,6 +68,13 @@ class ModelRecipe:
     heads: int = 4
     rope_theta: float = 500_000.0
     initializer_range: float = 0.02
+
+    def source(self) -> ModelSource:
+        """Where the base comes from."""
+        quantization = None if self.quantization == "none" else self.quantization
+        return ModelSource(
+            str(self.base), None, self.revision, self.dtype, self.trust_remote_code, quantization
+        )
 
 
 @dataclass
@@ -197,6 +206,11 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base belongs to the run; one from elsewhere that nothing changes is not copied."""
+        return self.model.base is None or not self.model.frozen
 
 
 # These may differ between a run and its resumption: they do not change what is computed.
@@ -513,4 +527,28 @@ def _check_documents_fit(data: DataRecipe) -> None:
         raise RecipeError(
             f"A document may have {longest} tokens and does not fit into data.group {data.group} rows of "
             f"data.length {data.length}; raise one of them."
+        )
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML that loads to the same."""
+    return yaml.safe_dump(plain(recipe), sort_keys=False)
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON has it."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def check_same_recipe(then: dict[str, Any], recipe: Recipe, source: Path) -> None:
+    """Raise a TrainingError if a recipe, as a nested dict, differs in a key that decides what is computed."""
+    before, now = flatten(then), flatten(plain(recipe))
+    keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
+    changed = [key for key in keys if before.get(key) != now.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more keys differ)" if len(changed) > 1 else ""
+        raise TrainingError(
+            f"{source} belongs to another recipe: {key} was {before.get(key)!r} and is now "
+            f"{now.get(key)!r}{more}; give the same recipe or choose another --output."
         )

@@ -27,17 +27,17 @@ from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel
 from philens.support.columns import column_name
 from philens.support.errors import InsertionError, OutputError, TrainingError
-from philens.support.files import locked, read_json, write_sums, written_whole
+from philens.support.files import read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
 from philens.training.arguments import trainer_arguments, wants_bf16
+from philens.training.build import check_finite, evaluation_documents, start_model, text_mixture
 from philens.training.callbacks import (
     Evaluation,
     Interrupt,
     Phases,
     Progress,
     Records,
-    draw_course,
     require_extras,
 )
 from philens.training.checkpoint import (
@@ -49,6 +49,7 @@ from philens.training.checkpoint import (
     load_tensors,
     reading,
 )
+from philens.training.course import draw_course
 from philens.training.distributed import (
     StepSampler,
     any_process,
@@ -62,25 +63,11 @@ from philens.training.distributed import (
     whole_weights,
 )
 from philens.training.evaluation import latent_information
+from philens.training.folder import CHECKPOINT_RECIPE, RunFolder, step_of
+from philens.training.opening import finished_model
 from philens.training.optimizer import load_state, make_optimizer
 from philens.training.own_text import with_own_text
 from philens.training.recipe import Recipe
-from philens.training.run import (
-    CHECKPOINT_RECIPE,
-    RECIPE_FILE,
-    check_finite,
-    check_folder,
-    evaluation_documents,
-    find_checkpoints,
-    finished_model,
-    load_model_weights,
-    save_model,
-    start_folder,
-    start_model,
-    text_mixture,
-    tidy,
-    training_record,
-)
 from philens.training.sizes import within_memory
 
 logger = logging.getLogger(__name__)
@@ -131,11 +118,11 @@ class PHiTrainer(Trainer):
         recipe: Recipe,
         lens: PHiModel,
         tokenizer: Any,
-        folder: Path,
+        run: RunFolder,
         fresh: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.recipe, self.lens, self.tokenizer, self.folder = recipe, lens, tokenizer, folder
+        self.recipe, self.lens, self.tokenizer, self.run = recipe, lens, tokenizer, run
         self.fresh, self.bf16 = fresh, wants_bf16(recipe)
         self._rows: Any = None
         # Of each part of the loss since the last record: its sum over this process's passes, and how many.
@@ -277,7 +264,7 @@ class PHiTrainer(Trainer):
         )
 
     def _last_checkpoint(self) -> str:
-        found = find_checkpoints(self.folder)
+        found = self.run.checkpoints()
         return f"{found[-1].name} is intact" if found else "no checkpoint was written yet"
 
     # Checkpoints: a folder each with the base, the layer, and what Trainer itself keeps. They are the same
@@ -295,8 +282,8 @@ class PHiTrainer(Trainer):
 
     def _write_checkpoint(self, optimizer: dict[str, Any], logs: dict[str, Any]) -> None:
         try:
-            with written_whole(self.folder / f"checkpoint-{self.state.global_step}") as staging:
-                save_model(self.lens, staging, self.recipe, self.tokenizer)
+            with written_whole(self.run.checkpoint(self.state.global_step)) as staging:
+                RunFolder(staging).save_model(self.lens, self.recipe, self.tokenizer)
                 torch.save(optimizer, staging / OPTIMIZER_FILE)
                 torch.save(self.lr_scheduler.state_dict(), staging / SCHEDULER_FILE)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
                 self.state.save_to_json(str(staging / STATE_FILE))
@@ -312,7 +299,7 @@ class PHiTrainer(Trainer):
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
                 f"{self._last_checkpoint()}: free some space and --resume."
             ) from error
-        for old in find_checkpoints(self.folder)[: -self.recipe.train.keep]:
+        for old in self.run.checkpoints()[: -self.recipe.train.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -391,26 +378,26 @@ def train(
         SystemExit: in all processes but the first that fails, where there are several.
     """
     with one_voice(), within_memory(), contextlib.ExitStack() as held:
-        return _train(recipe, Path(folder), resume, progress, held)
+        return _train(recipe, RunFolder(folder), resume, progress, held)
 
 
 def _train(
-    recipe: Recipe, folder: Path, resume: bool, progress: bool | None, held: contextlib.ExitStack
+    recipe: Recipe, run: RunFolder, resume: bool, progress: bool | None, held: contextlib.ExitStack
 ) -> PHiModel | None:
     rank, processes = join()
     passes = passes_each(recipe.train, processes)
     is_sharded()  # an error there comes before a large model
     require_extras(recipe)
-    if resume and (lens := finished_model(folder, recipe)):
+    if resume and (lens := finished_model(run.path, recipe)):
         if rank == 0:  # it may have been killed before all was tidy
-            tidy(folder)
-            draw_course(folder)
+            run.tidy()
+            draw_course(run)
         return lens
-    checkpoint = check_folder(folder, recipe, resume)
+    checkpoint = run.resume_from(recipe, resume)
     lens, tokenizer = start_model(recipe, checkpoint)
     if checkpoint is not None:
         check_state(checkpoint)
-        load_model_weights(lens, checkpoint, recipe)
+        RunFolder(checkpoint).load_weights(lens, recipe)
         check_finite(lens, checkpoint, "remove it and --resume, or start again with another --output")
     elif recipe.model.base is not None:
         check_finite(lens, recipe.model.base, "give another model.base")
@@ -418,29 +405,29 @@ def _train(
         lens.checkpoint_activations()
     wait_for_all()  # until they have seen the folder as it was
     if rank == 0:
-        held.enter_context(locked(folder, RECIPE_FILE))
-        start_folder(folder, recipe, -1 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]))
+        held.enter_context(run.lock())
+        run.start(recipe, -1 if checkpoint is None else step_of(checkpoint))
     with lens.disabled():
-        read = with_own_text(recipe, lens.base, tokenizer, folder, writes=rank == 0)
+        read = with_own_text(recipe, lens.base, tokenizer, run, writes=rank == 0)
     rows, held_out = training_rows(read, tokenizer), {}
     if recipe.data.parts:
         held_out = evaluation_documents(read, tokenizer, recipe.train.evaluation_documents)
-    interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, folder, held_out)
+    interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, run, held_out)
     callbacks: list[TrainerCallback] = [evaluation, interrupt]
     if recipe.phi is not None:
         callbacks.insert(0, Phases(recipe, lens))
     bar = Progress() if rank == 0 and (sys.stderr.isatty() if progress is None else progress) else None
     if rank == 0:
-        callbacks.append(Records(recipe, folder))
+        callbacks.append(Records(recipe, run))
     if bar:
         callbacks.append(bar)
     trainer = PHiTrainer(
         recipe,
         lens,
         tokenizer,
-        folder,
+        run,
         fresh=checkpoint is None and recipe.phi is not None and recipe.model.base is not None,
-        args=trainer_arguments(recipe, folder, passes),
+        args=trainer_arguments(recipe, run.path, passes),
         train_dataset=rows,
         callbacks=callbacks,
     )
@@ -471,8 +458,8 @@ def _train(
     trainer.check_weights()
     with whole_weights(lens, keep=rank == 0):
         if rank == 0:
-            lens.record = training_record(recipe, folder)
-            save_model(lens, folder, recipe, tokenizer)
-            draw_course(folder)
+            lens.record = run.record(recipe)
+            run.save_model(lens, recipe, tokenizer)
+            draw_course(run)
     # Not the one that was trained: it may be compiled, or sharded.
-    return finished_model(folder, recipe) if rank == 0 else lens.eval()
+    return finished_model(run.path, recipe) if rank == 0 else lens.eval()

@@ -1,0 +1,203 @@
+"""Models as recipes have them, before their first step, and what they read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from philens.bases import hub
+from philens.bases.facts import text_config
+from philens.lens.attention import knows_packs, register_documents
+from philens.lens.config import PHiConfig
+from philens.lens.layer import PHiLayer
+from philens.lens.model import PHiModel, attach
+from philens.support.errors import AdapterError, RecipeError, TrainingError
+from philens.support.files import not_finite
+from philens.tasks.packing import TokenDocuments
+from philens.tasks.sources import SELF
+from philens.tasks.text import TextMixture, open_parts
+from philens.training.folder import RunFolder
+from philens.training.recipe import Recipe
+from philens.training.sizes import check_data_sizes, check_weights
+
+
+def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
+    """The model that a recipe trains, before its first step, and its tokenizer.
+
+    Args:
+        checkpoint: where to take a tokenizer from that was made when the run started; the model's weights are
+            not read.
+
+    Raises:
+        RecipeError: sizes that do not fit together, or a base that does not fit the data.
+        PhilensError: the base, or the text that a tokenizer is made from, cannot be read.
+    """
+    check_data_sizes(recipe)
+    if recipe.model.base is None:
+        tokenizer = (
+            _make_tokenizer(recipe) if checkpoint is None else load_tokenizer(RunFolder(checkpoint).model)
+        )
+        base = build_base(recipe, tokenizer)
+        set_attention(base, recipe)
+        return attach_fresh(base, recipe), tokenizer
+    if recipe.data.parts:
+        read = {name: part for name, part in recipe.data.parts.items() if part.source != SELF}
+        if any(part.weight for part in read.values()):  # an error there comes before a large model
+            open_parts(read, recipe.data.tasks, recipe.seed)
+    base, tokenizer = recipe.model.source().load_base()
+    if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
+        raise RecipeError(
+            f"{recipe.model.base} does not read characters as formal languages need it; give data.parts."
+        )
+    set_attention(base, recipe)
+    torch.manual_seed(recipe.seed)
+    return attach_fresh(base, recipe), tokenizer
+
+
+def set_attention(base: Any, recipe: Recipe) -> None:
+    """Let a base compute attention as the recipe has it.
+
+    Raises:
+        RecipeError: this base or this machine cannot.
+    """
+    chosen = recipe.model.attention
+    if chosen == "auto":
+        if not recipe.data.packing or not knows_packs(base) or torch.accelerator.is_available():
+            return
+        chosen = register_documents()
+    try:
+        base.set_attn_implementation(chosen)
+    except (AttributeError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"model.attention {chosen} does not work here ({reason}); set it to auto."
+        ) from error
+
+
+def build_model(recipe: Recipe) -> PHiModel:
+    """The recipe's base model with its PHi layer, fresh."""
+    return start_model(recipe)[0]
+
+
+def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
+    """A base model with the recipe's PHi layer, fresh. For a recipe without one, the smallest there is, which
+    stays out of the path and is neither trained nor saved."""
+    if recipe.phi is None:
+        lens = attach(base, PHiConfig(layer=0, latent_size=1, prior="unit", init="random"))
+        lens.phi.requires_grad_(False)
+        lens.disable()
+        return lens
+    config, width = recipe.phi, getattr(text_config(base), "hidden_size", 1)
+    sizes = "phi.latent_size, phi.prior_mlp_size and phi.prior_depth"
+    check_weights(sizes, lambda: nn.ModuleList(PHiLayer(width, config) for _ in config.layers or [0]))
+    lens = attach(base, config)
+    if recipe.model.base is not None and recipe.model.frozen:
+        lens.freeze_base()
+    return lens
+
+
+def _make_tokenizer(recipe: Recipe) -> Any:
+    from philens.bases.tokenizer import byte_tokenizer, character_tokenizer, train_bpe
+
+    if recipe.model.tokenizer == "characters":
+        return character_tokenizer()
+    tokenizer = byte_tokenizer()
+    if recipe.model.tokenizer == "bytes":
+        return tokenizer
+    sample = text_mixture(recipe, tokenizer).sample()
+    return train_bpe(sample, recipe.model.vocab_size, recipe.model.split_digits)
+
+
+def text_mixture(recipe: Recipe, tokenizer: Any) -> TextMixture:
+    """The stream of documents that a recipe with `data.parts` reads."""
+    return TextMixture(recipe.data.parts, tokenizer, recipe.data.length, recipe.seed, recipe.data.tasks)
+
+
+def evaluation_documents(recipe: Recipe, tokenizer: Any, count: int) -> dict[str, TokenDocuments]:
+    """At most so many documents of each text part that training never reads, each at most a row long.
+
+    Parts without any are left out: those with fewer than 20 documents.
+    """
+    text = text_mixture(recipe, tokenizer)
+    found = {name: text.held_out(name, count) for name in text.sources}
+    return {name: documents for name, documents in found.items() if len(documents)}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    hub.check_small_files(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the files may be damaged: anything can come out of them
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(
+            f"{folder} does not hold a tokenizer that can be loaded ({reason}); it is damaged."
+        ) from error
+
+
+def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
+    """The recipe's base model with fresh weights, drawn from its seed; a transformers model.
+
+    Args:
+        tokenizer: whose ids the model reads; None means ASCII characters.
+
+    Raises:
+        RecipeError: sizes that do not fit together.
+    """
+    torch.manual_seed(recipe.seed)
+    try:
+        sizes = "model.layers, model.hidden_size and model.intermediate_size"
+        check_weights(sizes, lambda: _build_base(recipe, tokenizer))
+        return _build_base(recipe, tokenizer)
+    except StrictDataclassError as error:
+        raise RecipeError(
+            f"model does not hold together ({' '.join(str(error).split())}); change its sizes."
+        ) from error
+
+
+def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
+    model = recipe.model
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if model.tokenizer != "characters" and tokenizer is not None:
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        tokens = {"vocab_size": len(tokenizer), **ids}
+    if model.architecture == "lstm":
+        from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
+
+        return LSTMForCausalLM(
+            LSTMConfig(
+                **tokens,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.intermediate_size,
+                num_hidden_layers=model.layers,
+            )
+        )
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **tokens,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            max_position_embeddings=max(2048, recipe.data.length),
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            tie_word_embeddings=True,
+            initializer_range=model.initializer_range,
+        )
+    )
+
+
+def check_finite(lens: PHiModel, source: Path | str, way: str) -> None:
+    """Raise a TrainingError, with a way out, if a weight that came from `source` is not finite."""
+    if (name := not_finite(lens)) is not None:
+        raise TrainingError(f"{source} holds a weight that is not finite ({name}); {way}.")
