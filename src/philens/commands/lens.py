@@ -61,6 +61,7 @@ def train(
         utf8_output().write(recipe_yaml(resolved))
         return 0
     from philens.support.processes import rank
+    from philens.training.folder import RunFolder
     from philens.training.trainer import train
 
     if output is None and (resolved.name in ("", "..") or set("/\\\0") & set(resolved.name)):
@@ -75,7 +76,7 @@ def train(
         say(f"Stopped; go on with: philens train {recipe} --output {folder} --resume")
         return 130
     if resolved.phi is None:
-        base = folder / "model"
+        base = RunFolder(folder).model
         say(f"Wrote {folder}; a PHi layer goes into it by: philens train any_model --model.base {base}")
     else:
         say(f"Wrote {folder}; read it with philens.load_run({str(folder)!r}).")

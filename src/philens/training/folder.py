@@ -33,12 +33,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_RECIPE = "recipe.json"
 _METRICS_BYTES = 256 << 20
-_RECIPE, _METRICS, _VERSIONS, _PICTURE = _FILES = (
-    "recipe.yaml",
-    "metrics.jsonl",
-    "versions.json",
-    "training.png",
-)
+_FILES = ("recipe.yaml", "metrics.jsonl", "versions.json", "training.png")
 _MODEL, _ADAPTER = "model", "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _NAMES = (_CHECKPOINT.pattern, r"self-.+\.jsonl", _MODEL, _ADAPTER, *map(re.escape, _FILES))
@@ -52,40 +47,20 @@ class RunFolder:
 
     Attributes:
         path: of the folder.
+        recipe_file: the whole recipe; without it a folder is no run's.
+        metrics_file: a record for each logged step and evaluation.
+        versions_file: the seed, and the versions of what decides numbers.
+        picture: the course of the training.
+        model: the base and its tokenizer, unless it is a frozen one from elsewhere.
+        adapter: the PHi layer.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    @property
-    def recipe_file(self) -> Path:
-        """The whole recipe; without it a folder is no run's."""
-        return self.path / _RECIPE
-
-    @property
-    def metrics_file(self) -> Path:
-        """A record for each logged step and evaluation."""
-        return self.path / _METRICS
-
-    @property
-    def versions_file(self) -> Path:
-        """The seed, and the versions of what decides numbers."""
-        return self.path / _VERSIONS
-
-    @property
-    def picture(self) -> Path:
-        """The course of the training."""
-        return self.path / _PICTURE
-
-    @property
-    def model(self) -> Path:
-        """The base and its tokenizer, unless it is a frozen one from elsewhere."""
-        return self.path / _MODEL
-
-    @property
-    def adapter(self) -> Path:
-        """The PHi layer."""
-        return self.path / _ADAPTER
+        self.recipe_file, self.metrics_file, self.versions_file, self.picture = map(
+            self.path.joinpath, _FILES
+        )
+        self.model, self.adapter = self.path / _MODEL, self.path / _ADAPTER
 
     def own_text(self, part: str) -> Path:
         """What the base wrote for a part of the data."""
@@ -210,7 +185,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; choose another --output.")
         # A run that was killed when it had hardly begun leaves no more than this.
-        begun = (".lock", f".{_RECIPE}.")
+        begun = (".lock", f".{self.recipe_file.name}.")
         if not self.path.exists() or all(path.name.startswith(begun) for path in self.path.iterdir()):
             return None
         if not resume:
@@ -229,7 +204,7 @@ class RunFolder:
 
     def lock(self) -> AbstractContextManager[None]:
         """Let no other process write into the folder."""
-        return locked(self.path, _RECIPE)
+        return locked(self.path, self.recipe_file.name)
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write what the run is, and forget what was logged after `step`: it will be computed again.
@@ -259,7 +234,7 @@ class RunFolder:
         Raises:
             OutputError: something else is in a file's place.
         """
-        for path in (self.path / name for name in _FILES):
+        for path in map(self.path.joinpath, _FILES):
             if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
                 raise OutputError(f"Cannot write {path}: it is not a file; remove it.")
         for path in self.path.iterdir():
