@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from philens.bases import hub
 from philens.bases.tokenizer import SPECIAL_TOKENS, byte_tokenizer, character_tokenizer, train_bpe
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError, RecipeError
 from philens.tasks.automata import TaskConfig, generate
@@ -539,6 +540,25 @@ def test_a_layer_in_a_frozen_base(runs):
     assert set(held) == {"prose"}
     assert len(held["prose"]) == 4
     assert all(parameter.grad is None for parameter in lens.base.parameters())
+
+
+def test_a_frozen_base_is_loaded_once(runs, tmp_path, monkeypatch):
+    loaded, load = [], hub.load_pretrained
+    monkeypatch.setattr(hub, "load_pretrained", lambda *args, **kw: loaded.append(args) or load(*args, **kw))
+    base = str(runs / "base" / "model")
+    lens = train(text_recipe(runs, model__base=base, data__packing=False), tmp_path / "run")
+    assert loaded == [(base,)]
+    again, _ = load_run(tmp_path / "run")
+    assert len(loaded) == 2
+    assert str(lens.base.config) == str(again.base.config)
+    assert lens.base.config._attn_implementation == again.base.config._attn_implementation
+    parameters = dict(again.named_parameters())
+    for name, value in lens.named_parameters():
+        assert torch.equal(value, parameters[name])
+        assert value.requires_grad == parameters[name].requires_grad
+    assert [module.training for module in lens.modules()] == [module.training for module in again.modules()]
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(lens(ids).phi, again(ids).phi)
 
 
 @pytest.mark.parametrize("kind", ["base", "frozen"])

@@ -62,11 +62,9 @@ def set_attention(base: Any, recipe: Recipe) -> None:
     Raises:
         RecipeError: this base or this machine cannot.
     """
-    chosen = recipe.model.attention
-    if chosen == "auto":
-        if not recipe.data.packing or not knows_packs(base) or torch.accelerator.is_available():
-            return
-        chosen = register_documents()
+    chosen = other_attention(base, recipe)
+    if chosen is None:
+        return
     try:
         base.set_attn_implementation(chosen)
     except (AttributeError, ImportError, ValueError) as error:
@@ -74,6 +72,15 @@ def set_attention(base: Any, recipe: Recipe) -> None:
         raise RecipeError(
             f"model.attention {chosen} does not work here ({reason}); set it to auto."
         ) from error
+
+
+def other_attention(base: Any, recipe: Recipe) -> str | None:
+    """The attention that a base has in training in place of its own; None leaves it that."""
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    if not recipe.data.packing or not knows_packs(base) or torch.accelerator.is_available():
+        return None
+    return register_documents()
 
 
 def build_model(recipe: Recipe) -> PHiModel:

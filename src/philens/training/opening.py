@@ -84,8 +84,13 @@ def has_layer(model: str) -> bool:
     return (model in WHEELS and not is_folder(model)) or RunFolder(model).adapter.is_dir()
 
 
-def finished_model(folder: Path, recipe: Recipe) -> PHiModel | None:
+def finished_model(folder: Path, recipe: Recipe, base: Any = None) -> PHiModel | None:
     """A run's model if it is finished, in evaluation mode; the base alone if the recipe has no PHi layer.
+
+    Args:
+        folder: of the run.
+        recipe: of the run.
+        base: the run's, where it is at hand; None loads it.
 
     Raises:
         TrainingError: it is another recipe's.
@@ -97,7 +102,7 @@ def finished_model(folder: Path, recipe: Recipe) -> PHiModel | None:
     if not run.is_finished(found):
         return None
     check_same_recipe(plain(found), recipe, folder)
-    return _load_finished(run, found)
+    return _load_finished(run, found, base)
 
 
 def load_run(folder: str | Path) -> tuple[PHiModel, Recipe]:
@@ -121,10 +126,10 @@ def load_run(folder: str | Path) -> tuple[PHiModel, Recipe]:
     return _load_finished(run, recipe), recipe
 
 
-def _load_finished(run: RunFolder, recipe: Recipe) -> PHiModel:
-    if recipe.keeps_base or run.model.is_dir():
+def _load_finished(run: RunFolder, recipe: Recipe, base: Any = None) -> PHiModel:
+    if base is None and (recipe.keeps_base or run.model.is_dir()):
         base, _ = load_pretrained(run.model, tokenizer=False, local_only=True)
-    else:
+    elif base is None:
         base, _ = recipe.model.source().load_base(tokenizer=False)
     if recipe.phi is None:
         return attach_fresh(base, recipe).eval()

@@ -31,7 +31,13 @@ from philens.support.files import read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
 from philens.training.arguments import trainer_arguments, wants_bf16
-from philens.training.build import check_finite, evaluation_documents, start_model, text_mixture
+from philens.training.build import (
+    check_finite,
+    evaluation_documents,
+    other_attention,
+    start_model,
+    text_mixture,
+)
 from philens.training.callbacks import (
     Evaluation,
     Interrupt,
@@ -461,5 +467,11 @@ def _train(
             lens.record = run.record(recipe)
             run.save_model(lens, recipe, tokenizer)
             draw_course(run)
-    # Not the one that was trained: it may be compiled, or sharded.
-    return finished_model(run.path, recipe) if rank == 0 else lens.eval()
+    if rank > 0:
+        return lens.eval()
+    # Not the layer that was trained, which may be compiled; a base that is as it was is not loaded again.
+    as_it_was = not (recipe.keeps_base or is_sharded() or other_attention(lens.base, recipe))
+    base: Any = lens.detach() if as_it_was else None
+    if base is not None and recipe.model.quantization == "none":
+        base.cpu()
+    return finished_model(run.path, recipe, base)
