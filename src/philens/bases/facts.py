@@ -1,9 +1,11 @@
-"""What is true of any model of `transformers`: its config, and how its forward takes a cache."""
+"""What is true of any model of `transformers`: its config, how its forward takes a cache, its modes."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -34,3 +36,16 @@ def cache_argument(base: nn.Module) -> str | None:
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among a forward's arguments, by any of its names."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -45,6 +45,7 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
     """
     import torch
 
+    from philens.bases.facts import evaluating
     from philens.scoring.texts import tokenize_all
 
     prompts = tokenize_all(
@@ -56,9 +57,7 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
     batches = [rows[k : k + _ROWS] for rows in by_length.values() for k in range(0, len(rows), _ROWS)]
     device = next(lens.base.parameters()).device
     replies: dict[int, tuple[list[int], MarkedText]] = {}
-    was_training = lens.base.training
-    lens.base.eval()
-    with torch.no_grad(), lens.disabled():
+    with evaluating(lens), lens.disabled():
         for rows in batches:
             read = ids = torch.from_numpy(np.stack([prompts[row].token_ids for row in rows])).to(device)
             cache = _cache(lens)
@@ -73,7 +72,6 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
                 )
                 if (marked := mark_answer(questions[row], reply)) is not None:
                     replies[row] = written_ids, marked
-    lens.base.train(was_training)
     chosen = [replies[row] for row in sorted(replies)]
     texts = [marked.text for _, marked in chosen]
     again = tokenize_all(tokenizer, texts, ["a reply"] * len(texts)) if texts else []

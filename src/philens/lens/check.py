@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from philens.bases.facts import evaluating
 from philens.lens.config import SINK
 from philens.lens.insertion import find_blocks
 from philens.lens.proofs import LENGTH, PROMISES, Result, Trial, make_deterministic, outcome, token_ids
@@ -171,7 +172,6 @@ def _untouched(lens: "LensCore") -> Iterator[None]:
     """Evaluation mode, base frozen, layers in and deterministic, no warnings; afterwards all is as it was."""
     from transformers.utils import logging
 
-    modes = [(module, module.training) for module in lens.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in lens.parameters()]
     configs, enabled = [layer.config for layer in lens.layers], lens.enabled
     verbosity = logging.get_verbosity()
@@ -180,19 +180,16 @@ def _untouched(lens: "LensCore") -> Iterator[None]:
     try:
         logging.set_verbosity_error()
         make_deterministic(lens)
-        lens.eval()
         lens.base.requires_grad_(False)
         lens.phi.requires_grad_(True)
         lens.enable()
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.no_grad():
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), evaluating(lens):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
         for layer, config in zip(lens.layers, configs, strict=True):
             layer.config = config
-        for module, training in modes:
-            module.training = training
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
         for module in lens._not_recomputed[once:]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
-from philens.bases.facts import CACHE_NAMES, find_cache
+from philens.bases.facts import CACHE_NAMES, evaluating, find_cache
 from philens.lens.cache import prior_memories
 from philens.lens.core import LensCore
 from philens.lens.insertion import transform_output
@@ -87,43 +87,39 @@ def generate(
     if overflow == "error" or _setting(generator, options, "do_sample"):
         own = LogitsProcessorList([_Finite(mask), *(options.get("logits_processor") or ())])
         options = options | {"logits_processor": own}
-    modes = [(module, module.training) for module in lens.modules()]
-    lens.eval()
 
     def hand_on(ids: Tensor, phi: Tensor | None, surprisal: Tensor, places: range) -> None:
         for place in places:
             if on_token is not None and phi is not None:
                 on_token(int(ids[0, place]), float(phi[0, place]), float(surprisal[0, place]))
 
-    try:
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            record, read = None, [0]
-            if on_token is not None:
-                count = input_ids.shape[1]
-                hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
-                read = stack.enter_context(_followed(lens, on_token, count, overflow))
-            # Beams change rows; a cache of the user's must not be read on; sampled latents are drawn once.
-            elif (
-                (_setting(generator, options, "num_beams") or 1) == 1
-                and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
-                and lens.config.inference == "mean"
-            ):
-                record = _Record(lens, input_ids.shape[1])
-                stack.enter_context(record.recording())
-                if "logits_to_keep" in lens._arguments:
-                    options = {"logits_to_keep": 0} | options
-            output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
-            sequences = output if isinstance(output, Tensor) else output.sequences
-            finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
-        mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
-        mask = _finished_mask(generator, sequences, mask, options)
-        phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
-        hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
-    except Overflowed as error:
-        raise overflow_error(lens, error.token_ids, "The text") from error
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(lens):
+        try:
+            with contextlib.ExitStack() as stack:
+                record, read = None, [0]
+                if on_token is not None:
+                    count = input_ids.shape[1]
+                    hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
+                    read = stack.enter_context(_followed(lens, on_token, count, overflow))
+                # Beams change rows; a user's cache must not be read on; sampled latents are drawn once.
+                elif (
+                    (_setting(generator, options, "num_beams") or 1) == 1
+                    and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
+                    and lens.config.inference == "mean"
+                ):
+                    record = _Record(lens, input_ids.shape[1])
+                    stack.enter_context(record.recording())
+                    if "logits_to_keep" in lens._arguments:
+                        options = {"logits_to_keep": 0} | options
+                output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
+                sequences = output if isinstance(output, Tensor) else output.sequences
+                finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
+            mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
+            mask = _finished_mask(generator, sequences, mask, options)
+            phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
+            hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
+        except Overflowed as error:
+            raise overflow_error(lens, error.token_ids, "The text") from error
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from philens.bases.facts import evaluating
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.metrics import predictions
@@ -33,7 +34,6 @@ class TokenTable:
     document: NDArray[np.int64]
 
 
-@torch.no_grad()
 def score_documents(
     lens: PHiModel, docs: Documents, batch_size: int = 32, overflow: Overflow = "error"
 ) -> TokenTable:
@@ -58,10 +58,9 @@ def score_documents(
     surprisal = np.full(len(docs.tokens), np.nan, np.float32)
     several = () if lens.config.layers is None else (len(lens.layers),)
     phi = np.full((len(docs.tokens), *several), np.nan, np.float32)
-    was_training, device = lens.training, next(lens.base.parameters()).device
-    lens.eval()
+    device = next(lens.base.parameters()).device
     order = np.argsort(docs.lengths, kind="stable")
-    try:
+    with evaluating(lens):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             rows = pad(docs.select(chosen))
@@ -74,8 +73,6 @@ def score_documents(
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
-    finally:
-        lens.train(was_training)
     table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
     _treat_overflow(lens, table, overflow, batch_size)
     return table

@@ -1,16 +1,16 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from philens.bases.facts import text_config
+from philens.bases.facts import evaluating, text_config
 from philens.lens.adapter import fingerprint
 from philens.lens.insertion import recorded_forms
 from philens.lens.model import PHiModel
@@ -394,19 +394,6 @@ def _assemble(
         input_ids[row, repeated:length] = tokens[window.start : window.stop]
         scored.append(places[row, repeated + window.scored - window.start : length])
     return input_ids, np.concatenate(scored)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module gets back the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _read_batch(

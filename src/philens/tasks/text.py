@@ -35,22 +35,25 @@ def is_held_out(document: Document) -> bool:
     return int.from_bytes(digest) % HELD_OUT == 0
 
 
-def open_parts(parts: Mapping[str, TextPart], tasks: TaskConfig, seed: int) -> dict[str, Source]:
+def open_parts(
+    parts: Mapping[str, TextPart], tasks: TaskConfig, seed: int, known: Mapping[str, Source] | None = None
+) -> dict[str, Source]:
     """The documents of every part that has a weight.
 
     Args:
         tasks: sizes of the formal languages of `automata`.
         seed: which of them.
+        known: parts that are open already.
 
     Raises:
         ConfigError: no part has a weight above 0, or options that do not fit a source.
         InputError: a source cannot be read.
     """
-    sources = {}
+    sources, known = {}, known or {}
     for name, part in parts.items():
         try:
             if part.weight:
-                sources[name] = open_source(part, tasks, seed)
+                sources[name] = known[name] if name in known else open_source(part, tasks, seed)
         except (ConfigError, InputError) as error:
             raise type(error)(f"data.parts.{name}: {error}") from error
     if not sources:
@@ -72,6 +75,7 @@ class TextMixture:
         length: tokens in a row.
         seed: which stream.
         tasks: sizes of the formal languages of `automata`.
+        known: parts that are open already.
 
     Raises:
         ConfigError: no part has a weight above 0, or options that do not fit a source.
@@ -79,14 +83,20 @@ class TextMixture:
     """
 
     def __init__(
-        self, parts: Mapping[str, TextPart], tokenizer: Any, length: int, seed: int, tasks: TaskConfig
+        self,
+        parts: Mapping[str, TextPart],
+        tokenizer: Any,
+        length: int,
+        seed: int,
+        tasks: TaskConfig,
+        known: Mapping[str, Source] | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise InputError(
                 f"{type(tokenizer).__name__} does not say where in a text its tokens are; use a fast one."
             )
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self.sources = open_parts(parts, tasks, seed)
+        self.sources = open_parts(parts, tasks, seed, known)
         self._edges = np.cumsum([parts[name].weight for name in self.sources])
         self._recent: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
 

@@ -1,5 +1,6 @@
 """Models as recipes have them, before their first step, and what they read."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,53 @@ from philens.lens.model import PHiModel, attach
 from philens.support.errors import AdapterError, RecipeError, TrainingError
 from philens.support.files import not_finite
 from philens.tasks.packing import TokenDocuments
-from philens.tasks.sources import SELF
+from philens.tasks.sources import SELF, Source
 from philens.tasks.text import TextMixture, open_parts
 from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
 from philens.training.sizes import check_data_sizes, check_weights
 
+Sources = Mapping[str, Source]
+"""The parts of a recipe's text that are open, by name."""
 
-def start_model(recipe: Recipe, checkpoint: Path | None = None) -> tuple[PHiModel, Any]:
+
+def open_sources(recipe: Recipe) -> Sources:
+    """The text that a recipe reads, but for what the base is to write itself: opened once, before a large
+    model is loaded.
+
+    Raises:
+        RecipeError: sizes that no machine has room for.
+        PhilensError: a part cannot be read.
+    """
+    check_data_sizes(recipe)
+    read = {name: part for name, part in recipe.data.parts.items() if part.weight and part.source != SELF}
+    return open_parts(read, recipe.data.tasks, recipe.seed) if read else {}
+
+
+def start_model(
+    recipe: Recipe, checkpoint: Path | None = None, sources: Sources | None = None
+) -> tuple[PHiModel, Any]:
     """The model that a recipe trains, before its first step, and its tokenizer.
 
     Args:
+        recipe: what is to be trained.
         checkpoint: where to take a tokenizer from that was made when the run started; the model's weights are
             not read.
+        sources: what is open of the text; None opens it.
 
     Raises:
         RecipeError: sizes that do not fit together, or a base that does not fit the data.
         PhilensError: the base, or the text that a tokenizer is made from, cannot be read.
     """
-    check_data_sizes(recipe)
+    sources = open_sources(recipe) if sources is None else sources
     if recipe.model.base is None:
-        tokenizer = (
-            _make_tokenizer(recipe) if checkpoint is None else load_tokenizer(RunFolder(checkpoint).model)
-        )
+        if checkpoint is None:
+            tokenizer = _make_tokenizer(recipe, sources)
+        else:
+            tokenizer = load_tokenizer(RunFolder(checkpoint).model)
         base = build_base(recipe, tokenizer)
         set_attention(base, recipe)
         return attach_fresh(base, recipe), tokenizer
-    if recipe.data.parts:
-        read = {name: part for name, part in recipe.data.parts.items() if part.source != SELF}
-        if any(part.weight for part in read.values()):  # an error there comes before a large model
-            open_parts(read, recipe.data.tasks, recipe.seed)
     base, tokenizer = recipe.model.source().load_base()
     if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
         raise RecipeError(
@@ -105,7 +123,7 @@ def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
     return lens
 
 
-def _make_tokenizer(recipe: Recipe) -> Any:
+def _make_tokenizer(recipe: Recipe, sources: Sources) -> Any:
     from philens.bases.tokenizer import byte_tokenizer, character_tokenizer, train_bpe
 
     if recipe.model.tokenizer == "characters":
@@ -113,21 +131,24 @@ def _make_tokenizer(recipe: Recipe) -> Any:
     tokenizer = byte_tokenizer()
     if recipe.model.tokenizer == "bytes":
         return tokenizer
-    sample = text_mixture(recipe, tokenizer).sample()
+    sample = text_mixture(recipe, tokenizer, sources).sample()
     return train_bpe(sample, recipe.model.vocab_size, recipe.model.split_digits)
 
 
-def text_mixture(recipe: Recipe, tokenizer: Any) -> TextMixture:
+def text_mixture(recipe: Recipe, tokenizer: Any, sources: Sources | None = None) -> TextMixture:
     """The stream of documents that a recipe with `data.parts` reads."""
-    return TextMixture(recipe.data.parts, tokenizer, recipe.data.length, recipe.seed, recipe.data.tasks)
+    data = recipe.data
+    return TextMixture(data.parts, tokenizer, data.length, recipe.seed, data.tasks, sources)
 
 
-def evaluation_documents(recipe: Recipe, tokenizer: Any, count: int) -> dict[str, TokenDocuments]:
+def evaluation_documents(
+    recipe: Recipe, tokenizer: Any, count: int, sources: Sources | None = None
+) -> dict[str, TokenDocuments]:
     """At most so many documents of each text part that training never reads, each at most a row long.
 
     Parts without any are left out: those with fewer than 20 documents.
     """
-    text = text_mixture(recipe, tokenizer)
+    text = text_mixture(recipe, tokenizer, sources)
     found = {name: text.held_out(name, count) for name in text.sources}
     return {name: documents for name, documents in found.items() if len(documents)}
 

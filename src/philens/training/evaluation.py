@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from philens.bases.facts import evaluating
 from philens.lens.divergence import gaussian_kl
 from philens.lens.layer import PHiOutput
 from philens.lens.losses import counted_tokens
@@ -47,7 +48,6 @@ def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, 
     return metrics
 
 
-@torch.no_grad()
 def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_size: int) -> dict[str, float]:
     """Means over the counted tokens of each part, and over those of all parts alike.
 
@@ -58,13 +58,11 @@ def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_siz
     """
     metrics: dict[str, float] = {}
     means: dict[str, list[float]] = defaultdict(list)
-    was_training = lens.training
-    lens.eval()
-    for part, documents in held_out.items():
-        for name, value in _means_of(lens, documents, batch_size).items():
-            metrics[f"eval/{part}/{name}"] = value
-            means[name].append(value)
-    lens.train(was_training)
+    with evaluating(lens):
+        for part, documents in held_out.items():
+            for name, value in _means_of(lens, documents, batch_size).items():
+                metrics[f"eval/{part}/{name}"] = value
+                means[name].append(value)
     return metrics | {f"eval/{name}": float(np.mean(values)) for name, values in means.items()}
 
 

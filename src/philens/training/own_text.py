@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from philens.scoring.score import evaluating
+from philens.bases.facts import evaluating
 from philens.support.errors import RecipeError
 from philens.support.files import read_text, write_atomically
 from philens.support.progress import shown

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from philens.bases.facts import evaluating
 from philens.lens.insertion import find_blocks
 from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel
@@ -32,8 +33,10 @@ from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
 from philens.training.arguments import trainer_arguments, wants_bf16
 from philens.training.build import (
+    Sources,
     check_finite,
     evaluation_documents,
+    open_sources,
     other_attention,
     start_model,
     text_mixture,
@@ -84,15 +87,19 @@ CALIBRATION_ROWS = 16
 _NOISE = 20
 
 
-def training_rows(recipe: Recipe, tokenizer: Any = None) -> Dataset[dict[str, Tensor]]:
+def training_rows(
+    recipe: Recipe, tokenizer: Any = None, sources: Sources | None = None
+) -> Dataset[dict[str, Tensor]]:
     """The rows a run reads, in order.
 
     Args:
+        recipe: of the run.
         tokenizer: needed where the recipe reads text.
+        sources: what is open of the text already.
     """
     data, train = recipe.data, recipe.train
     formal = Mixture(data.tasks, data.mixture, recipe.seed)
-    documents = text_mixture(recipe, tokenizer).documents if data.parts else formal.documents
+    documents = text_mixture(recipe, tokenizer, sources).documents if data.parts else formal.documents
     rows_per_step = train.batch_size * train.accumulate
     rows = train.steps * rows_per_step
     if not data.packing:
@@ -103,12 +110,9 @@ def training_rows(recipe: Recipe, tokenizer: Any = None) -> Dataset[dict[str, Te
 
 def calibrate(lens: PHiModel, rows: Any) -> None:
     """Fit a fresh layer to the hidden states of a trained base on the first rows that it will read."""
-    was_training = lens.training
-    lens.eval()
     chosen = [rows[number] for number in range(min(CALIBRATION_ROWS, len(rows)))]
-    with torch.compiler.set_stance("force_eager"):
+    with evaluating(lens), torch.compiler.set_stance("force_eager"):
         lens.calibrate({key: row[key][None] for key in row if key != "labels"} for row in chosen)
-    lens.train(was_training)
 
 
 class PHiTrainer(Trainer):
@@ -400,7 +404,8 @@ def _train(
             draw_course(run)
         return lens
     checkpoint = run.resume_from(recipe, resume)
-    lens, tokenizer = start_model(recipe, checkpoint)
+    sources = open_sources(recipe)
+    lens, tokenizer = start_model(recipe, checkpoint, sources)
     if checkpoint is not None:
         check_state(checkpoint)
         RunFolder(checkpoint).load_weights(lens, recipe)
@@ -415,9 +420,10 @@ def _train(
         run.start(recipe, -1 if checkpoint is None else step_of(checkpoint))
     with lens.disabled():
         read = with_own_text(recipe, lens.base, tokenizer, run, writes=rank == 0)
-    rows, held_out = training_rows(read, tokenizer), {}
+    rows, held_out = training_rows(read, tokenizer, sources), {}
     if recipe.data.parts:
-        held_out = evaluation_documents(read, tokenizer, recipe.train.evaluation_documents)
+        count = recipe.train.evaluation_documents
+        held_out = evaluation_documents(read, tokenizer, count, sources)
     interrupt, evaluation = Interrupt(), Evaluation(recipe, lens, run, held_out)
     callbacks: list[TrainerCallback] = [evaluation, interrupt]
     if recipe.phi is not None:
