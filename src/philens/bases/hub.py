@@ -522,7 +522,8 @@ def _reads_text(kind: Any, config: Any) -> bool:
         and getattr(kind, "config_class", None) is type(config)
     ):
         return False
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    forward: Any = kind.forward  # pyright: ignore[reportAttributeAccessIssue]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     return needed <= {"input_ids"}
 

@@ -179,7 +179,8 @@ class Session:
         for update in self._followed(job, what, work):
             yield replace(update, texts=(*others, job.text or None, None)[:2])
         text = job.text
-        yield Update(view.status(f"{what} …", 1.0, "working"), texts=(*others, text, None)[:2], busy=True)
+        first, second, *_ = (*others, text, None)
+        yield Update(view.status(f"{what} …", 1.0, "working"), texts=(first, second), busy=True)
         self._reading = texts | {name: text}
         yield from self._scored(job, model, point, self._reading, look)
 

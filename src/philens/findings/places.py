@@ -148,12 +148,13 @@ def score_places(
                 table[name] = base_of[name].to_numpy()
     # What is of no point comes first.
     columns = sorted((Column(str(name)) for name in table), key=lambda column: column.point is not None)
-    return {
-        path: table[[column for column in columns if column.point in (None, point)]].rename(
-            columns=lambda name: Column(name).metric
-        )
-        for path, point in zip(lens.module_paths, lens.column_points, strict=True)
-    }
+
+    def of_point(point: str | None) -> pd.DataFrame:
+        names = [column for column in columns if column.point in (None, point)]
+        return table.filter(items=names).set_axis([name.metric for name in names], axis=1)
+
+    points = zip(lens.module_paths, lens.column_points, strict=True)
+    return {path: of_point(point) for path, point in points}
 
 
 def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:

@@ -236,7 +236,7 @@ def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
     for row, ids in enumerate(generated.sequences):
         output = lens(ids[None])
         yield generated.surprisal[row, 1:], token_surprisal(output, ids[None])[0, 1:]
-        if output.phi is not None:
+        if output.phi is not None and generated.phi is not None:
             yield generated.phi[row], output.phi[0]
         if not options.get("do_sample") and options.get("num_beams", 1) == 1:
             # What was chosen is the likeliest by the finished text, with the layer in the path or not.

@@ -92,19 +92,19 @@ def rank(
     from philens.reasoning.ranked import RankTable
 
     one = isinstance(prompts, str)
-    prompts = list(as_texts(prompts, "prompts"))
-    if prompts and isinstance(prompts[0], Mapping):  # a chat
-        one, prompts = True, [prompts]
-    candidates = [plain(candidates)] if one else list(as_texts(candidates, "candidates"))
-    if len(prompts) != len(candidates):
+    asked: list[Any] = list(as_texts(prompts, "prompts"))
+    if asked and isinstance(asked[0], Mapping):  # a chat
+        one, asked = True, [asked]
+    replies: list[Any] = [plain(candidates)] if one else list(as_texts(candidates, "candidates"))
+    if len(asked) != len(replies):
         raise InputError(
-            f"There are {len(prompts)} prompts and {len(candidates)} lists of candidates; give one for each."
+            f"There are {len(asked)} prompts and {len(replies)} lists of candidates; give one for each."
         )
-    if not prompts:
+    if not asked:
         raise InputError("There is nothing to rank; give at least one prompt with its candidates.")
     groups = [
         Candidates(number, prompt, texts)
-        for number, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True))
+        for number, (prompt, texts) in enumerate(zip(asked, replies, strict=True))
     ]
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
     ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)

@@ -138,7 +138,7 @@ def iter_scores(
     context = context_length(lens.base, window)
     origin = provenance(lens, tokenizer, context)
     others = alternatives_of(wanted) if alternatives else None
-    token_texts = TokenTexts(tokenizer) if alternatives else {}
+    token_texts: Any = TokenTexts(tokenizer) if alternatives else {}
 
     def scores() -> Iterator[TokenScores]:
         prepared = _tokenized(lens, tokenizer, following, names)
@@ -331,7 +331,8 @@ def _read_texts(
         if best:
             lost |= (best[0] == 0) & _has_one_before(text)
         columns, sinks = _finished(dict(zip(names, table.T.copy(), strict=True)), wanted)
-        readings.append(_Reading(columns, sinks, lost, tuple(best) or None))
+        likely: Any = tuple(best) or None
+        readings.append(_Reading(columns, sinks, lost, likely))
     return readings
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from matplotlib import rcParams
-from matplotlib.font_manager import FontEntry, fontManager
+from matplotlib.font_manager import FontEntry, FontProperties, fontManager
 from matplotlib.ft2font import FT2Font
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _usual() -> str:
-    return fontManager.findfont(None)
+    return fontManager.findfont(FontProperties())
 
 
 def _others() -> list[FontEntry]:

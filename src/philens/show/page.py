@@ -39,7 +39,7 @@ class PageDocument:
     notes: Sequence[str] = ()  # (T,) what else is read on hover, "" for nothing; or nothing
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | self.units)
+        object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | dict(self.units))
 
     @classmethod
     def of(cls, scores: ScoredText, number: int) -> "PageDocument":
