@@ -16,6 +16,7 @@ from philens.scoring.documents import score_documents
 from philens.scoring.score import METRICS, iter_scores, score
 from philens.support.errors import InputError
 from philens.tasks.automata import TaskConfig, generate
+from philens.training.source import ModelSource
 from test_score import OwnModel, lens_of
 
 CHARACTERS = character_tokenizer()
@@ -93,7 +94,7 @@ def test_solving(tmp_path, broken):
     broken.base.config.eos_token_id = 3
     broken.base.save_pretrained(tmp_path)
     CHARACTERS.save_pretrained(tmp_path)
-    engine = TransformersEngine(str(tmp_path), None, None, "float16", False, 1.0, 1.0)
+    engine = TransformersEngine(ModelSource(str(tmp_path), dtype="float16"), 1.0, 1.0)
     with pytest.raises(InputError, match=rf"A solution makes .*{TOLD}"):
         engine.draw([[40, 41], [42]], [3, 3], seed=0)
 

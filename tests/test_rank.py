@@ -240,7 +240,7 @@ def test_rows_are_written(small, tmp_path, capsys):
     assert rank_file(path, load, "jsonl", tmp_path / "out.jsonl", rule="lowest_surprisal") == 2
     text = (tmp_path / "out.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    pd.testing.assert_frame_equal(pd.DataFrame(rows), expected, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.DataFrame(rows), pd.DataFrame(expected), check_dtype=False)
     assert rank_file(path, load, "jsonl", rule="lowest_surprisal") == 2
     assert capsys.readouterr().out == text
     rank_file(path, load, "csv", tmp_path / "out.csv", rule="lowest_surprisal")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from philens.lens.attention import Documents
 from philens.lens.config import PHiConfig
-from philens.lens.latents import Gaussian, latent_kind
+from philens.lens.latents import Gaussian, Latent, latent_kind
 from philens.lens.prior import Attend, Memory, Prior
 from philens.support.errors import ConfigError, InputError
 
@@ -79,7 +79,6 @@ class PHiLayer(nn.Module):
         self.config = config = config or PHiConfig()
         self.hidden_size = hidden_size
         self.latent_size = size = config.latent_width(hidden_size)
-        self.latents = latent_kind(config)
         numbers = self.latents.numbers * size
         self.encoder = nn.Linear(hidden_size, numbers, bias=False)
         self.decoder = nn.Linear(size, hidden_size, bias=False)
@@ -104,6 +103,11 @@ class PHiLayer(nn.Module):
         if self.prior is not None:
             # A prior as wide as the latents: phi starts at hundreds of nats, not tens of thousands.
             self.latents.start_wide(self.prior.mlp.down_proj.bias, scale)
+
+    @property
+    def latents(self) -> Latent:
+        """The kind of latents, as `config` says now: another formula may measure than was trained by."""
+        return latent_kind(self.config)
 
     @property
     def memory_count(self) -> int:
