@@ -30,7 +30,7 @@ from philens.lens.insertion import (
 )
 from philens.lens.layer import PHiLayer
 from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
-from philens.lens.passing import Pass, Rows, plan_pressing
+from philens.lens.passing import Pass, Pressing, Rows, plan_pressing
 from philens.support.errors import ConfigError, InputError, InsertionError
 
 
@@ -286,7 +286,7 @@ class LensCore(nn.Module):
             packed = is_pack(documents, attention_mask)
         if not packed:
             arguments["attention_mask"] = attention_mask
-        pressing = None
+        pressing = Pressing(Rows(None, input_ids.shape))
         if labels is not None and self.enabled:
             pressing = plan_pressing(self.config, self._observing, self.training, returns, input_ids)
         counts = [layer.memory_count for layer in self.layers] if self.enabled else []
@@ -294,14 +294,14 @@ class LensCore(nn.Module):
             attention_mask,
             documents,
             prior_memories(cache, counts) if cache is not None and counts else (),
-            stop=self.enabled and (returns == "phi" or (pressing is not None and pressing.part)),
+            stop=self.enabled and (returns == "phi" or pressing.part),
             contrastive=labels is not None,
         )
         forms: dict[int, tuple[Any, ...] | None] = {}
         with contextlib.ExitStack() as stack:
-            if pressing is not None and pressing.apart:
+            if pressing.apart:
                 stack.enter_context(self.observing())
-            if pressing is not None and pressing.again:
+            if pressing.again:
                 stack.enter_context(recorded_forms(self.blocks_below, forms))
             stack.enter_context(self.passing(current))
             result = self._read(input_ids, arguments, returns)
@@ -319,10 +319,10 @@ class LensCore(nn.Module):
             counted, predicted = counted_tokens(labels, attention_mask, documents)
             passes: list[PHiModelOutput | None] = [result]
             untouched = None
-            if pressing is not None and (pressing.apart or pressing.again):
+            if pressing.apart or pressing.again:
                 passes = [None] * len(self.layers)
                 untouched = result if pressing.apart and not pressing.part else None
-            if pressing is not None and pressing.again:
+            if pressing.again:
                 passes, untouched = self._press(input_ids, arguments, result, forms, pressing.rows, untouched)
                 labels, predicted = pressing.rows.take(labels), pressing.rows.take(predicted)
             add_losses(
@@ -336,8 +336,7 @@ class LensCore(nn.Module):
                 self.weight_scale,
                 self.column_points,
             )
-            path = passes[0] if pressing is not None and pressing.again else None
-            if path is not None and not self._observing:
+            if pressing.again and not self._observing and (path := passes[0]) is not None:
                 # Who asks for logits asks for those with the layer in the path.
                 result.logits, result.head, result.head_states = path.logits, path.head, path.head_states
                 if returns == "logits" and path.logits is None and path.head is not None:

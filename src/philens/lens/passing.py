@@ -63,19 +63,19 @@ class Rows:
 
 
 class Pressing(NamedTuple):
-    """What presses on the latents in a pass that is trained by.
+    """What presses on the latents in a pass; by default nothing does.
 
     Attributes:
+        rows: which press.
         apart: the base goes on from its own states; a layer is in the path only in a pass of its own.
         again: such passes are made: from the layers on, or from the start where those are no blocks.
         part: only some rows press, or none does: the pass of all rows ends at the deepest layer.
-        rows: which press.
     """
 
-    apart: bool
-    again: bool
-    part: bool
     rows: Rows
+    apart: bool = False
+    again: bool = False
+    part: bool = False
 
 
 def plan_pressing(
@@ -95,6 +95,5 @@ def plan_pressing(
         elif config.pressure_share < 1:
             count = max(1, round(config.pressure_share * len(input_ids)))
             chosen = torch.randperm(len(input_ids))[:count].to(input_ids.device)
-    some = chosen is None or len(chosen) > 0
-    part = chosen is not None
-    return Pressing(apart, some and (apart or part), part, Rows(chosen, input_ids.shape))
+    some, part = chosen is None or len(chosen) > 0, chosen is not None
+    return Pressing(Rows(chosen, input_ids.shape), apart, some and (apart or part), part)
