@@ -14,8 +14,9 @@ import torch
 from conftest import make_llama, make_text_model
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
+from philens.lens.metrics import METRICS
 from philens.scoring.alternatives import COVERED, MOST, Alternatives, TokenTexts, percent
-from philens.scoring.score import METRICS, score
+from philens.scoring.score import score
 from philens.scoring.scores import TokenScores
 from philens.support.errors import InputError
 from test_score import TEXTS, Calls, distributions, lens_of

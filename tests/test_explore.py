@@ -28,7 +28,8 @@ from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_al
 from philens.explore.record import Record
 from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
 from philens.explore.view import Look
-from philens.scoring.score import METRICS, score
+from philens.lens.metrics import METRICS
+from philens.scoring.score import score
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
 from philens.support.output import visible
 from philens.tasks.automata import TASKS

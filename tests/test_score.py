@@ -19,9 +19,9 @@ from conftest import make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.config import PHiConfig
+from philens.lens.metrics import METRICS, entropy, margin, surprisal
 from philens.lens.model import attach
-from philens.scoring import metrics as baselines
-from philens.scoring.score import METRICS, check_metrics, iter_scores, score
+from philens.scoring.score import check_metrics, iter_scores, score
 from philens.scoring.texts import render_chat, tokenize
 from philens.scoring.windows import find_windows
 from philens.support.errors import InputError
@@ -260,10 +260,9 @@ def test_entropy_and_margin_are_of_the_distribution_before_the_token(lens):
 
 def test_entropy_of_an_impossible_token():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    found = baselines.reduce_logits(logits, torch.tensor([2]), {"surprisal", "entropy", "margin"})
-    assert found["entropy"].item() == pytest.approx(np.log(2))
-    assert found["surprisal"].item() == np.inf
-    assert found["margin"].item() == 0
+    assert entropy(logits, torch.tensor([2])).item() == pytest.approx(np.log(2))
+    assert surprisal(logits, torch.tensor([2])).item() == np.inf
+    assert margin(logits, torch.tensor([2])).item() == 0
 
 
 def block_states(lens, ids):
@@ -697,6 +696,46 @@ def test_options_that_do_not_fit(small):
     assert check_metrics(small, ["surprisal", "phi", "phi"]) == ["phi", "surprisal"]
 
 
+MODELS = {
+    "all": lambda: lens_of(make_llama()),
+    "observe": lambda: lens_of(make_llama(), mode="observe"),
+    "several": lambda: lens_of(make_llama(), layer=None, layers=[0, 1], mode="observe"),
+    "own": lambda: lens_of(OwnModel(), layer=None, module="lstm"),
+    "headless": lambda: lens_of(make_llama().model),
+}
+WITHOUT = {
+    "all": {},
+    "observe": {"surprisal_with_layer": "not in the path"},
+    "several": {"surprisal_with_layer": "not in the path"},
+    "own": {"logit_lens_divergence": "told apart", "settling_depth": "told apart"},
+    "headless": dict.fromkeys(
+        ("surprisal", "surprisal_with_layer", "entropy", "margin", "logit_lens_divergence", "settling_depth"),
+        "LlamaModel has no output head",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_lens_supports_is_known_before_any_pass(name):
+    lens, passes = MODELS[name](), []
+    lens.base.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = lens.supports()
+    assert list(found) == list(METRICS)
+    assert {metric for metric, reason in found.items() if reason} == set(WITHOUT[name])
+    for metric, reason in found.items():
+        if reason is None:
+            continue
+        assert WITHOUT[name][metric] in reason
+        with pytest.raises(InputError, match=re.escape(reason)):
+            score(lens, CHARACTERS, "abcab", metrics=[metric])
+    assert not passes
+    for metric, reason in found.items():
+        if reason is None:
+            columns = score(lens, CHARACTERS, "abcab", metrics=[metric])[0].columns
+            assert all(np.isfinite(values[1:]).all() for values in columns.values())
+    assert passes
+
+
 def test_a_disabled_layer_has_no_phi(small):
     enabled = score(small, CHARACTERS, "abc", metrics=["surprisal", "settling_depth"])
     with small.disabled():
@@ -704,4 +743,7 @@ def test_a_disabled_layer_has_no_phi(small):
         for metrics in (None, ["phi"], ["step_length"], ["logit_lens_divergence"]):
             with pytest.raises(InputError, match="layer is disabled"):
                 score(small, CHARACTERS, "abc", metrics=metrics)
+        assert {name for name, reason in small.supports().items() if reason is None} == {
+            *("surprisal", "entropy", "margin", "settling_depth")
+        }
         assert not small.enabled

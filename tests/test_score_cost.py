@@ -8,9 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import make_llama
 from philens.bases.tokenizer import character_tokenizer
+from philens.lens.metrics import METRICS
 from philens.scoring import score as module
 from philens.scoring.documents import score_documents
-from philens.scoring.score import METRICS, iter_scores, score
+from philens.scoring.score import iter_scores, score
 from philens.scoring.texts import tokenize_all
 from test_architectures import ARCHITECTURES, make, shaken_lens
 from test_packing import documents_of

@@ -14,8 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from philens.bases import hub
 from philens.lens.insertion import find_blocks
+from philens.lens.metrics import METRICS
 from philens.lens.model import PHiModel, load
-from philens.scoring.score import METRICS, score
+from philens.scoring.score import score
 from philens.scoring.scores import TokenScores
 from philens.scoring.texts import tokenize_all
 from philens.scoring.windows import context_length, find_windows
@@ -107,7 +108,11 @@ class Explored:
         }
         self.base = next(iter(lenses.values())).base
         self.context = context_length(self.base)
+        self._lacking: dict[PHiModel, dict[str, str]] = {}
         for lens in lenses.values():
+            lens.enable()
+            reasons = lens.supports()
+            self._lacking[lens] = {name: reason for name, reason in reasons.items() if reason is not None}
             lens.disable()
         self._lock = threading.Lock()
         try:
@@ -146,9 +151,14 @@ class Explored:
 
     def metrics(self, point: str) -> list[str]:
         """The columns that can be read there, in their order."""
-        config = self._at(point).lens.config
-        names = [*METRICS[:1], *([_ERROR] if config.samples > 1 else []), *METRICS[1:]]
-        return [name for name in names if config.mode != "observe" or name != "surprisal_with_layer"]
+        lacking, samples = self.lacking(point), self._at(point).lens.config.samples
+        first, *others = METRICS
+        names = [first, *([_ERROR] if samples > 1 else []), *others]
+        return [name for name in names if name not in lacking]
+
+    def lacking(self, point: str) -> dict[str, str]:
+        """The metrics that cannot be read there, and why."""
+        return self._lacking[self._at(point).lens]
 
     def _at(self, point: str) -> Point:
         if point not in self.points:

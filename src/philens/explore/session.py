@@ -242,7 +242,8 @@ class Session:
         markup = view.result(scores, look, f"export/{self.key}", link)
         job.check()  # what is kept and marked is what the page shows
         self._read, self.scores, self.look = (model, point, texts), scores, look
-        said = [about, *self._summary(model, scores), *self._recorded(model, scores, look)]
+        why = [reason for metric, reason in model.lacking(point).items() if metric in wanted]
+        said = [about, *self._summary(model, scores), *why, *self._recorded(model, scores, look)]
         yield Update(view.status(" ".join(said)), markup, metrics=look.metrics)
 
     def _known(

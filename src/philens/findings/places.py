@@ -159,19 +159,10 @@ def score_places(
 
 def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:
     """All that this lens has, or those of them that cost little."""
-    from philens.scoring.metrics import LogitLens
-    from philens.scoring.score import METRICS
-
     left_out = set() if with_base else set(_OF_BASE)
-    if lens.config.mode == "observe":
-        left_out.add("surprisal_with_layer")  # pyright: ignore[reportArgumentType]
-    try:
-        LogitLens(lens, every_block=True)
-    except InputError:
-        quick = True
     if quick:
         left_out |= {"logit_lens_divergence", "settling_depth"}
-    return [name for name in METRICS if name not in left_out]
+    return [name for name, reason in lens.supports().items() if reason is None and name not in left_out]
 
 
 def _rows(text: MarkedText, start: int, scores: "TokenScores") -> Iterator[dict[str, Any]]:

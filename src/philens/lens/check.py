@@ -84,6 +84,7 @@ class CheckReport:
         layer_trainable: how many of them are trained.
         tolerance: a value may differ by this much + this share of the largest of its kind.
         proofs: one for each promise.
+        metrics: for each metric of `philens.score` why the model cannot have it, None where it can.
     """
 
     base: str
@@ -97,6 +98,7 @@ class CheckReport:
     layer_trainable: int
     tolerance: float
     proofs: list[Proof] = field(default_factory=list)
+    metrics: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -124,6 +126,7 @@ class CheckReport:
             ("layer", self.layer_dtype, self.layer_parameters, self.layer_trainable),
         ):
             lines.append(f"{name}: {dtype}, {trainable:,} parameters trainable, {count - trainable:,} frozen")
+        lines += [f"no {name}: {reason}" for name, reason in self.metrics.items() if reason is not None]
         return lines
 
     def table(self) -> Any:
@@ -218,6 +221,7 @@ def check(lens: "LensCore", compile: bool | str = False) -> CheckReport:
         for number, (layer, output) in enumerate(zip(lens.layers, outputs, strict=True)):
             found, knows = sinks(output.observed), bool(layer.sink_norm > 0)
             report.points[number] = replace(report.points[number], sinks=found, knows_sinks=knows)
+        report.metrics.update(lens.supports())
         for promise in PROMISES:
             if promise.name != "compiled" or compile:
                 found = outcome(trial, promise, report.tolerance)

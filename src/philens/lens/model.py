@@ -56,6 +56,15 @@ class PHiModel(LensCore):
 
         return check(self, compile)
 
+    def supports(self) -> dict[str, str | None]:
+        """For each metric of `philens.score` why this lens cannot have it, None where it can.
+
+        Nothing is read to know it.
+        """
+        from philens.lens.metrics import supports
+
+        return supports(self)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the base's own `generate` does, with phi and surprisal of every token; see
         `philens.lens.generation.generate`."""

@@ -77,7 +77,7 @@ class Rule:
 
 
 def _is_metric(name: str) -> bool:
-    from philens.scoring.score import METRICS
+    from philens.lens.metrics import METRICS
 
     return name in METRICS
 

@@ -7,12 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from philens.bases.facts import evaluating
+from philens.lens import metrics
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
-from philens.scoring.metrics import predictions
 from philens.support.errors import InputError
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
+
+_SURPRISAL = {"surprisal": metrics.surprisal}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def score_documents(
             input_ids, places = rows["input_ids"].to(device), real.to(device)
             output = lens(input_ids, returns="states")
             place = np.concatenate([np.arange(*docs.offsets[number : number + 2]) for number in chosen])
-            found = predictions(output, input_ids, places, {"surprisal"})[0]["surprisal"]
+            found = metrics.predictions(output, input_ids, places, _SURPRISAL)[0]["surprisal"]
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()

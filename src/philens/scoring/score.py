@@ -1,7 +1,6 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ from torch import Tensor
 
 from philens.bases.facts import evaluating, text_config
 from philens.lens.adapter import fingerprint
-from philens.lens.insertion import recorded_forms
+from philens.lens.metrics import METRICS, Columns, columns_of, obstacle, read_batch
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
-from philens.scoring.alternatives import Alternatives, TokenTexts
-from philens.scoring.metrics import Likeliest, LogitLens, divergence, predictions, settling_depth, steps
+from philens.scoring.alternatives import MOST, Alternatives, TokenTexts
 from philens.scoring.scores import ScoredTexts, TokenScores
 from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
@@ -24,27 +22,8 @@ from philens.support.errors import InputError
 from philens.support.typed import nearest
 from philens.support.versions import versions
 
-# In the order in which the columns come.
-METRICS = (
-    "phi",
-    "surprisal",
-    "surprisal_with_layer",
-    "entropy",
-    "margin",
-    "logit_lens_divergence",
-    "settling_depth",
-    "step_length",
-    "state_norm",
-)
-_OF_PREDICTIONS = frozenset({"surprisal", "entropy", "margin"})
-_OF_BLOCKS = frozenset({"logit_lens_divergence", "settling_depth"})
-_OF_LAYER = frozenset({"phi", "surprisal_with_layer", "logit_lens_divergence", "step_length", "state_norm"})
-_NORM = "norm"  # beside step_length, not a column
-_SINK = "sink"  # beside phi, likewise
 # Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
 _LOOK_AHEAD, _TOKENIZED_AT_ONCE = 32, 64
-
-Columns = dict[str, NDArray[np.float32]]
 
 
 def score(
@@ -66,9 +45,9 @@ def score(
         tokenizer: its tokenizer, a fast one of transformers; used with its own settings.
         texts: a string or several, also as an array or a column of a table; a chat is a list of messages with
             `role` and `content`, and goes through the tokenizer's own chat template.
-        metrics: names of `METRICS`; docs/scoring.md says what each is. None means phi, surprisal and, with
-            the layer in the path, surprisal_with_layer. Only what these need is computed: phi alone stops
-            the forward pass at the layer.
+        metrics: those that `lens.supports()` names; docs/scoring.md says what each is. None means phi,
+            surprisal and, with the layer in the path, surprisal_with_layer. Only what these need is computed:
+            phi alone stops the forward pass at the layer.
         batch_tokens: tokens read at once, padding included. Scores do not depend on it.
         window: longer texts are read in overlapping windows of as many tokens; None means the model's own
             context (`max_position_embeddings`), and whole texts where it has none.
@@ -187,17 +166,11 @@ def check_metrics(lens: PHiModel, metrics: Sequence[str] | None) -> list[str]:
         raise InputError(
             f"There is no metric {name!r}; did you mean {close!r} (there are {', '.join(METRICS)})?"
         )
-    if observes and "surprisal_with_layer" in chosen:
-        raise InputError(
-            'There is no surprisal_with_layer with mode="observe", where the layer is not in the path; '
-            "leave it out."
-        )
-    needing = [name for name in METRICS if name in chosen & _OF_LAYER]
-    if needing and not lens.enabled:
-        raise InputError(
-            f"The PHi layer is disabled and {needing[0]} needs it; enable() it or ask for other metrics."
-        )
-    return [name for name in METRICS if name in chosen]
+    wanted = [name for name in METRICS if name in chosen]
+    for error in (obstacle(lens, name) for name in wanted):
+        if error is not None:
+            raise error
+    return wanted
 
 
 def alternatives_of(metrics: Sequence[str]) -> str:
@@ -303,7 +276,7 @@ def _read_texts(
     batch_tokens: int,
     context: int | None,
 ) -> list[_Reading]:
-    """What is found in each text, as `_read_batch` reads it."""
+    """What is found in each text, as `read_batch` reads it."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)
@@ -317,7 +290,7 @@ def _read_texts(
             input_ids, places = (
                 torch.from_numpy(values).to(device, non_blocking=True) for values in _assemble(texts, batch)
             )
-            found, best = _read_batch(lens, input_ids, places, frozenset(wanted), alternatives)
+            found, best = read_batch(lens, input_ids, places, wanted, alternatives, MOST)
             likeliest += [best] if best is not None else []
             names = list(found)
             read.append(torch.stack([values.float() for values in found.values()]))
@@ -330,7 +303,7 @@ def _read_texts(
         lost = _lost(table, text)
         if best:
             lost |= (best[0] == 0) & _has_one_before(text)
-        columns, sinks = _finished(dict(zip(names, table.T.copy(), strict=True)), wanted)
+        columns, sinks = columns_of(dict(zip(names, table.T.copy(), strict=True)), wanted)
         likely: Any = tuple(best) or None
         readings.append(_Reading(columns, sinks, lost, likely))
     return readings
@@ -395,77 +368,3 @@ def _assemble(
         input_ids[row, repeated:length] = tokens[window.start : window.stop]
         scored.append(places[row, repeated + window.scored - window.start : length])
     return input_ids, np.concatenate(scored)
-
-
-def _read_batch(
-    lens: PHiModel, input_ids: Tensor, places: Tensor, wanted: frozenset[str], alternatives: str | None
-) -> tuple[dict[str, Tensor], Likeliest | None]:
-    """Everything asked for, (N,) each, of the tokens at `places` among B * T, in one pass through the base;
-    and the likeliest tokens in their place, by the distribution of a surprisal.
-
-    Only surprisal_with_layer beside something of the base runs the blocks above the layer once more.
-    """
-    found: dict[str, Tensor] = {}
-    likeliest = None
-    of_base, of_layer = wanted & (_OF_PREDICTIONS | _OF_BLOCKS), wanted & _OF_LAYER
-    of_base |= {alternatives} & _OF_PREDICTIONS
-    logit_lens = LogitLens(lens, "settling_depth" in wanted) if wanted & _OF_BLOCKS else None
-    forms: dict[int, Any] = {}
-    with ExitStack() as stack:
-        if of_base:
-            stack.enter_context(lens.observing() if of_layer else lens.disabled())
-        if of_base and "surprisal_with_layer" in wanted:
-            stack.enter_context(recorded_forms(lens.blocks_below, forms))
-        if logit_lens is not None:
-            stack.enter_context(logit_lens.watching())
-        needs_head = of_base or "surprisal_with_layer" in wanted
-        output = lens(input_ids, returns="states" if needs_head else "phi")
-    layers = output.layer_outputs
-    suffixes = [""] if lens.config.layers is None else [f"@{path}" for path in lens.module_paths]
-    if "surprisal_with_layer" in wanted:
-        again = output
-        if of_base:
-            again = lens.read_again(input_ids, {"use_cache": False}, 0, layers[0].hidden_states, forms)
-        ours = alternatives == "surprisal_with_layer"
-        with_layer, likeliest = predictions(again, input_ids, places, {"surprisal"}, ours)
-        found["surprisal_with_layer"] = with_layer["surprisal"]
-        del again
-    of_predictions = wanted & _OF_PREDICTIONS
-    more, best = predictions(output, input_ids, places, of_predictions, alternatives == "surprisal")
-    found, likeliest = found | more, likeliest or best
-    for suffix, layer, reader in zip(suffixes, layers, lens.layers, strict=False):
-        of_tokens: dict[str, Tensor | None] = {}
-        if "phi" in wanted:
-            of_tokens |= {"phi": layer.phi, "phi_standard_error": layer.phi_standard_error}
-            of_tokens[_SINK] = layer.sinks
-        if "step_length" in wanted:
-            of_tokens["step_length"], of_tokens[_NORM] = steps(layer.observed)
-        if "state_norm" in wanted:
-            of_tokens["state_norm"] = reader.standardise(layer.observed, layer.sinks).float().norm(dim=-1)
-        found |= {f"{k}{suffix}": v.flatten()[places] for k, v in of_tokens.items() if v is not None}
-        if logit_lens is not None and "logit_lens_divergence" in wanted:
-            early = logit_lens.read(layer.observed, input_ids)
-            found[f"logit_lens_divergence{suffix}"] = divergence(output, early, places)
-    if logit_lens is not None and "settling_depth" in wanted:
-        found["settling_depth"] = settling_depth(logit_lens, input_ids, places)
-    return found, likeliest
-
-
-def _finished(found: Columns, wanted: Sequence[str]) -> tuple[Columns, NDArray[np.bool_]]:
-    """The columns in order, steps divided by the mean length of the text's hidden states; and the sinks.
-
-    The first token's length is left out of that mean: in many models it is hundreds of times longer. So are
-    lengths that are not finite.
-    """
-    columns = {}
-    for metric in wanted:
-        for name in (metric, f"{metric}_standard_error"):
-            columns |= {key: values for key, values in found.items() if key.partition("@")[0] == name}
-    for key, norms in found.items():
-        name, at, path = key.partition("@")
-        lengths = norms[1:][np.isfinite(norms[1:])]
-        if name == _NORM and len(lengths):
-            step = f"step_length{at}{path}"
-            columns[step] = columns[step] / np.float32(lengths.mean(dtype=np.float64))
-    sinks = [values != 0 for name, values in found.items() if name.partition("@")[0] == _SINK]
-    return columns, np.logical_or.reduce(sinks) if sinks else np.zeros(0, bool)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = 1
-# Of the columns that are not in nats.
-UNITS = {"settling_depth": "blocks", "step_length": "", "state_norm": ""}
 # Columns whose means and sums leave out attention sinks, whose hidden states are like no other token's.
 _WITHOUT_SINKS = {"phi", "phi_standard_error"}
 # A longer text's figure has token numbers, not tokens, below it.
@@ -373,7 +371,10 @@ class TokenScores:
 
 def unit(column: str) -> str:
     """The unit of a column; empty where it is a plain number."""
-    return UNITS.get(Column(column).metric, "nats")
+    from philens.lens.metrics import METRICS  # which takes torch, and reading scores does not
+
+    metric = METRICS.get(Column(column).metric)
+    return "nats" if metric is None else metric.unit
 
 
 class ScoredTexts(list[TokenScores]):
