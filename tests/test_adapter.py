@@ -473,3 +473,48 @@ def test_every_adapter_that_was_ever_shipped_is_read(shipped, tmp_path):
     save_file(own.state_dict(), tmp_path / "phi_layer.safetensors")
     with pytest.raises(AdapterError, match="was trained in another base model"):
         load(make_llama(), tmp_path)
+
+
+def replaced(module):
+    module.weight = nn.Parameter(module.weight.detach() + 1)
+
+
+def in_place(module):
+    with torch.no_grad():
+        module.weight.add_(1)
+
+
+def stepped(module):
+    module.weight.grad = torch.ones_like(module.weight)
+    torch.optim.AdamW(module.parameters(), lr=1.0).step()
+
+
+def other_memory(module):
+    module.weight.data = module.weight.data + 1
+
+
+def loaded(module):
+    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [replaced, in_place, stepped, other_memory, loaded])
+def test_a_fingerprint_is_made_once_and_anew_when_weights_change(change, monkeypatch):
+    import philens.lens.adapter as module
+
+    made, own = [], module._digest
+    monkeypatch.setattr(module, "_digest", lambda *args: made.append(1) or own(*args))
+    model = nn.Linear(5, 7)
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    assert len(made) == 1
+    for count in (2, 3):  # what a freed tensor leaves behind is not taken for it
+        change(model)
+        assert fingerprint(model) != first
+        assert len(made) == count
+        first = fingerprint(model)
+    assert first == fingerprints(model)["weights"][0]
+    with torch.inference_mode():  # where torch counts nothing
+        model = nn.Linear(5, 7)
+        first = fingerprint(model)
+        model.weight.add_(1)
+        assert fingerprint(model) != first

@@ -235,14 +235,13 @@ def test_a_record_of_any_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 # Shards
 
 
-def scores_of(text: str, **provenance: Any) -> TokenScores:
+def scores_of(text: str, name: str | None = None, **provenance: Any) -> TokenScores:
     """A text with one token a character."""
     place = np.arange(len(text))
     columns = {"phi": np.sqrt(place).astype(np.float32), "surprisal": (place / 3).astype(np.float32)}
     columns["surprisal"][:1] = np.nan
-    return TokenScores(
-        text, np.array([ord(one) for one in text]), np.stack([place, place + 1], 1), columns, (), provenance
-    )
+    ids, offsets = np.array([ord(one) for one in text]), np.stack([place, place + 1], 1)
+    return TokenScores(text, ids, offsets, columns, (), provenance, name=name)
 
 
 def score(group: Sequence[Document], model: str = "mine") -> Iterator[TokenScores]:
@@ -302,7 +301,7 @@ def test_json_lines_are_token_scores() -> None:
         record, scores = json.loads(line), TokenScores.from_json(line)
         expected = scores_of(str(document.content))
         assert record["id"] == document.id
-        assert scores.provenance == {"name": document.id}  # the rest is in the manifest
+        assert (scores.name, scores.provenance) == (document.id, {})  # the rest is in the manifest
         assert record["means"] == pytest.approx(expected.means())
         assert scores.text == expected.text
         for name, values in expected.columns.items():

@@ -339,12 +339,12 @@ def test_a_page_ends_somewhere_and_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert "This page ends" not in path.read_text()
 
 
-def scores_of(text: str, spans: Any = (), **provenance: Any) -> TokenScores:
+def scores_of(text: str, spans: Any = (), name: str | None = None, **provenance: Any) -> TokenScores:
     """A text with one token a character, each with its number as phi."""
     count = len(text)
     offsets = np.stack([np.arange(count), np.arange(count) + 1], axis=1)
     columns = {"phi": np.arange(count, dtype=np.float32), "surprisal": np.ones(count, np.float32)}
-    return TokenScores(text, np.arange(count), offsets, columns, spans, provenance)
+    return TokenScores(text, np.arange(count), offsets, columns, spans, provenance, name=name)
 
 
 def test_a_page_of_scores_marks_spans_and_says_where_they_come_from(tmp_path: Path) -> None:

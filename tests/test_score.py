@@ -418,8 +418,8 @@ def test_streams_are_read_a_little_ahead_and_kept_in_order(small):
 
 def test_names(small):
     found = score(small, CHARACTERS, ["a", "b"], names=["one", "two"])
-    assert [item.provenance["name"] for item in found] == ["one", "two"]
-    assert "name" not in score(small, CHARACTERS, "a")[0].provenance
+    assert [item.name for item in found] == ["one", "two"]
+    assert score(small, CHARACTERS, "a")[0].name is None
     with pytest.raises(InputError, match="two is empty"):
         score(small, CHARACTERS, ["a", ""], names=["one", "two"])
     with pytest.raises(InputError, match="2 texts and 1 names"):

@@ -290,12 +290,12 @@ class Session:
         return future.result()
 
     def _summary(self, model: Explored, scores: list[TokenScores]) -> list[str]:
-        said = [f"{one.provenance['name']}: {view.tokens(len(one))} read ({model.name})." for one in scores]
+        said = [f"{one.name}: {view.tokens(len(one))} read ({model.name})." for one in scores]
         for one in scores:
             if unknown := model.unknown(one):
                 shown = " ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
                 said.append(
-                    f"{one.provenance['name']} has characters that this model does not know and reads as one "
+                    f"{one.name} has characters that this model does not know and reads as one "
                     f"and the same: {shown}"
                 )
         return said
@@ -326,7 +326,7 @@ class Session:
         if file == "scores.csv":
             import pandas as pd
 
-            tables = [one.to_pandas().assign(text=one.provenance["name"]) for one in self.scores]
+            tables = [one.to_pandas().assign(text=one.name) for one in self.scores]
             table = pd.concat(tables)
             for column in table.columns.intersection(["alternatives", "probabilities"]):
                 table[column] = [json.dumps(some, ensure_ascii=False) for some in table[column]]

@@ -85,7 +85,7 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str | None, link: 
     """All of what was read.
 
     Args:
-        texts: one or two, with names in their provenance. Two stand side by side, and where they part after a
+        texts: one or two, with names. Two stand side by side, and where they part after a
             common beginning is marked.
         look: how.
         exports: address below which `session.EXPORTS` are; None where nothing can be fetched.
@@ -119,7 +119,7 @@ def tokens(count: int) -> str:
 
 
 def _name(scores: TokenScores) -> str:
-    return scores.provenance.get("name") or "Text"
+    return scores.name or "Text"
 
 
 def _label(column: str) -> str:

@@ -252,7 +252,7 @@ def reproduce_results(
         "seed": seed,
         "kl": lens.config.kl,  # pyright: ignore[reportOptionalMemberAccess]
         "versions": versions(),
-        "provenance": {key: value for key, value in examples[0].provenance.items() if key != "name"},
+        "provenance": examples[0].provenance,
     }
     _write_results(output / "results", layers, tables, examples, run)
     return Results({**run, "layers": layers}, results_tables)

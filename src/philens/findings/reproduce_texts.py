@@ -123,7 +123,7 @@ def reproduce_texts(
         "levels_from": None if levels is None else str(levels),
         "tokens_read": tokens or None,
         "versions": versions(),
-        "provenance": {key: value for key, value in scores[0].provenance.items() if key != "name"},
+        "provenance": scores[0].provenance,
         "recipe": None if recipe is None else asdict(recipe),
     }
     write_texts(output / "texts", results, run, list(zip(texts, here, strict=True)))

@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from safetensors.torch import save_file
@@ -78,19 +79,57 @@ def fingerprints(model: nn.Module) -> dict[str, list[str]]:
         `weights`: of all weights; empty for a quantized model, whose matrices hold other numbers.
         `unquantized_weights`: of what quantization leaves alone: embeddings, norms and biases.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    kept = [(name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings]
-    quantized = hub.quantization_of(model) is not None
+    whole, kept = _weights(model)
     return {
-        "weights": [] if quantized else [_digest(model.state_dict().items(), one) for one in _READINGS],
+        "weights": [] if whole is None else [_digest(whole, one) for one in _READINGS],
         "unquantized_weights": [_digest(kept, one) for one in _READINGS],
     }
 
 
 def fingerprint(model: nn.Module) -> str:
-    """One hash that stands for a model's weights in records: the first that `fingerprints` gives."""
-    found = fingerprints(model)
-    return (found["weights"] or found["unquantized_weights"])[0]
+    """One hash that stands for a model's weights in records: the first that `fingerprints` gives.
+
+    It is made once, and anew when a weight was replaced, moved or written to in place, as torch's own
+    counters tell; what is written past them, through `weight.data`, goes unseen.
+    """
+    tensors, marks = _marks(model)
+    known = _FINGERPRINTS.get(model)
+    # A tensor that is gone may have left its number and its memory to another.
+    if known and known.marks == marks and all(one() is not None for one in known.tensors):
+        return known.value
+    whole, kept = _weights(model)
+    value = _digest(kept if whole is None else whole, _READINGS[0])
+    if marks:
+        _FINGERPRINTS[model] = _Fingerprint(marks, tensors, value)
+    return value
+
+
+class _Fingerprint(NamedTuple):
+    """A model's fingerprint, and the state of the tensors that it is of."""
+
+    marks: list[tuple[int, int, int]]
+    tensors: list[ref[Tensor]]
+    value: str
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, _Fingerprint] = WeakKeyDictionary()
+
+
+def _marks(model: nn.Module) -> tuple[list[ref[Tensor]], list[tuple[int, int, int]]]:
+    """A model's tensors, and for each which it is, where it lies and how often it was written to in place;
+    none where torch does not tell."""
+    tensors = [one for one in model.state_dict(keep_vars=True).values() if isinstance(one, Tensor)]
+    try:
+        return list(map(ref, tensors)), [(id(one), one.data_ptr(), one._version) for one in tensors]
+    except RuntimeError:  # made in inference mode, or without memory of its own
+        return [], []
+
+
+def _weights(model: nn.Module) -> tuple[Iterable[tuple[str, Tensor]] | None, list[tuple[str, Tensor]]]:
+    """All weights by name, None of a quantized model; and those that quantization leaves alone."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    kept = [(name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings]
+    return None if hub.quantization_of(model) is not None else model.state_dict().items(), kept
 
 
 def describe_base(base: nn.Module) -> dict[str, Any]:

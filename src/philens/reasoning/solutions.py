@@ -346,9 +346,7 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
         kept = own & scores.counts(name)
         values = column[kept if kept.any() else own].astype(np.float64)
         if np.isnan(values).any():
-            raise InputError(
-                f"{scores.provenance['name']} has a token without {name}; put a prompt in front of it."
-            )
+            raise InputError(f"{scores.name} has a token without {name}; put a prompt in front of it.")
         last_fifth = values[-ceil(len(values) / 5) :]
         found = (values.mean(), values.sum(), values.max(), last_fifth.mean())
         row |= {

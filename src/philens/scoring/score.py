@@ -51,7 +51,7 @@ def score(
         batch_tokens: tokens read at once, padding included. Scores do not depend on it.
         window: longer texts are read in overlapping windows of as many tokens; None means the model's own
             context (`max_position_embeddings`), and whole texts where it has none.
-        names: one for each text, kept in its provenance and used in errors.
+        names: one for each text, kept in its scores and used in errors.
         overflow: what becomes of a token that should have a value and gets NaN or an infinity from the model:
             an `error` that says where it began, or `nan`, with how many there are in the text's provenance
             as `overflowed`. First tokens and those that begin a text stay as they are.
@@ -124,7 +124,7 @@ def iter_scores(
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
             readings = _read_texts(lens, [text for *_, text in ahead], wanted, others, batch_tokens, context)
             for (name, where, text), read in zip(ahead, readings, strict=True):
-                own = origin if name is None else {"name": name, **origin}
+                own = origin
                 if read.lost.any():  # what fills a batch may overflow, too, and spoil what comes before it
                     (read,) = _read_texts(lens, [text], wanted, others, 1, context)
                 if read.lost.any():
@@ -144,6 +144,7 @@ def iter_scores(
                     own,
                     read.sinks,
                     kept,
+                    name,
                 )
 
     return scores()

@@ -79,6 +79,7 @@ class TokenScores:
             models' first token. They have a phi as others do, and means and sums of phi leave them out. Of
             several layers, what is one for any of them.
         alternatives: what else could have stood in each token's place, where it was asked for.
+        name: of the text, as the caller calls it.
 
     Raises:
         InputError: shapes that do not fit together.
@@ -92,6 +93,7 @@ class TokenScores:
     provenance: dict[str, Any] = field(default_factory=dict)
     sinks: NDArray[np.bool_] = field(default=())  # pyright: ignore[reportAssignmentType]
     alternatives: Alternatives | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
@@ -244,7 +246,7 @@ class TokenScores:
             "columns": {name: _json_numbers(values) for name, values in self.columns.items()},
             "spans": [list(span) for span in self.spans],
             "sinks": np.flatnonzero(self.sinks).tolist(),
-            "provenance": self.provenance,
+            "provenance": ({} if self.name is None else {"name": self.name}) | self.provenance,
         }
         if self.alternatives is not None:
             value["alternatives"] = {"of": self.alternatives.of, **self.alternatives.to_lists()}
@@ -287,6 +289,8 @@ class TokenScores:
             ids = np.array(value["token_ids"], np.int64)
             sinks = np.zeros(len(ids), bool)
             sinks[value.get("sinks", [])] = True  # scores of philens 0.1 know of none
+            provenance = dict(value["provenance"])
+            name = provenance.pop("name", None)
             others = value.get("alternatives")
             alternatives = None if others is None else Alternatives.from_lists(others["of"], others)
             return cls(
@@ -295,9 +299,10 @@ class TokenScores:
                 offsets,
                 columns,
                 value["spans"],
-                value["provenance"],
+                provenance,
                 sinks,
                 alternatives,
+                name,
             )
         except InputError:
             raise

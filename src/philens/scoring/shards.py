@@ -188,7 +188,7 @@ class Writer:
                 model = {
                     key: item
                     for key, item in json.loads(json.dumps(scores.provenance)).items()
-                    if key not in ("name", "versions", "overflowed")
+                    if key not in ("versions", "overflowed")
                 }
                 provenance = provenance or model
                 check_same_settings(self.folder, provenance, model)
@@ -458,7 +458,7 @@ def _write_jsonl(file: BinaryIO, scored: Iterable[Scored]) -> None:
     for document, scores in scored:
         # The manifest says the rest once, instead of every line again.
         own = {key: scores.provenance[key] for key in ("overflowed",) if key in scores.provenance}
-        brief = replace(scores, provenance={"name": document.id} | own)
+        brief = replace(scores, name=document.id, provenance=own)
         file.write(f"{json_line(document, brief)}\n".encode())
 
 
@@ -523,5 +523,5 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
         of_each = {"ranks": pa.int32(), "token_ids": places, "texts": pa.list_(pa.string())}
         of_each["probabilities"] = numbers
         fields |= {_OF_ALTERNATIVES[name]: pa.list_(kind) for name, kind in of_each.items()}
-    origin = {key: item for key, item in scores.provenance.items() if key not in ("name", "overflowed")}
+    origin = {key: item for key, item in scores.provenance.items() if key != "overflowed"}
     return parquet.ParquetWriter(file, pa.schema(fields).with_metadata({"philens": json.dumps(origin)}))

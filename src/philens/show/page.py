@@ -45,7 +45,7 @@ class PageDocument:
     def of(cls, scores: ScoredText, number: int) -> "PageDocument":
         """A scored text under its name, or its number."""
         return cls(
-            scores.provenance.get("name") or f"Text {number}",
+            scores.name or f"Text {number}",
             "",
             scores.pieces(),
             scores.columns,
@@ -107,7 +107,6 @@ def _shared(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         key: value if all(record.get(key) == value for record in records) else "differs between texts"
         for key, value in first.items()
-        if key != "name"
     }
 
 

@@ -33,6 +33,11 @@ class ScoredText(Protocol):
         ...
 
     @property
+    def name(self) -> str | None:
+        """What it is called."""
+        ...
+
+    @property
     def columns(self) -> Mapping[str, NDArray[np.float32]]:
         """(T,) each, NaN where there is no value."""
         ...
