@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from philens.support.columns import Column, column_name
+from philens.training.evaluated import Evaluated, record_of, rows_of
 
 STATISTICS = ("mean", "sum", "max", "last_fifth")
 words = st.from_regex(r"[a-z]+(_[a-z]+)*", fullmatch=True)
@@ -42,3 +43,11 @@ def test_names_on_disk_stay_what_they_are(name, metric, point, statistic):
     assert column == name == column_name(metric, point, statistic)
     assert (column.metric, column.point, column.statistic) == (metric, point, statistic)
     assert column.of("other") == column_name("other", point, statistic)
+
+
+@given(
+    st.lists(st.tuples(points, metrics, points, st.floats(allow_nan=False)), unique_by=lambda row: row[:3])
+)
+def test_rows_of_evaluation_come_back_from_a_record(drawn):
+    rows = [Evaluated(7, *row) for row in drawn]
+    assert rows_of({"step": 7, "loss": 1.0, "phi@a.b": 2.0} | record_of(rows)) == rows

@@ -9,6 +9,7 @@ from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach
 from philens.bases.tokenizer import character_tokenizer
 from philens.tasks.packing import TokenDocuments
+from philens.training.evaluated import record_of
 from philens.training.evaluation import evaluate_text
 
 SIZE, PLACE = 4e4, 5  # of the planted activation: how large, in which dimension
@@ -143,7 +144,7 @@ def test_evaluation_tells_their_share():
     lens = make_lens(with_sink(make_llama()))
     ids = some_tokens(1, 60)[0].numpy()
     documents = TokenDocuments(ids, np.array([0, 20, 40, 60]), np.ones(60, bool))
-    found = evaluate_text(lens, {"part": documents}, batch_size=2)
+    found = record_of(evaluate_text(lens, {"part": documents}, batch_size=2))
     assert found["eval/part/sinks"] == pytest.approx(3 / 60)
     rows = torch.from_numpy(ids).view(3, 20)
     phi = lens(rows, returns="phi").phi[:, 1:].detach().mean()

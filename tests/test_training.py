@@ -15,6 +15,7 @@ from philens.support.errors import AdapterError, ConfigError, InsertionError, Ou
 from philens.training import course
 from philens.training.build import build_model
 from philens.training.course import figure_training  # not the blank one of conftest.py
+from philens.training.evaluated import record_of, rows_of
 from philens.training.evaluation import evaluate_tasks
 from philens.training.folder import RunFolder
 from philens.training.opening import load_run
@@ -104,7 +105,8 @@ def test_evaluations_are_logged_per_task(smoke):
     assert len([key for key in evaluations[1] if key.endswith("/phi")]) == 6
     assert [r.get("collapsed") for r in evaluations] == [None, 0.0, 0.0]
     # The last evaluation is of the model that was saved.
-    again = evaluate_tasks(load_run(folder)[0], recipe, 2)
+    again = record_of(evaluate_tasks(load_run(folder)[0], recipe, 2))
+    assert record_of(rows_of(evaluations[-1])) == {k: v for k, v in evaluations[-1].items() if k in again}
     assert {k: v for k, v in evaluations[-1].items() if k in again} == pytest.approx(again, rel=1e-5)
 
 
@@ -505,11 +507,11 @@ def test_several_layers_are_measured_on_formal_languages():
     keys = {"phi__layer": None, "phi__mode": "observe", "phi__layers": [0, 1], "phi_schedule__start_step": 0}
     recipe = tiny_recipe(**keys)
     lens = build_model(recipe)
-    metrics = evaluate_tasks(lens, recipe, 2)
+    metrics = record_of(evaluate_tasks(lens, recipe, 2))
     alone = tiny_recipe(phi__layer=1, phi__mode="observe", phi_schedule__start_step=0)
     one = build_model(alone)
     one.phi.load_state_dict(lens.layers[1].state_dict())
-    expected = evaluate_tasks(one, alone, 2)
+    expected = record_of(evaluate_tasks(one, alone, 2))
     for name, value in expected.items():
         found = metrics[name if name.endswith("surprisal") else f"{name}@model.layers.1"]
         assert found == pytest.approx(value, rel=1e-5)

@@ -17,6 +17,7 @@ from philens.support.columns import column_name
 from philens.support.errors import ConfigError
 from philens.support.typed import numbers
 from philens.support.versions import versions
+from philens.training.evaluated import key_of
 from philens.training.folder import RunFolder
 from philens.training.recipe import load_recipe
 
@@ -100,13 +101,13 @@ def save_each(lens: PHiModel, output: Path) -> None:
 
 def compare(paths: Sequence[str], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The last evaluation of each insertion point, and the course of all evaluations."""
-    evaluations = [record for record in records if "eval/surprisal_base" in record]
+    evaluations = [record for record in records if key_of(None, "surprisal_base") in record]
     if not evaluations:
         raise ConfigError("The run was never evaluated on held-out text; give data.parts that have some.")
 
     def values(record: Mapping[str, Any], path: str) -> dict[str, float]:
-        shared = {"surprisal_base": record["eval/surprisal_base"]}
-        own = {name: record.get(f"eval/{column_name(name, path)}") for name in MEASURES[:-1]}
+        shared = {"surprisal_base": record[key_of(None, "surprisal_base")]}
+        own = {name: record.get(key_of(None, column_name(name, path))) for name in MEASURES[:-1]}
         return {name: value for name, value in (own | shared).items() if value is not None}
 
     return {

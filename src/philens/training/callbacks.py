@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from philens.lens.model import PHiModel
-from philens.support.columns import column_name
 from philens.support.extras import require
 from philens.tasks.packing import TokenDocuments
 from philens.training.course import draw_course
 from philens.training.distributed import any_process, processes
+from philens.training.evaluated import Evaluated, record_of
 from philens.training.evaluation import evaluate
 from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
@@ -131,21 +131,19 @@ class Evaluation(TrainerCallback):
         begin, should_log = time.monotonic(), control.should_log
         self.trainer.check_weights()
         with self.trainer.autocast():
-            metrics = evaluate(self.lens, self.recipe, self.held_out)
+            rows = evaluate(self.lens, self.recipe, self.held_out, state.global_step)
+        record = record_of(rows)
         if self.lens.enabled:
-            found = [self._collapsed(point, metrics, state) for point in self.lens.column_points]
-            metrics["collapsed"] = float(any(found))
-        self.trainer.log(metrics)
+            found = [self._collapsed(point, rows, state) for point in self.lens.column_points]
+            record["collapsed"] = float(any(found))
+        self.trainer.log(record)
         # Trainer takes any record for the step's own, which is still to come.
         control.should_log = should_log
         self.trainer.pause_clock(begin)
 
-    def _collapsed(self, point: str | None, metrics: dict[str, float], state: TrainerState) -> bool:
-        values = [
-            value
-            for name, value in metrics.items()
-            if name.count("/") == 2 and name.endswith(f"/{column_name('phi', point)}")
-        ]
+    def _collapsed(self, point: str | None, rows: list[Evaluated], state: TrainerState) -> bool:
+        of_parts = [row for row in rows if row.part is not None]
+        values = [row.value for row in of_parts if row.metric == "phi" and row.point == point]
         phi = sum(values) / len(values) if values else math.inf
         information = self.trainer.information(point)
         collapsed = (

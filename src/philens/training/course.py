@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.tasks.automata import task_label
+from philens.training.evaluated import key_of, rows_of
 from philens.training.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -50,25 +52,27 @@ def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
     figure = new_figure(height=5.4)
     (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
     keys = dict.fromkeys(key for record in history for key in record)
-    points = list(dict.fromkeys(key.split("@")[1] for key in keys if "@" in key))
-    parts = list(dict.fromkeys(key.split("/")[1] for key in keys if key.count("/") == 2))
+    points = list(dict.fromkeys(point for key in keys if (point := Column(key).point) is not None))
+    rows = [row for record in history for row in rows_of(record)]
+    parts = list(dict.fromkeys(row.part for row in rows if row.part is not None))
     draw_series(losses, history, "loss", color="#000000", label="loss")
-    for at in [f"@{point}" for point in points] or [""]:
-        styles = series_style(at, [f"@{point}" for point in points]) if at else {"color": "#0072B2"}
-        draw_series(
-            losses, history, f"surprisal{at}", color=styles["color"], label=None if at else "surprisal"
-        )
-        draw_series(train_phi, history, f"phi{at}", color=styles["color"] if at else "#D55E00")
+    for point in points or [None]:
+        of_base, of_phi, name = "#0072B2", "#D55E00", "surprisal"
+        if point is not None:
+            of_base = of_phi = series_style(point, points)["color"]
+            name = None
+        draw_series(losses, history, column_name("surprisal", point), color=of_base, label=name)
+        draw_series(train_phi, history, column_name("phi", point), color=of_phi)
     losses.set(ylabel="nats per token")
     losses.set_title("training loss", fontsize=FONT + 1, loc="left")
     train_phi.set(ylabel=PHI_LABEL)
     train_phi.set_title("training phi", fontsize=FONT + 1, loc="left")
     quantity, label = "surprisal", SURPRISAL_LABEL
-    if any("loss_gap" in key for key in keys):
+    if any(row.metric == "loss_gap" for row in rows):
         quantity, label = "loss_gap", "loss gap (nats per token)"
     for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
         for series in points or parts:
-            key = f"eval/{name}@{series}" if points else f"eval/{series}/{name}"
+            key = key_of(None, column_name(name, series)) if points else key_of(series, name)
             style = series_style(series, points or parts)
             draw_series(axes, history, key, label=task_label(series), markersize=4, **style)
         axes.set(xlabel="step", ylabel=ylabel)

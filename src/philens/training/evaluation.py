@@ -16,39 +16,45 @@ from philens.scoring.documents import score_documents
 from philens.support.columns import Column, column_name
 from philens.tasks.automata import TASKS, generate
 from philens.tasks.packing import TokenDocuments, pad
+from philens.training.evaluated import Evaluated
 from philens.training.recipe import Recipe
 
 # Evaluation reads formal documents that no training stream of any run has.
 EVALUATION_SEED = 2**40
 
 
-def evaluate(lens: PHiModel, recipe: Recipe, held_out: dict[str, TokenDocuments]) -> dict[str, float]:
+def evaluate(
+    lens: PHiModel, recipe: Recipe, held_out: dict[str, TokenDocuments], step: int
+) -> list[Evaluated]:
     """Means over held-out documents in nats per token: of each part of a text, or of each formal language.
 
     Args:
         held_out: documents of each part of the text; none where formal languages are read.
+        step: of the training.
     """
     torch.manual_seed(recipe.seed)  # sampled latents are the same in every process
     with torch.compiler.set_stance("force_eager"):
         if recipe.data.parts:
-            return evaluate_text(lens, held_out, recipe.train.batch_size)
-        return evaluate_tasks(lens, recipe, recipe.train.evaluation_documents)
+            return evaluate_text(lens, held_out, recipe.train.batch_size, step)
+        return evaluate_tasks(lens, recipe, recipe.train.evaluation_documents, step)
 
 
-def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, float]:
+def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int, step: int = 0) -> list[Evaluated]:
     """Mean phi and surprisal of each formal language, documents cut to the length of a training row."""
-    metrics: dict[str, float] = {}
+    rows = []
     for task in TASKS:
         docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents))
         table = score_documents(lens, docs.cut(recipe.data.length))
-        metrics[f"eval/{task}/surprisal"] = float(np.nanmean(table.surprisal))
+        rows.append(Evaluated(step, task, "surprisal", None, float(np.nanmean(table.surprisal))))
         if lens.enabled:
             for point, phi in zip(lens.column_points, np.atleast_1d(table.phi.mean(0)), strict=True):
-                metrics[f"eval/{task}/{column_name('phi', point)}"] = float(phi)
-    return metrics
+                rows.append(Evaluated(step, task, "phi", point, float(phi)))
+    return rows
 
 
-def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_size: int) -> dict[str, float]:
+def evaluate_text(
+    lens: PHiModel, held_out: dict[str, TokenDocuments], batch_size: int, step: int = 0
+) -> list[Evaluated]:
     """Means over the counted tokens of each part, and over those of all parts alike.
 
     `surprisal_base` of the untouched base; with each layer in the path `surprisal`, `loss_gap` =
@@ -56,17 +62,18 @@ def evaluate_text(lens: PHiModel, held_out: dict[str, TokenDocuments], batch_siz
     and `phi_static` = KL(q || N(0, 1)): what the latents would tell if nothing were predicted. `sinks` is the
     share of attention sinks, which are left out of the two phis.
     """
-    metrics: dict[str, float] = {}
-    means: dict[str, list[float]] = defaultdict(list)
+    rows, means = [], defaultdict(list)
     with evaluating(lens):
         for part, documents in held_out.items():
-            for name, value in _means_of(lens, documents, batch_size).items():
-                metrics[f"eval/{part}/{name}"] = value
-                means[name].append(value)
-    return metrics | {f"eval/{name}": float(np.mean(values)) for name, values in means.items()}
+            for column, value in _means_of(lens, documents, batch_size).items():
+                rows.append(Evaluated(step, part, column.metric, column.point, value))
+                means[column].append(value)
+    for column, values in means.items():
+        rows.append(Evaluated(step, None, column.metric, column.point, float(np.mean(values))))
+    return rows
 
 
-def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dict[str, float]:
+def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dict[Column, float]:
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     device = next(lens.parameters()).device
@@ -77,9 +84,9 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
         for name, (value, count) in _batch_sums(lens, rows).items():
             sums[name] += float(value)
             counts[name] += float(count)
-    means = {name: value / max(counts[name], 1.0) for name, value in sums.items()}
-    for name in [name for name in map(Column, means) if name.metric == "surprisal" and lens.enabled]:
-        means[name.of("loss_gap")] = means[name] - means["surprisal_base"]
+    means = {Column(name): value / max(counts[name], 1.0) for name, value in sums.items()}
+    for name in [name for name in means if name.metric == "surprisal" and lens.enabled]:
+        means[Column(name.of("loss_gap"))] = means[name] - means[Column("surprisal_base")]
     return means
 
 

@@ -27,6 +27,7 @@ from philens.support.files import (
     written_whole,
 )
 from philens.support.versions import versions
+from philens.training.evaluated import rows_of
 from philens.training.recipe import Recipe, check_same_recipe, load_recipe, recipe_yaml
 
 logger = logging.getLogger(__name__)
@@ -131,12 +132,10 @@ class RunFolder:
             if Path(part["source"]).exists():
                 part["source"] = Path(part["source"]).name
         weights = {name: part.weight for name, part in data.parts.items()} or data.mixture
-        evaluations = [one for one in self.metrics() if any(name.startswith("eval/") for name in one)]
+        evaluations = [rows for rows in map(rows_of, self.metrics()) if rows]
         metrics: dict[str, dict[str, float]] = {}
-        for key, value in (evaluations[-1] if evaluations else {}).items():
-            if key.startswith("eval/"):
-                part, name = ["all parts", *key.split("/")[1:]][-2:]
-                metrics.setdefault(part, {})[name] = value
+        for row in evaluations[-1] if evaluations else []:
+            metrics.setdefault(row.part or "all parts", {})[row.column] = row.value
         texts = [f"{name}, weight {weight:g}" for name, weight in weights.items() if weight]
         return {"recipe": record, "data": texts, "metrics": metrics}
 
