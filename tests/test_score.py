@@ -736,6 +736,12 @@ def test_what_a_lens_supports_is_known_before_any_pass(name):
     assert passes
 
 
+def test_the_docs_have_a_row_for_each_metric():
+    docs = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", docs, re.MULTILINE)
+    assert rows == [(name, metric.unit or "none") for name, metric in METRICS.items()]
+
+
 def test_a_disabled_layer_has_no_phi(small):
     enabled = score(small, CHARACTERS, "abc", metrics=["surprisal", "settling_depth"])
     with small.disabled():

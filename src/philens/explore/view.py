@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from philens.lens.metrics import METRICS
 from philens.scoring.scores import TokenScores, unit
 from philens.show.colours import DARK, LIGHT, Scale, plain_label
 from philens.show.page import (
@@ -126,6 +127,10 @@ def _label(column: str) -> str:
     return label(column, unit(column))
 
 
+def _meaning(column: str) -> str:
+    return clean(METRICS[column].meaning) if column in METRICS else ""
+
+
 def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], look: Look) -> str:
     name, pieces = clean(_name(scores)), [shown_piece(piece) for piece in scores.pieces()]
     parts = parting(texts)[number]
@@ -170,7 +175,7 @@ def _pane(
         f'<span class="{names}">{piece}</span>' for piece, names in zip(pieces, classes, strict=True)
     )
     return (
-        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption>'
+        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption title="{_meaning(metric)}">'
         f"{legend(metric, scale, unit(metric))}</figcaption>"
         f'<div class="text" role="listbox" aria-multiselectable="true" '
         f'aria-label="{name}, coloured by {_label(metric)}">{spans}</div></figure>'
