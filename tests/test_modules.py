@@ -1,12 +1,15 @@
 """Any torch module that reads tokens: someone's own model, with a recurrent module of torch inside."""
 
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from philens.lens.config import PHiConfig
 from philens.lens.losses import token_surprisal
@@ -224,6 +227,128 @@ def test_blocks_of_ones_own_are_given_by_path(layer, tokens):
         close(out.phi[1, :4], lens(tokens[1:2, :4]).phi[0])
         close(out.logits[1, :4], lens(tokens[1:2, :4]).logits[0])
     assert (out.phi[1, 4:] == 0).all()
+    assert lens.check().ok
+
+
+@dataclass
+class Block:
+    """What a block returns."""
+
+    weights: torch.Tensor
+    hidden_states: torch.Tensor
+
+
+Named = namedtuple("Named", ["weights", "hidden_states"])
+FORMS = {
+    "tensor": lambda states, weights: states,
+    "tuple": lambda states, weights: (states, weights),
+    "list": lambda states, weights: [states, weights, None],
+    "dict": lambda states, weights: {"weights": weights, "hidden_states": states},
+    "dict without the name": lambda states, weights: {"x": states, "weights": weights},
+    "named tuple": lambda states, weights: Named(weights, states),
+    "dataclass": lambda states, weights: Block(weights, states),
+    "ModelOutput": lambda states, weights: BaseModelOutput(last_hidden_state=states, attentions=(weights,)),
+}
+
+
+class Blocks(nn.Module):
+    """Blocks that return hidden states and something of each token beside them, which is read above."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.embed, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        for block in self.blocks:
+            block.register_forward_hook(lambda module, args, output: FORMS[form](output, args[0].mean(-1)))
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            output = block(x)
+            assert type(output) is type(FORMS[self.form](x, x))
+            states, weights = self.taken_apart(output)
+            x = x + states.tanh() + (0 if weights is None else weights[..., None])
+        return self.head(x)
+
+    def taken_apart(self, output):
+        match self.form:
+            case "tensor":
+                return output, None
+            case "dict without the name":
+                return output["x"], output["weights"]
+            case "dict":
+                return output["hidden_states"], output["weights"]
+            case "ModelOutput":
+                return output.last_hidden_state, output.attentions[0]
+            case "tuple" | "list":
+                return output[0], output[1]
+        return output.hidden_states, output.weights
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"mode": "observe"}, {"pressure_share": 0.5}])
+def test_outputs_of_blocks_in_every_form(form, options, tokens):
+    """The same numbers and gradients as from tensors or tuples, whatever is skipped or run again."""
+    found = {}
+    for name in (form, "tensor" if form == "tensor" else "tuple"):
+        base = make(Blocks, form=name)
+        lens = shaken(base, module=None, layer=1, **options)
+        assert lens.module_paths == ["blocks.1"]
+        with torch.no_grad():
+            plain = lens(tokens)
+        torch.manual_seed(3)
+        out = lens.train()(tokens, labels=tokens, returns="states")
+        out.loss.backward()
+        gradient = lens.phi.decoder.weight.grad
+        found[name] = (plain.phi, plain.logits, out.phi, out.loss, gradient)
+    first, second = found[form], found[name]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_form_that_holds_no_states(tokens):
+    FORMS["odd"] = lambda states, weights: SimpleNamespace(states=states)
+    try:
+        lens = attach(make(Blocks, form="odd"), PHiConfig(layer=0, prior_heads=1))
+        with pytest.raises(InsertionError, match="Linear returns SimpleNamespace, not hidden states; choose"):
+            lens(tokens)
+    finally:
+        del FORMS["odd"]
+
+
+def test_states_of_several_streams():
+    """Gemma 3n carries four streams from block to block."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        Gemma3nTextConfig(
+            vocab_size=VOCABULARY,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size=16,
+            hidden_size_per_layer_input=8,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_kv_shared_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            laurel_rank=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.0] * 4,
+        )
+    ).eval()
+    tokens = torch.randint(3, VOCABULARY, (1, 5))
+    lens = attach(base, PHiConfig(layer=1, prior_heads=1))
+    with pytest.raises(InsertionError) as caught:
+        lens(tokens)
+    message = str(caught.value)
+    assert message.startswith(
+        "model.layers.1 does not fit, nor do others of its kind: a Gemma3nTextDecoderLayer returns states of "
+        "shape (4, 1, 5, 16), not (B, T, D); choose one in it that does (input_layernorm, "
+    )
+    assert message.endswith("by its path, such as module='model.layers.1.input_layernorm'.")
+    lens.detach()
+    lens = attach(base, PHiConfig(module=message.split("'")[1], prior_heads=1)).eval()
+    assert lens(tokens).phi.shape == (1, 5)
     assert lens.check().ok
 
 

@@ -114,7 +114,7 @@ class LensCore(nn.Module):
         if not self.enabled:
             for number, module in enumerate(self._modules_at):
                 through = lambda states, number=number: self._through_layer(number, states)  # noqa: E731
-                self._handles.append(transform_output(module, through))
+                self._handles.append(transform_output(module, through, self.module_paths[number]))
             self.enabled = True
 
     def disable(self) -> None:
@@ -297,7 +297,7 @@ class LensCore(nn.Module):
             stop=self.enabled and (returns == "phi" or pressing.part),
             contrastive=labels is not None,
         )
-        forms: dict[int, tuple[Any, ...] | None] = {}
+        forms: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
             if pressing.apart:
                 stack.enter_context(self.observing())
@@ -348,7 +348,7 @@ class LensCore(nn.Module):
         input_ids: Tensor,
         arguments: dict[str, Any],
         result: PHiModelOutput,
-        forms: dict[int, tuple[Any, ...] | None],
+        forms: dict[int, Any],
         rows: Rows,
         untouched: PHiModelOutput | None,
     ) -> tuple[list[PHiModelOutput | None], PHiModelOutput | None]:
@@ -507,7 +507,7 @@ class LensCore(nn.Module):
         arguments: dict[str, Any],
         number: int,
         decoded: Tensor,
-        forms: dict[int, tuple[Any, ...] | None],
+        forms: dict[int, Any],
     ) -> PHiModelOutput:
         """A pass with one layer in the path; blocks up to it do not run again.
 

@@ -2,7 +2,9 @@
 run: stop early, skip the blocks below, recompute those above, leave the vocabulary for later."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,11 +83,72 @@ def find_insertion_point(base: nn.Module, layer: int | None, module: str | None)
     return f"{path}.{layer}", blocks[layer]
 
 
-def transform_output(module: nn.Module, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+# How outputs whose parts have names call the hidden states; where none has such a name, they come first.
+_NAMES = ("hidden_states", "last_hidden_state")
+
+
+def parts_of(output: Any) -> dict[Any, Any]:
+    """What a module's output holds, by name or number: a tuple, list, dict, dataclass or `ModelOutput`; of
+    anything else nothing."""
+    if isinstance(output, Mapping):  # ModelOutput is one
+        return dict(output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return output._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    return dict(enumerate(output)) if isinstance(output, tuple | list) else {}
+
+
+def with_parts(output: Any, changed: Mapping[Any, Any]) -> Any:
+    """An output of the same form, with other things in some of its places."""
+    if isinstance(output, Mapping):
+        other: Any = copy.copy(output)
+        for name, value in changed.items():
+            other[name] = value
+        return other
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **changed)
+    if hasattr(output, "_fields"):
+        return output._replace(**changed)
+    return type(output)(changed.get(number, value) for number, value in enumerate(output))
+
+
+def _place(output: Any) -> Any:
+    parts = parts_of(output)
+    named = [name for name in _NAMES if isinstance(parts.get(name), Tensor)]
+    return next(iter([*named, *parts]), None)
+
+
+def states_of(output: Any, module: nn.Module) -> Tensor:
+    """The hidden states in what a module returned: all of it, or the part called so, or the first part.
+
+    Raises:
+        InsertionError: that is no tensor.
+    """
+    states = output if isinstance(output, Tensor) else parts_of(output).get(_place(output), output)
+    if not isinstance(states, Tensor):
+        raise InsertionError(
+            f"{type(module).__name__} returns {type(states).__name__}, not hidden states; "
+            "choose another module."
+        )
+    return states
+
+
+def with_states(output: Any, states: Tensor) -> Any:
+    """What a module returned with other hidden states, in the same form."""
+    return states if isinstance(output, Tensor) else with_parts(output, {_place(output): states})
+
+
+def transform_output(
+    module: nn.Module, function: Callable[[Tensor], Tensor], path: str = ""
+) -> RemovableHandle:
     """Pass the hidden states that leave `module`, (B, T, D), through `function` until the handle is removed.
 
-    Outputs are tensors in some architectures and tuples that begin with one in others; both are kept.
-    A recurrent module of torch that puts time first is turned.
+    The form of the output is kept (`states_of`, `with_states`). A recurrent module of torch that puts time
+    first is turned.
+
+    Args:
+        path: what errors call the module.
 
     Raises:
         InsertionError: the module is bidirectional, so that its states know later tokens.
@@ -96,17 +159,48 @@ def transform_output(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
             f"A bidirectional {type(module).__name__} has read the later tokens; choose a causal module."
         )
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        first, rest = (output, None) if not isinstance(output, tuple) else (output[0], output[1:])
-        if not isinstance(first, Tensor):
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        states = states_of(output, module)
+        if states.ndim != 3:
+            inside = _modules_that_fit(module, args, kwargs, states.shape[-1])
+            advice = "choose another module"
+            if inside:
+                advice = (
+                    f"choose one in it that does ({', '.join(inside)}) by its path, such as "
+                    f"module='{path and path + '.'}{inside[0]}'"
+                )
             raise InsertionError(
-                f"{type(module).__name__} returns {type(first).__name__}, not hidden states; "
-                "choose another module."
+                f"{path or type(module).__name__} does not fit, nor do others of its kind: a "
+                f"{type(module).__name__} returns states of shape {tuple(states.shape)}, not (B, T, D); "
+                f"{advice}."
             )
-        result = function(first.transpose(0, 1)).transpose(0, 1) if time_first else function(first)
-        return result if rest is None else (result, *rest)
+        changed = function(states.transpose(0, 1)).transpose(0, 1) if time_first else function(states)
+        return with_states(output, changed)
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+@torch.no_grad()
+def _modules_that_fit(module: nn.Module, args: Any, kwargs: Any, width: int) -> list[str]:
+    """Names of the modules right in this one that return states (B, T, width), in the order in which they
+    run; it runs once more for that."""
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            states = output if isinstance(output, Tensor) else parts_of(output).get(_place(output))
+            if isinstance(states, Tensor) and states.ndim == 3 and states.shape[-1] == width:
+                found.append(name)
+
+        return hook
+
+    handles = [child.register_forward_hook(note(name)) for name, child in module.named_children()]
+    try:
+        module.forward(*args, **kwargs)  # without this module's own hooks
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(found))
 
 
 class StopForward(Exception):
@@ -114,12 +208,12 @@ class StopForward(Exception):
 
 
 @contextlib.contextmanager
-def recorded_forms(blocks: Sequence[nn.Module], forms: dict[int, tuple[Any, ...] | None]) -> Iterator[None]:
-    """Note in `forms` what each block returns beside hidden states: None for a bare tensor."""
+def recorded_forms(blocks: Sequence[nn.Module], forms: dict[int, Any]) -> Iterator[None]:
+    """Note in `forms` what each block returns, with no elements (0,) in the place of its hidden states."""
 
     def note(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            forms[number] = output[1:] if isinstance(output, tuple) else None
+            forms[number] = with_states(output, states_of(output, module).new_empty(0))
 
         return hook
 
@@ -147,14 +241,11 @@ def replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[
 
 
 @contextlib.contextmanager
-def skipped(
-    blocks: Sequence[nn.Module], forms: dict[int, tuple[Any, ...] | None], states: Tensor
-) -> Iterator[None]:
+def skipped(blocks: Sequence[nn.Module], forms: dict[int, Any], states: Tensor) -> Iterator[None]:
     """Let blocks return `states` (B, T, D) without running, in the form that `recorded_forms` noted."""
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(blocks):
-            form = forms[number]
-            output = states if form is None else (states, *form)
+            output = with_states(forms[number], states)
             stack.enter_context(replaced_forward(block, lambda *args, output=output, **kwargs: output))
         yield
 

@@ -430,7 +430,7 @@ class LogitLens:
         self.lens, self.every_block = lens, every_block
         self.blocks = readable_blocks(lens.base)
         self.states: dict[int, Tensor] = {}
-        self._forms: dict[int, tuple[Any, ...] | None] = {}
+        self._forms: dict[int, Any] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:

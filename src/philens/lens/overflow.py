@@ -4,7 +4,7 @@ A value that is not there (the surprisal of a first token) is NaN by definition.
 have given and that is NaN or infinite is another matter: what is averaged over it would be wrong, or move.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from philens.lens.core import LensCore
-from philens.lens.insertion import find_blocks
+from philens.lens.insertion import find_blocks, parts_of
 from philens.support.errors import InputError, InsertionError
 
 Overflow = Literal["error", "nan"]
@@ -115,12 +115,7 @@ def _is_finite(value: Any) -> bool:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of floats in what a module takes or returns."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            yield from _tensors(item)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    for part in parts_of(value).values():
+        yield from _tensors(part)

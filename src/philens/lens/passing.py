@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from philens.lens.config import PHiConfig
+from philens.lens.insertion import parts_of, with_parts
 from philens.lens.layer import PHiOutput
 from philens.lens.prior import Memory
 
@@ -59,7 +60,8 @@ class Rows:
         if isinstance(value, Tensor):
             rows, length = self.shape
             return self.take(value) if value.shape[:1] == (rows,) and length in value.shape[1:] else value
-        return type(value)(map(self.of, value)) if type(value) in (list, tuple) else value
+        parts = parts_of(value)
+        return with_parts(value, {name: self.of(part) for name, part in parts.items()}) if parts else value
 
 
 class Pressing(NamedTuple):
