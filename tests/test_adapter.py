@@ -14,8 +14,9 @@ from torch import nn
 
 from conftest import make_gpt2, make_llama
 from philens import SHIPPED, PHiConfig, attach, load, load_run
+from philens.bases.fingerprint import fingerprint, fingerprints
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.adapter import FORMAT, describe_base, fingerprint, fingerprints, save_adapter
+from philens.lens.adapter import FORMAT, describe_base, save_adapter
 from philens.lens.layer import PHiLayer
 from philens.support.errors import AdapterError, ConfigError, OutputError
 

@@ -102,6 +102,23 @@ def assert_scored(lens, generation, real=None):
             assert generation.phi[row, ~real[row]].isnan().all()
 
 
+# A PeftModel, whose adapters are in its modules
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "observe"}])
+def test_a_peft_model(options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lens = shaken(peft.get_peft_model(make("llama"), config), **options)
+    assert lens.module_paths == ["base_model.model.model.layers.1"]
+    for settings in ({}, {"num_beams": 2}, {"do_sample": True}):
+        assert_scored(lens, lens.generate(prompts(), **(GREEDY | settings)))
+    seen = []
+    generation = lens.generate(prompts(1), on_token=lambda *token: seen.append(token), **GREEDY)
+    close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0])
+    assert lens.check().ok
+
+
 # Every way of generating
 
 

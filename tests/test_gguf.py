@@ -26,10 +26,12 @@ import philens
 from gguf_files import Q, make_model, write
 from philens import PHiConfig, attach
 from philens.bases import hub, wheels
+from philens.bases.facts import quantization_of
+from philens.bases.fingerprint import fingerprints
 from philens.bases.hub import load_pretrained
 from philens.bases.wheels import Wheel
 from philens.cli import main
-from philens.lens.adapter import describe_base, fingerprints
+from philens.lens.adapter import describe_base
 from philens.support.errors import AdapterError, ConfigError
 from tiny import as_options
 
@@ -71,7 +73,7 @@ def test_a_file_is_the_model(made, file, capfd):
     assert base.lm_head.weight is base.model.embed_tokens.weight
     assert base.config._name_or_path == str(file)
     assert base.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert hub.quantization_of(base) is None
+    assert quantization_of(base) is None
     assert hub.licence_of(base) == {"license": "apache-2.0"}
     assert capfd.readouterr() == ("", "")  # no bars
 

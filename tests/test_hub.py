@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import make_gpt2, make_llama
 from philens import PHiConfig, attach, load
+from philens.bases.fingerprint import fingerprint
 from philens.bases.hub import load_pretrained
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.adapter import describe_base
+from philens.scoring.score import score
 from philens.support.errors import AdapterError, ConfigError, OutputError
 
 IDS = torch.arange(97, 107)[None]
@@ -178,6 +180,113 @@ def test_a_missing_weight_stays_an_error(copy):
     del weights["model.norm.weight"]
     save_file(weights, copy / WEIGHTS, metadata={"format": "pt"})
     assert "it misses model.norm.weight; it is damaged" in error_of(copy)
+
+
+# Adapters of peft.
+
+
+@pytest.fixture
+def tuned(model, tmp_path):
+    """A LoRA of the model, and the two together."""
+    peft = pytest.importorskip("peft")
+    base = load_pretrained(model, tokenizer=False)[0]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    together = peft.get_peft_model(base, config).eval()
+    together.peft_config["default"].base_model_name_or_path = str(model)
+    together.save_pretrained(tmp_path / "lora")
+    return together
+
+
+def test_a_lora_is_merged_into_its_base(hub, model, tmp_path, tuned):
+    folder = tmp_path / "lora"
+    hub.add("someone/llama", contents(model))
+    plain = load_pretrained(model, tokenizer=False)[0]
+    with torch.no_grad():
+        expected = tuned(IDS).logits
+        assert (expected - plain(IDS).logits).abs().max() > 0.1
+        base, tokenizer = load_pretrained(folder)
+        torch.testing.assert_close(base(IDS).logits, expected)
+    assert type(base) is type(plain)
+    assert len(tokenizer) == 128  # of its base
+    assert base.state_dict().keys() == plain.state_dict().keys()
+    described = describe_base(base)
+    assert described["name_or_path"] == "lora"
+    assert described["merged_from"] == {
+        "base": str(model),
+        "revision": None,
+        "fingerprint": fingerprint(plain),
+        "lora_sha256": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    }
+    assert described["fingerprints"] != describe_base(plain)["fingerprints"]
+    lens = attach(base, PHiConfig(layer=1, prior_heads=2))
+    (scores,) = score(lens, tokenizer, ["a cat"])
+    assert scores.provenance["merged_from"] == described["merged_from"]
+    lens.save_pretrained(tmp_path / "layer")
+    load(load_pretrained(folder, tokenizer=False)[0], tmp_path / "layer").detach()
+    with pytest.raises(AdapterError, match="was trained in another base model"):
+        load(plain, tmp_path / "layer")
+
+    # From the Hub, both.
+    configured = json.loads((folder / "adapter_config.json").read_text())
+    configured |= {"base_model_name_or_path": "someone/llama"}
+    (folder / "adapter_config.json").write_text(json.dumps(configured))
+    hub.add("someone/lora", contents(folder) | {"optimizer.pt": b"pickle"})
+    base, _ = load_pretrained("someone/lora")
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS).logits, expected)
+    assert "optimizer.pt" not in hub.fetched
+    origin = describe_base(base)
+    assert origin["revision"] == hub.repositories["someone/lora"]["sha"]
+    assert origin["merged_from"]["revision"] == hub.repositories["someone/llama"]["sha"]
+
+
+def test_loras_that_cannot_be_merged(model, tmp_path, tuned, monkeypatch):
+    folder = tmp_path / "lora"
+    path = folder / "adapter_config.json"
+    whole, weights = json.loads(path.read_text()), load_file(folder / "adapter_model.safetensors")
+
+    def refused(kind=AdapterError, tensors=weights, given=None, **values):
+        path.write_text(json.dumps(whole | values))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return error_of(folder, kind, **(given or {}))
+
+    assert "names no base model; write it into" in refused(base_model_name_or_path=None)
+    assert "names itself as its base" in refused(base_model_name_or_path=str(folder))
+    message = refused(base_model_name_or_path="/no/where")
+    assert "is an adapter of peft for /no/where: There is no folder /no/where" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "philens.bases.hub._quantization_config", lambda *_: None
+        )  # bitsandbytes is not at hand
+        assert "leave out quantization" in refused(ConfigError, given={"quantization": "int8"})
+    name = min(weights)
+    less = {key: value for key, value in weights.items() if key != name}
+    assert f"it misses {name}; it is damaged or of another base" in refused(tensors=less)
+    assert "has an unknown other.lora_A.weight" in refused(
+        tensors=weights | {"other.lora_A.weight": torch.ones(2)}
+    )
+    misshapen = weights | {name: torch.ones(3, 3)}
+    assert "holds no adapter that can be loaded" in refused(tensors=misshapen)
+    shutil.copy(model / WEIGHTS, folder)
+    assert "holds a whole model and an adapter of peft" in refused()
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = refused(ConfigError)
+    assert message.endswith("an adapter of peft, needs peft: install it with `pip install 'philens[lora]'`.")
+    (folder / "adapter_model.safetensors").unlink()
+    path.write_text(json.dumps(whole))
+    assert "There is no file" in error_of(folder)
+
+
+def test_prompts_of_peft_have_no_merged_form(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = load_pretrained(model, tokenizer=False)[0]
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    prompts = peft.get_peft_model(base, config)
+    prompts.peft_config["default"].base_model_name_or_path = str(model)
+    prompts.save_pretrained(tmp_path / "prompts")
+    message = error_of(tmp_path / "prompts")
+    assert "is an adapter of the kind PROMPT_TUNING, which has no merged form" in message
 
 
 # Models that see as well, and how the language part is loaded: by itself, or by the class that has all parts.

@@ -14,6 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "cache", "past_key_values", "cache_params")))
 
+_MERGED = "philens_merged_from"  # an attribute of models
+
+
+def unwrapped(base: nn.Module) -> Any:
+    """The model of `transformers` in a `PeftModel`, whose adapters are in its modules; another as it is."""
+    inner: Any = getattr(base, "get_base_model", None)
+    return base if inner is None else inner()
+
 
 def text_config(base: nn.Module) -> Any:
     """The config of a model, or of its language part where it has several; None where it has none."""
@@ -23,7 +31,7 @@ def text_config(base: nn.Module) -> Any:
 
 def accepted_arguments(base: nn.Module) -> tuple[set[str], bool]:
     """Names of the arguments of a model's forward, and whether it takes others besides."""
-    parameters = inspect.signature(base.forward).parameters.values()
+    parameters = inspect.signature(unwrapped(base).forward).parameters.values()
     return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -49,3 +57,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def quantization_of(base: Any) -> str | None:
+    """How a model's weights are quantized: `int8`, `int4`, another method's name, or None."""
+    found = getattr(getattr(base, "config", None), "quantization_config", None)
+    if found is None:
+        return None
+    options = found if isinstance(found, dict) else found.to_dict()
+    bits = [bits for bits in ("int8", "int4") if options.get(f"load_in_{bits[3]}bit")]
+    return bits[0] if bits else str(options.get("quant_method"))
+
+
+def merged_from(base: Any) -> dict[str, Any] | None:
+    """What a model was merged from by philens: `base`, its `revision` and `fingerprint`, and the
+    `lora_sha256` of the weights that were merged into it; None for any other model."""
+    return getattr(base, _MERGED, None)
+
+
+def set_merged_from(base: nn.Module, origin: dict[str, Any]) -> None:
+    """Let a model remember what `merged_from` says."""
+    setattr(base, _MERGED, origin)

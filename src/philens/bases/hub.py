@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import yaml
 
-from philens.bases import gguf, wheels
+from philens.bases import gguf, lora, wheels
 from philens.support.errors import AdapterError, ConfigError, PhilensError
 from philens.support.extras import require
+from philens.support.files import same_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def find(
     patterns: Sequence[str],
     part: str,
     config_file: str,
-    *,
+    *others: str,
     revision: str | None = None,
     local_only: bool = False,
 ) -> tuple[Path, str | None]:
@@ -65,7 +66,7 @@ def find(
         name: a folder; where there is no such folder, a name in `philens.bases.wheels` or a Hub id.
         patterns: which files to fetch from the Hub.
         part: the folder in a run folder that holds them.
-        config_file: the file that must be there.
+        config_file: the file that must be there, or one of the `others`.
         revision: branch, tag or commit on the Hub.
         local_only: take what is in the cache, ask nobody.
 
@@ -89,9 +90,13 @@ def find(
         raise AdapterError(f"{name} is a file; give the folder it is in, or a Hub id.")
     else:
         folder, commit = fetch(name, patterns, revision=revision, local_only=local_only)
-    if not os.path.lexists(folder / config_file):
-        raise AdapterError(f"{name} holds no {config_file}, so no {part}; check the path or the name.")
+    if not any(os.path.lexists(folder / file) for file in (config_file, *others)):
+        raise _holds_no(name, config_file, part)
     return folder, commit
+
+
+def _holds_no(name: str | os.PathLike[str], config_file: str, part: str) -> AdapterError:
+    return AdapterError(f"{name} holds no {config_file}, so no {part}; check the path or the name.")
 
 
 def fetch_named(name: str, local_only: bool = False) -> Path:
@@ -185,7 +190,8 @@ def load_pretrained(
 
     Args:
         name: a folder or a GGUF file; where there is no such folder, `smollm2` or a Hub id. Of a run folder,
-            its base model; of a folder with a GGUF file and no other weights, that one.
+            its base model; of a folder with a GGUF file and no other weights, that one; of an adapter of
+            peft, such as a LoRA, its base with the adapter merged into it.
         revision: branch, tag or commit on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`, or the torch.dtype.
         quantization: weights of linear maps in 8 or 4 bits (NF4), by bitsandbytes.
@@ -214,11 +220,22 @@ def load_pretrained(
         return _load_gguf(file, name, shown, tokenizer)
     dtype = shown if shown == "auto" else getattr(torch, shown)
     quantized = _quantization_config(quantization, dtype)
-    patterns = (*_TEXT_FILES, _WEIGHTS, *(["*.py"] if trust_remote_code else []))
+    patterns = (*_TEXT_FILES, _WEIGHTS, lora.WEIGHTS_FILE, *(["*.py"] if trust_remote_code else []))
+    kinds = ("config.json", lora.CONFIG_FILE)
     folder, commit = find(
-        os.fspath(name), patterns, "model", "config.json", revision=revision, local_only=local_only
+        os.fspath(name), patterns, "model", *kinds, revision=revision, local_only=local_only
     )
     check_small_files(folder)
+    if (adapter := lora.read(folder, str(name))) is not None:
+        if quantization is not None:
+            raise ConfigError(
+                f"{name} is an adapter of peft, which is merged into whole weights; leave out quantization."
+            )
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_only": local_only}
+        own = tokenizer and _has_tokenizer(folder)
+        return _load_merged(adapter, str(name), commit, options, own, tokenizer)
+    if not os.path.lexists(folder / "config.json"):
+        raise _holds_no(name, "config.json", "model")
     if commit is not None and not (folder / _WEIGHTS).exists():
         parts = [glob.escape(file) for file in _parts(folder)]
         fetch(os.fspath(name), parts, revision=commit, local_only=local_only)
@@ -230,6 +247,48 @@ def load_pretrained(
     base = _load_model(folder, name, options, dtype, quantized)
     base.config._name_or_path, base.config._commit_hash = str(name), commit
     return base.eval(), _load_tokenizer(folder, name, options) if tokenizer else None
+
+
+def _load_merged(
+    adapter: lora.Lora,
+    name: str,
+    commit: str | None,
+    options: dict[str, Any],
+    own_tokenizer: bool,
+    with_tokenizer: bool,
+) -> tuple[Any, Any]:
+    """As `load_pretrained`, of an adapter of peft and its base."""
+    whole = _check_whole(adapter, name)
+    try:
+        base, tokenizer = load_pretrained(
+            whole, revision=adapter.revision, tokenizer=with_tokenizer and not own_tokenizer, **options
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{name} is an adapter of peft for {adapter.base}: {error}") from error
+    try:
+        with quiet():
+            base = lora.merge(base, adapter, name)
+    except PhilensError:
+        raise
+    except Exception as error:  # the files are somebody else's: anything can come out of them
+        raise _unusable(name, "adapter", error) from error
+    base.config._name_or_path, base.config._commit_hash = name, commit
+    if own_tokenizer:
+        tokenizer = _load_tokenizer(adapter.folder, name, {"local_files_only": True})
+    return base.eval(), tokenizer
+
+
+def _check_whole(adapter: lora.Lora, name: str) -> str:
+    """The adapter's base; raises an AdapterError where that is itself, or a whole model lies beside it."""
+    if adapter.base == name or (is_folder(adapter.base) and same_file(adapter.base, adapter.folder)):
+        raise AdapterError(
+            f"{name} is an adapter of peft that names itself as its base; name the model that it belongs to."
+        )
+    if any((adapter.folder / file).exists() for file in (_WEIGHTS, _INDEX)):
+        raise AdapterError(
+            f"{name} holds a whole model and an adapter of peft; put them into folders of their own."
+        )
+    return adapter.base
 
 
 def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokenizer: bool) -> tuple[Any, Any]:
@@ -577,10 +636,14 @@ def _parts(folder: Path) -> list[str]:
     return files
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any(re.search("token|vocab|piece|merges", path.name) for path in folder.iterdir())
+
+
 def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    if not any(re.search("token|vocab|piece|merges", path.name) for path in folder.iterdir()):
+    if not _has_tokenizer(folder):
         raise AdapterError(f"{name} holds no tokenizer; save the model's tokenizer beside it.")
     try:
         with quiet():
@@ -592,16 +655,6 @@ def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[st
     raise AdapterError(
         f"{name} holds a tokenizer without a vocabulary; save the model's tokenizer beside it."
     )
-
-
-def quantization_of(base: Any) -> str | None:
-    """How a model's weights are quantized: `int8`, `int4`, another method's name, or None."""
-    found = getattr(getattr(base, "config", None), "quantization_config", None)
-    if found is None:
-        return None
-    options = found if isinstance(found, dict) else found.to_dict()
-    bits = [bits for bits in ("int8", "int4") if options.get(f"load_in_{bits[3]}bit")]
-    return bits[0] if bits else str(options.get("quant_method"))
 
 
 def licence_of(base: Any) -> dict[str, str]:

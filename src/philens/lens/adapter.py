@@ -9,17 +9,18 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from philens.bases import hub
+from philens.bases.facts import merged_from, quantization_of
+from philens.bases.fingerprint import fingerprints
 from philens.lens.card import model_card
 from philens.lens.config import PHiConfig
 from philens.lens.core import LensCore
@@ -42,94 +43,8 @@ Lens = TypeVar("Lens", bound=LensCore)
 
 FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safetensors", "README.md"
-# Precisions that bases are loaded in; weights read in either are the same for a base loaded in float32.
-_READINGS = (torch.bfloat16, torch.float16)
 _KEYS = {"format", "phi", "module_paths", "hidden_size", "base", "training", "versions", "weights_sha256"}
 _OWN_HASH = "config_sha256"
-
-
-@torch.no_grad()
-def _digest(weights: Iterable[tuple[str, Tensor]], reading: torch.dtype, samples: int = 64) -> str:
-    """A hash of names, shapes, and values at evenly spread places of each tensor."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights, key=lambda item: item[0]):
-        if value.is_meta:
-            raise AdapterError(
-                f"{name} of the base model is not in memory; load the base without offloading."
-            )
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        flat = value.detach().reshape(-1)
-        if flat.is_floating_point() and flat.numel():
-            count = min(samples, flat.numel())
-            # In integers: float32 cannot name every place of a large matrix.
-            places = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
-            read = flat[places.to(flat.device)].to(reading).cpu()
-            digest.update(read.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprints(model: nn.Module) -> dict[str, list[str]]:
-    """Hashes of a model's weights that tell whether another is the same base.
-
-    Rounding to bfloat16 or float16 must not make another base of it, nor must quantization. So each hash is
-    made of the weights read in either precision, and two bases are the same if one of the hashes agrees: only
-    a base in bfloat16 and one in float16, both rounded from float32, cannot be compared.
-
-    Returns:
-        `weights`: of all weights; empty for a quantized model, whose matrices hold other numbers.
-        `unquantized_weights`: of what quantization leaves alone: embeddings, norms and biases.
-    """
-    whole, kept = _weights(model)
-    return {
-        "weights": [] if whole is None else [_digest(whole, one) for one in _READINGS],
-        "unquantized_weights": [_digest(kept, one) for one in _READINGS],
-    }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """One hash that stands for a model's weights in records: the first that `fingerprints` gives.
-
-    It is made once, and anew when a weight was replaced, moved or written to in place, as torch's own
-    counters tell; what is written past them, through `weight.data`, goes unseen.
-    """
-    tensors, marks = _marks(model)
-    known = _FINGERPRINTS.get(model)
-    # A tensor that is gone may have left its number and its memory to another.
-    if known and known.marks == marks and all(one() is not None for one in known.tensors):
-        return known.value
-    whole, kept = _weights(model)
-    value = _digest(kept if whole is None else whole, _READINGS[0])
-    if marks:
-        _FINGERPRINTS[model] = _Fingerprint(marks, tensors, value)
-    return value
-
-
-class _Fingerprint(NamedTuple):
-    """A model's fingerprint, and the state of the tensors that it is of."""
-
-    marks: list[tuple[int, int, int]]
-    tensors: list[ref[Tensor]]
-    value: str
-
-
-_FINGERPRINTS: WeakKeyDictionary[nn.Module, _Fingerprint] = WeakKeyDictionary()
-
-
-def _marks(model: nn.Module) -> tuple[list[ref[Tensor]], list[tuple[int, int, int]]]:
-    """A model's tensors, and for each which it is, where it lies and how often it was written to in place;
-    none where torch does not tell."""
-    tensors = [one for one in model.state_dict(keep_vars=True).values() if isinstance(one, Tensor)]
-    try:
-        return list(map(ref, tensors)), [(id(one), one.data_ptr(), one._version) for one in tensors]
-    except RuntimeError:  # made in inference mode, or without memory of its own
-        return [], []
-
-
-def _weights(model: nn.Module) -> tuple[Iterable[tuple[str, Tensor]] | None, list[tuple[str, Tensor]]]:
-    """All weights by name, None of a quantized model; and those that quantization leaves alone."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    kept = [(name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings]
-    return None if hub.quantization_of(model) is not None else model.state_dict().items(), kept
 
 
 def describe_base(base: nn.Module) -> dict[str, Any]:
@@ -148,8 +63,9 @@ def describe_base(base: nn.Module) -> dict[str, Any]:
         "name_or_path": name,
         "revision": revision,
         "dtype": _dtype(base),
-        "quantization": hub.quantization_of(base),
+        "quantization": quantization_of(base),
         "fingerprints": fingerprints(base),
+        **({} if (merged := merged_from(base)) is None else {"merged_from": merged}),
     }
 
 
@@ -404,10 +320,10 @@ def _check_base(saved_in: dict[str, Any], base: nn.Module, source: str) -> None:
             f"{source} was trained in another base model ({name}, weights {first}; "
             f"these are {found[key][0][:12]}); load that base first."
         )
-    if saved_in.get("quantization") != hub.quantization_of(base):
+    if saved_in.get("quantization") != quantization_of(base):
         logger.warning(
             "%s was trained in a base with weights in %s, these are in %s: phi differs somewhat.",
             source,
             saved_in.get("quantization") or saved_in.get("dtype"),
-            hub.quantization_of(base) or _dtype(base),
+            quantization_of(base) or _dtype(base),
         )

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from philens.bases.facts import cache_argument, text_config
+from philens.bases.facts import cache_argument, text_config, unwrapped
 from philens.support.errors import InputError
 
 
@@ -22,7 +22,7 @@ def new_cache(base: nn.Module) -> Cache:
     Raises:
         InputError: the model keeps another kind of cache, or none.
     """
-    if not isinstance(base, GenerationMixin) or cache_argument(base) is None:
+    if not isinstance(unwrapped(base), GenerationMixin) or cache_argument(base) is None:
         raise InputError(
             f"{type(base).__name__} has no cache of the usual kind; read the whole text at once."
         )

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
-from philens.bases.facts import CACHE_NAMES, evaluating, find_cache
+from philens.bases.facts import CACHE_NAMES, evaluating, find_cache, unwrapped
 from philens.lens.cache import prior_memories
 from philens.lens.core import LensCore
 from philens.lens.insertion import transform_output
@@ -76,8 +76,8 @@ def generate(
         InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
     """
     check_overflow(overflow)
-    generator: Any = lens.base
-    if not isinstance(lens.base, GenerationMixin):
+    generator = unwrapped(lens.base)
+    if not isinstance(generator, GenerationMixin):
         raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if on_token is not None and (len(input_ids) > 1 or not mask.all()):
@@ -176,7 +176,7 @@ class _Record:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record the calls of the base within this context; the layers are in the path as always."""
-        lens, head = self.lens, cast(Any, self.lens.base).get_output_embeddings()
+        lens, head = self.lens, unwrapped(self.lens.base).get_output_embeddings()
         if lens._head_is_last is None:
             with lens.disabled():
                 lens(torch.zeros((1, 1), dtype=torch.long, device=head.weight.device), returns="states")
@@ -185,7 +185,8 @@ class _Record:
                 hook = transform_output(lens._modules_at[number], partial(self._at_layer, number))
                 stack.callback(hook.remove)
             stack.callback(head.register_forward_pre_hook(self._at_head).remove)
-            stack.callback(lens.base.register_forward_pre_hook(self._at_base, with_kwargs=True).remove)
+            before = unwrapped(lens.base).register_forward_pre_hook(self._at_base, with_kwargs=True)
+            stack.callback(before.remove)
             yield
 
     def _at_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -223,7 +224,7 @@ class _Record:
                 following["attention_mask"] = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             if positions is not None:
                 following["position_ids"] = positions[..., -1:] + 1
-            self.lens.base(**(self.arguments | following))
+            unwrapped(self.lens.base)(**(self.arguments | following))
         return complete
 
     def result(self, order: Tensor, hidden: Tensor) -> PHiModelOutput:
@@ -237,7 +238,7 @@ class _Record:
         layers = zip(self.lens.layers, self.states, strict=False)
         phis = [layer(ordered(parts), contrastive=False).phi for layer, parts in layers]
         phi = None if not phis else phis[0] if self.lens.config.layers is None else torch.stack(phis, -1)
-        head = cast(Any, self.lens.base).get_output_embeddings()
+        head = unwrapped(self.lens.base).get_output_embeddings()
         return PHiModelOutput(phi=phi, head=head, head_states=ordered(self.at_head))
 
 
@@ -329,9 +330,10 @@ def _followed(lens: LensCore, on_token: OnToken, count: int, overflow: Overflow)
             on_token(int(token), *(value if math.isfinite(value) else math.nan for value in values))
         expected[:] = [output.logits[0, -1].float().log_softmax(-1)]
 
+    base = unwrapped(lens.base)
     handles = (
-        lens.base.register_forward_pre_hook(before, with_kwargs=True),
-        lens.base.register_forward_hook(after, with_kwargs=True),
+        base.register_forward_pre_hook(before, with_kwargs=True),
+        base.register_forward_hook(after, with_kwargs=True),
     )
     try:
         yield read

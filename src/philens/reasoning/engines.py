@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from philens.bases.facts import cache_argument
+from philens.bases.fingerprint import fingerprint
 from philens.bases.hub import find, is_folder, reason
-from philens.lens.adapter import fingerprint
 from philens.lens.cache import new_cache
 from philens.lens.generation import unmeasured
 from philens.lens.model import PHiModel

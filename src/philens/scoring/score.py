@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from philens.bases.facts import evaluating, text_config
-from philens.lens.adapter import fingerprint
+from philens.bases.facts import evaluating, merged_from, text_config
+from philens.bases.fingerprint import fingerprint
 from philens.lens.metrics import METRICS, Columns, columns_of, obstacle, read_batch
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
@@ -199,6 +199,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         "base": getattr(config, "_name_or_path", None) or type(lens.base).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": fingerprint(lens.base),
+        **({} if (merged := merged_from(lens.base)) is None else {"merged_from": merged}),
         "tokenizer": getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__,
         "adapter": lens.source,
         "adapter_fingerprint": fingerprint(lens.phi),
