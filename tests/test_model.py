@@ -248,9 +248,8 @@ def test_unknown_insertion_points(llama, options, message):
 
 
 def test_an_output_that_is_no_hidden_state(llama, tokens):
-    lens = attach(llama, config(layer=None, module="model"))
-    with pytest.raises(InsertionError, match=r"LlamaModel returns .*, not hidden states"):
-        lens(tokens)
+    lens = attach(llama, config(layer=None, module="model"))  # a ModelOutput, with states in it
+    assert lens(tokens).phi.shape == tokens.shape
     with pytest.raises(InputError, match="Hidden states must have shape"):
         attach(make_llama(), config(layer=None, module="model.rotary_emb"))(tokens)
 

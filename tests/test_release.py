@@ -17,7 +17,7 @@ import yaml
 from releasing import dist, layer
 from releasing.steps import Failed, requirements, same_release
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import philens
 from philens.commands.environment import environment
@@ -36,6 +36,7 @@ MODULES = (
     "gradio",
     "minicons",
     "mkdocstrings",
+    "peft",
     "ray",
     "tensorboard",
     "trl",
@@ -194,6 +195,10 @@ print(json.dumps(done))
 def test_without_any_extra(tmp_path: Path):
     (tmp_path / "text.txt").write_text("abc abd abc")
     model = str(philens.SHIPPED / "model")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+    save_file({"weight": torch.ones(1)}, lora / "adapter_model.safetensors")
     works = [
         ["--help"],
         ["demo", "--documents", "2"],
@@ -204,6 +209,10 @@ def test_without_any_extra(tmp_path: Path):
     needs = {
         "explore": (["explore"], "philens explore needs gradio"),
         "gguf": (["solve", "--model", "model.gguf", "--problems", "arithmetic"], "A GGUF file needs gguf"),
+        "lora": (
+            ["train", "any_model", "--model.base", "lora", "--phi.layer", "1", "--output", "tuned"],
+            "lora, an adapter of peft, needs peft",
+        ),
         "quantize": (
             ["train", "any_model", "--model.base", model, "--phi.layer", "1", "--model.quantization", "int4"],
             "A base in int4 needs bitsandbytes",

@@ -33,6 +33,7 @@ def read(folder: Path, name: str) -> Lora | None:
     """The adapter of peft in a folder; None where there is none.
 
     Raises:
+        ConfigError: peft is not installed.
         AdapterError: it is damaged, or names no base.
     """
     path = folder / CONFIG_FILE
@@ -45,17 +46,21 @@ def read(folder: Path, name: str) -> Lora | None:
             "base_model_name_or_path."
         )
     check_safetensors(folder / WEIGHTS_FILE)
+    _peft(name)  # before the base is fetched
     return Lora(folder, base, revision if isinstance(revision, str) else None)
+
+
+def _peft(name: str) -> Any:
+    return require("peft", "lora", f"{name}, an adapter of peft,")
 
 
 def merge(base: nn.Module, lora: Lora, name: str) -> Any:
     """A base with an adapter merged into its weights, which `merged_from` tells.
 
     Raises:
-        ConfigError: peft is not installed.
         AdapterError: the adapter does not fit the base, or is of a kind that has no merged form.
     """
-    peft = require("peft", "lora", f"{name}, an adapter of peft,")
+    peft = _peft(name)
     origin = {
         "base": getattr(base.config, "_name_or_path", None),
         "revision": getattr(base.config, "_commit_hash", None),
