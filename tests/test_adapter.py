@@ -500,7 +500,7 @@ def loaded(module):
 
 @pytest.mark.parametrize("change", [replaced, in_place, stepped, other_memory, loaded])
 def test_a_fingerprint_is_made_once_and_anew_when_weights_change(change, monkeypatch):
-    import philens.lens.adapter as module
+    import philens.bases.fingerprint as module
 
     made, own = [], module._digest
     monkeypatch.setattr(module, "_digest", lambda *args: made.append(1) or own(*args))

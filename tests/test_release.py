@@ -210,7 +210,7 @@ def test_without_any_extra(tmp_path: Path):
         "explore": (["explore"], "philens explore needs gradio"),
         "gguf": (["solve", "--model", "model.gguf", "--problems", "arithmetic"], "A GGUF file needs gguf"),
         "lora": (
-            ["train", "any_model", "--model.base", "lora", "--phi.layer", "1", "--output", "tuned"],
+            ["solve", "--model", "lora", "--problems", "arithmetic"],
             "lora, an adapter of peft, needs peft",
         ),
         "quantize": (

@@ -95,5 +95,7 @@ def _marks(model: nn.Module) -> tuple[list[ref[Tensor]], list[tuple[int, int, in
 def _weights(model: nn.Module) -> tuple[Iterable[tuple[str, Tensor]] | None, list[tuple[str, Tensor]]]:
     """All weights by name, None of a quantized model; and those that quantization leaves alone."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    kept = [(name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings]
+    kept: list[tuple[str, Tensor]] = [
+        (name, p) for name, p in model.named_parameters() if p.ndim == 1 or id(p) in embeddings
+    ]
     return None if quantization_of(model) is not None else model.state_dict().items(), kept

@@ -12,6 +12,7 @@ import torch
 from philens.bases.facts import evaluating
 from philens.lens.config import SINK
 from philens.lens.insertion import find_blocks
+from philens.lens.metrics import supports
 from philens.lens.proofs import LENGTH, PROMISES, Result, Trial, make_deterministic, outcome, token_ids
 from philens.support.errors import InsertionError
 
@@ -221,7 +222,7 @@ def check(lens: "LensCore", compile: bool | str = False) -> CheckReport:
         for number, (layer, output) in enumerate(zip(lens.layers, outputs, strict=True)):
             found, knows = sinks(output.observed), bool(layer.sink_norm > 0)
             report.points[number] = replace(report.points[number], sinks=found, knows_sinks=knows)
-        report.metrics.update(lens.supports())
+        report.metrics.update(supports(lens))
         for promise in PROMISES:
             if promise.name != "compiled" or compile:
                 found = outcome(trial, promise, report.tolerance)

@@ -76,8 +76,8 @@ def generate(
         InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
     """
     check_overflow(overflow)
-    generator = unwrapped(lens.base)
-    if not isinstance(generator, GenerationMixin):
+    generator: Any = unwrapped(lens.base)
+    if not isinstance(unwrapped(lens.base), GenerationMixin):
         raise InputError(f"{type(lens.base).__name__} has no generate; use a causal model of transformers.")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if on_token is not None and (len(input_ids) > 1 or not mask.all()):

@@ -108,9 +108,11 @@ def with_parts(output: Any, changed: Mapping[Any, Any]) -> Any:
         return other
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, **changed)
-    if hasattr(output, "_fields"):
-        return output._replace(**changed)
-    return type(output)(changed.get(number, value) for number, value in enumerate(output))
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return output._replace(**changed)  # pyright: ignore[reportAttributeAccessIssue]
+    values: Any = output
+    kind: Any = type(output)
+    return kind(changed.get(number, value) for number, value in enumerate(values))
 
 
 def _place(output: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from philens.lens.core import LensCore
 from philens.lens.insertion import find_blocks, recorded_forms, skipped, transform_output
 from philens.lens.losses import PHiModelOutput, logits_in_parts
 from philens.support.columns import column_name
 from philens.support.errors import InputError, InsertionError
-
-if TYPE_CHECKING:
-    from philens.lens.model import PHiModel
 
 Columns = dict[str, NDArray[np.float32]]
 # What a metric takes from a lens: next-token predictions of the base, or those with the layer in the path;
@@ -50,7 +48,7 @@ class Batch:
         logit_lens: what watched it, for metrics that need blocks.
     """
 
-    lens: "PHiModel"
+    lens: LensCore
     input_ids: Tensor
     places: Tensor
     output: PHiModelOutput
@@ -270,7 +268,7 @@ def readable_blocks(base: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def obstacle(lens: "PHiModel", name: str) -> InputError | None:
+def obstacle(lens: LensCore, name: str) -> InputError | None:
     """Why a lens cannot have a metric; None where it can. Nothing is read to know it."""
     for need in METRICS[name].needs:
         if need in ("layers", "path") and not lens.enabled:
@@ -300,14 +298,14 @@ def _has_no_head(base: nn.Module) -> bool:
     return head is not None and generates is not None and head() is None and not generates()
 
 
-def supports(lens: "PHiModel") -> dict[str, str | None]:
+def supports(lens: LensCore) -> dict[str, str | None]:
     """For each metric why a lens cannot have it, None where it can, before any forward pass."""
     found = {name: obstacle(lens, name) for name in METRICS}
     return {name: None if error is None else str(error) for name, error in found.items()}
 
 
 def read_batch(
-    lens: "PHiModel",
+    lens: LensCore,
     input_ids: Tensor,
     places: Tensor,
     wanted: Sequence[str],
@@ -426,7 +424,7 @@ class LogitLens:
         InputError: the blocks cannot be found.
     """
 
-    def __init__(self, lens: "PHiModel", every_block: bool) -> None:
+    def __init__(self, lens: LensCore, every_block: bool) -> None:
         self.lens, self.every_block = lens, every_block
         self.blocks = readable_blocks(lens.base)
         self.states: dict[int, Tensor] = {}

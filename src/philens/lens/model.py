@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from philens.lens import adapter
+from philens.lens import adapter, metrics
 from philens.lens.config import PHiConfig
 from philens.lens.core import LensCore
 from philens.support.errors import ConfigError
@@ -61,9 +61,7 @@ class PHiModel(LensCore):
 
         Nothing is read to know it.
         """
-        from philens.lens.metrics import supports
-
-        return supports(self)
+        return metrics.supports(self)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the base's own `generate` does, with phi and surprisal of every token; see
