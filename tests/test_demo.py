@@ -145,6 +145,8 @@ def test_texts_are_read_by_the_language_model_by_default(
     known, unknown = (row["means"]["surprisal"] for row in rows)
     assert known < unknown / 2
     assert all(min(row["columns"]["phi"]) >= 0 for row in rows)
+    origin = json.loads(Path("scores/_manifest.json").read_text())["provenance"]
+    assert origin["base"] == origin["tokenizer"] == "smollm2"  # not where they lie on this machine
 
 
 def test_the_shipped_layer_of_smollm2_is_one_of_its_recipe() -> None:

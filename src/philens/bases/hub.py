@@ -649,6 +649,7 @@ def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[st
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if len(tokenizer) > len(tokenizer.all_special_tokens):
+            tokenizer.name_or_path = str(name)  # not the place in the cache
             return tokenizer
     except Exception as error:  # the files are somebody else's: anything can come out of them
         raise _unusable(name, "tokenizer", error) from error
