@@ -18,7 +18,6 @@ import philens
 from philens.bases.tokenizer import byte_tokenizer, train_bpe
 from philens.cli import main
 from philens.findings.classify import fit_classifier
-from philens.findings.controls import untrained
 from philens.findings.places import place_before, score_places, written
 from philens.findings.reproduce import reproduce_results
 from philens.findings.results import GIVEN, PREDICTORS, measure_results
@@ -236,13 +235,12 @@ def test_every_measure_is_that_of_scoring_at_the_place(name: str) -> None:
         "entropy",
         "margin",
         "state_norm",
+        "phi_untrained",
         "settling_depth",
     ]
     scored = score(lens, tokenizer, [text.text for text in chosen], metrics=metrics)
-    with untrained(lens):
-        fresh = score(lens, tokenizer, [text.text for text in chosen], metrics=["phi"])
     assert len(table) == len(chosen)
-    for row, text, one, other in zip(table.to_dict("records"), chosen, scored, fresh, strict=True):
+    for row, text, one in zip(table.to_dict("records"), chosen, scored, strict=True):
         at = place_before(one.offsets, text.places[0].start)
         assert row["position"] == at
         assert row["text"] == text.name
@@ -251,7 +249,6 @@ def test_every_measure_is_that_of_scoring_at_the_place(name: str) -> None:
             np.testing.assert_allclose(row[metric], one.columns[metric][at], rtol=1e-4)
             if metric in ("surprisal", "surprisal_with_layer", "entropy", "margin"):
                 np.testing.assert_allclose(row[f"{metric}_next"], one.columns[metric][at + 1], rtol=1e-4)
-        np.testing.assert_allclose(row["phi_untrained"], other.phi[at], rtol=1e-4)
 
 
 def test_solutions_are_read_after_their_problems(tmp_path: Path) -> None:
@@ -306,27 +303,6 @@ def test_columns_of_the_base_are_taken_over() -> None:
     (whole,) = score_places(lens, tokenizer, SENTENCES[:4]).values()
     (again,) = score_places(lens, tokenizer, SENTENCES[:4], base_of=whole).values()
     pd.testing.assert_frame_equal(again[list(whole)], whole, rtol=1e-4)
-
-
-def test_an_untrained_layer_is_fitted_to_the_base_and_leaves_no_trace() -> None:
-    lens = tiny(TOKENIZERS["bytes"])
-    lens.phi.calibrate(torch.randn(16), torch.rand(16) + 0.5, 7.0)
-    trained, before = lens.phi, {name: value.clone() for name, value in lens.phi.state_dict().items()}
-    torch.manual_seed(5)
-    expected = torch.randn(2)
-    torch.manual_seed(5)
-    with untrained(lens, seed=3) as fresh:
-        assert fresh is lens
-        assert torch.equal(lens.phi.shift, trained.shift)
-        assert torch.equal(lens.phi.scale, trained.scale)
-        assert lens.phi.sink_norm == 7
-        torch.testing.assert_close(lens.phi.encoder.weight[:16], 8 * torch.eye(16))
-        weights = lens.phi.prior.state_dict()
-    assert torch.equal(torch.randn(2), expected)
-    assert lens.phi is trained
-    assert all(torch.equal(value, before[name]) for name, value in lens.phi.state_dict().items())
-    with untrained(lens, seed=3):
-        assert all(torch.equal(value, weights[name]) for name, value in lens.phi.prior.state_dict().items())
 
 
 class Digits(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -320,6 +321,33 @@ def test_logit_lens(make):
     assert len(set(depths)) > 1
     # The hooks are gone and the base is as it was.
     close(distributions(lens, ids), final, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["bottleneck", "observe"])
+def test_phi_of_an_untrained_layer_is_that_of_a_fresh_one_with_the_same_statistics(mode):
+    lens = lens_of(make_llama(), mode=mode)
+    size = lens.phi.hidden_size
+    lens.phi.calibrate(torch.randn(size), torch.rand(size) + 0.5, 7.0)
+    before = {name: value.clone() for name, value in lens.phi.state_dict().items()}
+    torch.manual_seed(5)
+    drawn = torch.randn(2)
+    torch.manual_seed(5)
+    found = score(lens, CHARACTERS, TEXTS, metrics=["phi", "phi_untrained", "surprisal"])
+    assert torch.equal(torch.randn(2), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in lens.phi.state_dict().items())
+    base = make_llama()
+    torch.manual_seed(0)
+    fresh = attach(base, lens.config).eval()
+    for name in ("shift", "scale", "sink_norm"):
+        fresh.phi.get_buffer(name).copy_(lens.phi.get_buffer(name))
+    for one, other in zip(found, score(fresh, CHARACTERS, TEXTS, metrics=["phi"]), strict=True):
+        close(one.columns["phi_untrained"], other.phi)
+        assert not np.allclose(one.phi, other.phi)
+    # Of the base as it is fitted to now, by the formula that is asked for now.
+    lens.phi.calibrate(torch.randn(size), torch.rand(size) + 0.5, 7.0)
+    lens.phi.config = replace(lens.config, kl="official")
+    for one, other in zip(found, score(lens, CHARACTERS, TEXTS, metrics=["phi_untrained"]), strict=True):
+        assert not np.allclose(one.columns["phi_untrained"], other.columns["phi_untrained"])
 
 
 def test_step_length(lens):

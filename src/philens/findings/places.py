@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from philens.findings.controls import untrained
 from philens.reasoning.solutions import after_prompt, joining
 from philens.support.columns import Column
 from philens.support.errors import InputError
@@ -97,7 +96,6 @@ def score_places(
     tokenizer: Any,
     texts: Sequence[MarkedText],
     base_of: "pd.DataFrame | None" = None,
-    seed: int = 0,
     quick: bool = False,
 ) -> "dict[str, pd.DataFrame]":
     """The places of texts with all that is known of them: a table for each insertion point of the lens.
@@ -110,7 +108,6 @@ def score_places(
         tokenizer: its tokenizer.
         texts: with places.
         base_of: such a table of the same texts in the same base, whose columns of the base are taken over.
-        seed: of the untrained layer.
         quick: without the baselines that run the output head once more, or for every block.
 
     Raises:
@@ -134,14 +131,7 @@ def score_places(
     rows: list[dict[str, Any]] = []
     for text, start, scores in shown(zip(texts, starts, scored, strict=True), "scoring", len(texts)):
         rows += _rows(text, start, scores)
-    fresh: list[dict[str, Any]] = []
-    with untrained(lens, seed):
-        again = iter_scores(lens, reader, contents, metrics=["phi"], names=names)
-        for text, start, scores in shown(zip(texts, starts, again, strict=True), "controls", len(texts)):
-            fresh += _rows(text, start, scores)
     table = pd.DataFrame(rows)
-    for name in [name for name in map(Column, fresh[0]) if name.metric == "phi"]:
-        table[name.of("phi_untrained")] = [row[name] for row in fresh]
     if base_of is not None:
         for name in base_of:
             if name.removesuffix("_next") in _OF_BASE:

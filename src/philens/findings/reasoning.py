@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from philens.findings import Results, combine_seeds, use_formula, write_finding
-from philens.findings.controls import untrained
 from philens.findings.correctness import measure_correctness, sweep_correctness
 from philens.findings.difficulty import measure_difficulty, sweep_difficulty
 from philens.findings.sweep import RUN_FOLDER, sweep
+from philens.lens.metrics import CONTROLS
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.reasoning.sampling import read_solutions, solve
 from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
@@ -35,9 +35,6 @@ from philens.training.source import ModelSource
 if TYPE_CHECKING:
     import pandas as pd
 
-    from philens.lens.model import PHiModel
-    from philens.reasoning.solutions import Solution
-    from philens.tasks.problem import Problem, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +100,7 @@ class Choices:
         by: what difficulty is, `level` or `steps`; None takes what the problems have.
         kl: formula that phi is measured with; None takes the one it was trained with.
         dtype: of the base model; `auto` is that of its files.
-        seed: of training, of the draw of problems, of sampling, of the untrained layer and of the bootstrap;
+        seed: of training, of the draw of problems, of sampling and of the bootstrap;
             the first of several.
     """
 
@@ -237,36 +234,17 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         "split": choices.split,
         "prompt": asdict(prompt),
         "solutions": hashlib.sha256(json.dumps([asdict(one) for one in solutions]).encode()).hexdigest(),
-        "untrained_layer": {"seed": choices.seed},
         "provenance": provenance(lens, tokenizer),
     }
     made_with = json.loads(json.dumps(made_with))  # as it comes back from the file
     path = folder / f"{finding}.parquet"
     table = pd.read_parquet(path) if path.is_file() else None
     if table is None or table.attrs != made_with:
-        table = _with_controls(lens, tokenizer, solutions, problems, prompt, choices.seed)
+        table = measure(lens, tokenizer, solutions, problems, prompt, metrics=(*METRICS, *CONTROLS))
         table.attrs = made_with
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, table.to_parquet)
     return table
-
-
-def _with_controls(
-    lens: "PHiModel",
-    tokenizer: Any,
-    solutions: Sequence["Solution"],
-    problems: Sequence["Problem"],
-    prompt: "Prompt",
-    seed: int,
-) -> "pd.DataFrame":
-    """What `measure` says of solutions, with the size of hidden states and phi of an untrained layer."""
-    import pandas as pd
-
-    table = measure(lens, tokenizer, solutions, problems, prompt, metrics=(*METRICS, "state_norm"))
-    with untrained(lens, seed):
-        fresh = measure(lens, tokenizer, solutions, problems, prompt, metrics=("phi",))
-    columns = {name: name.replace("phi", "phi_untrained", 1) for name in fresh if name.startswith("phi")}
-    return pd.concat([table, fresh[[*columns]].rename(columns=columns)], axis=1)  # pyright: ignore[reportCallIssue]
 
 
 def _train_base(scale: Scale, folder: Path, seed: int) -> str:

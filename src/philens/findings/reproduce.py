@@ -203,7 +203,7 @@ def reproduce_results(
         split: of the problems.
         limit: how many of them.
         kl: formula that phi is measured with, whatever it was trained with.
-        seed: of what is made, drawn and resampled, and of the untrained layers.
+        seed: of what is made, drawn and resampled.
         quick: without the two baselines that take most of the time, of the logit lens.
 
     Raises:
@@ -231,7 +231,7 @@ def reproduce_results(
         else:
             lens = load(lens.detach(), str(adapter))
         prepare(lens, kl)
-        for point, table in score_places(lens, tokenizer, texts, base_of, seed, quick).items():
+        for point, table in score_places(lens, tokenizer, texts, base_of, quick).items():
             base_of = table if base_of is None else base_of
             named = {"adapter": adapter or "", "insertion_point": point}
             layers.append(named | measure_results(table, seed=seed))

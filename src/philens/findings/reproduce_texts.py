@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from philens.bases.facts import text_config
 from philens.findings import Results, write_finding
-from philens.findings.controls import untrained
 from philens.findings.reproduce import prepare
 from philens.findings.tables import all_texts_tables
 from philens.findings.texts import (
@@ -20,10 +19,9 @@ from philens.findings.texts import (
     text_rows,
     token_rows,
 )
+from philens.lens.metrics import CONTROLS
 from philens.lens.model import PHiModel, load
-from philens.scoring.score import Columns
 from philens.scoring.scores import TokenScores
-from philens.support.columns import Column
 from philens.support.errors import ConfigError
 from philens.support.progress import shown
 from philens.support.versions import versions
@@ -91,18 +89,11 @@ def reproduce_texts(
     points: list[dict[str, Any]] = []
     scores: list[TokenScores] = []
     here: list[TokenScores] = []
-    controls: dict[Any, list[Columns]] = {}
     for adapter, lens in _lenses(first, found):
         if points and _is_last(points[-1], adapter, lens):
             continue
         prepare(lens, kl)
         scores = _scored(lens, tokenizer, texts, window, scores)
-        # Checkpoints of a run have one beginning.
-        start = (None if adapter is None else _run(adapter), *lens.module_paths)
-        if start not in controls:
-            controls[start] = _untrained(lens, tokenizer, texts, window, seed)
-        for one, columns in zip(scores, controls[start], strict=True):
-            one.columns.update(columns)
         for path, point in zip(lens.module_paths, lens.column_points, strict=True):
             here = [one.at_point(point) for one in scores]
             where = {"adapter": adapter, "insertion_point": path, "step": _step(lens, adapter)}
@@ -171,7 +162,7 @@ def _scored(
     before: Sequence[TokenScores],
 ) -> list[TokenScores]:
     """The scores of a lens; what the base alone gives is taken from those of the lens before."""
-    metrics = ["phi", "state_norm"]
+    metrics = ["phi", *CONTROLS]
     metrics += [] if lens.config.mode == "observe" else ["surprisal_with_layer"]
     metrics += [] if before else ["surprisal"]
     found = score_texts(lens, tokenizer, texts, window, metrics)
@@ -179,22 +170,6 @@ def _scored(
     for one, earlier in zip(scores, before, strict=False):
         one.columns["surprisal"] = earlier.columns["surprisal"]
     return scores
-
-
-def _untrained(
-    lens: PHiModel, tokenizer: Any, texts: Sequence[LevelText], window: int | None, seed: int
-) -> list[Columns]:
-    """The phi of a layer that has learned nothing, for each text, as the column `phi_untrained`."""
-    with untrained(lens, seed):
-        found = list(shown(score_texts(lens, tokenizer, texts, window, ["phi"]), "controls", len(texts)))
-    return [
-        {
-            name.of("phi_untrained"): one.columns[name]
-            for name in map(Column, one.columns)
-            if name.metric == "phi"
-        }
-        for one in found
-    ]
 
 
 def _run(adapter: str) -> Path:

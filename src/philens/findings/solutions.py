@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from philens.findings import statistics
 from philens.findings.statistics import Estimate
+from philens.lens.metrics import CONTROLS as _CONTROLS
 from philens.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 PHI = ("phi_mean", "phi_sum", "phi_max", "phi_last_fifth")
 BASELINES = ("surprisal_mean", "entropy_mean", "tokens")
-# What phi of a layer that was never trained says, and the size of the hidden state as the layer reads it; a
-# table may lack them.
-CONTROLS = ("phi_untrained_mean", "state_norm_mean")
+CONTROLS = tuple(f"{name}_mean" for name in _CONTROLS)  # a table may lack them
 # What is held fixed in a partial correlation. Length is the number of tokens and its logarithm, both at once;
 # all else is surprisal, entropy, length and the controls, for tables that have these.
 GIVEN = ("nothing", "surprisal", "length", "surprisal_and_length", "all_else")

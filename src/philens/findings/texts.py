@@ -26,6 +26,7 @@ from philens.findings.text_tokens import (
     measure_recitation,
     phi_by_surprisal,
 )
+from philens.lens.metrics import CONTROLS
 from philens.support.errors import InputError
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
 
@@ -43,8 +44,6 @@ PAPER = {
 }
 # At a text's first tokens there is little context to compute with: phi is also given without so many.
 EARLY = 16
-# What phi is compared with beside surprisal: an untrained layer's, and the size of the state.
-CONTROLS = ("phi_untrained", "state_norm")
 QUANTITIES = ("phi", "surprisal", "surprisal_with_layer", "gap", "phi_later", *CONTROLS)
 
 Floats = NDArray[np.float64]

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from philens.lens.core import LensCore
 from philens.lens.insertion import find_blocks, recorded_forms, skipped, transform_output
+from philens.lens.layer import PHiLayer
 from philens.lens.losses import PHiModelOutput, logits_in_parts
 from philens.support.columns import column_name
 from philens.support.errors import InputError, InsertionError
@@ -151,6 +153,8 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 SINKS = "sinks"  # beside phi, no column
 _LENGTH = "length"  # beside step_length, likewise
+# What phi is compared with, so that a finding is one of the trained layer and not of the base alone.
+CONTROLS = ("phi_untrained", "state_norm")
 
 
 def _phi(batch: Batch, number: int) -> dict[str, Tensor]:
@@ -158,6 +162,32 @@ def _phi(batch: Batch, number: int) -> dict[str, Tensor]:
     error = layer.phi_standard_error
     found = {"phi": layer.phi, SINKS: layer.sinks} | ({} if error is None else {"phi_standard_error": error})
     return {name: batch.wanted(values) for name, values in found.items()}
+
+
+# As made, for as long as the layers live that they are controls of.
+_UNTRAINED: WeakKeyDictionary[PHiLayer, PHiLayer] = WeakKeyDictionary()
+
+
+def untrained(layer: PHiLayer) -> PHiLayer:
+    """A layer as one is before its first step: fresh weights, fitted to the base as this one (`calibrate`).
+
+    What it says of texts comes from the base alone. The weights are always the same, and torch's random
+    numbers go on as if none had been drawn.
+    """
+    if layer not in _UNTRAINED:
+        with torch.inference_mode(False), torch.random.fork_rng():
+            torch.manual_seed(0)
+            _UNTRAINED[layer] = PHiLayer(layer.hidden_size, layer.config).eval().requires_grad_(False)
+    fresh = _UNTRAINED[layer].to(layer.shift.device)
+    fresh.config = layer.config  # phi may be measured by another formula
+    for name, statistic in layer.named_buffers():
+        fresh.get_buffer(name).copy_(statistic)
+    return fresh
+
+
+def _phi_untrained(batch: Batch, number: int) -> dict[str, Tensor]:
+    fresh, states = untrained(batch.lens.layers[number]), batch.output.layer_outputs[number].observed
+    return {"phi_untrained": batch.wanted(fresh(states, contrastive=False).phi)}
 
 
 def _divergence(batch: Batch, number: int) -> dict[str, Tensor]:
@@ -241,6 +271,13 @@ METRICS: dict[str, Metric] = {
         ),
         OfLayer(
             "state_norm", "", ("layers",), "length of the hidden state as the layer reads it", _state_norm
+        ),
+        OfLayer(
+            "phi_untrained",
+            "nats",
+            ("layers",),
+            "phi of a layer that was never trained: a control",
+            _phi_untrained,
         ),
     )
 }
