@@ -31,10 +31,11 @@ bench: $(STAMP)
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
-# The site, in site/; notebooks become pages as they were run.
+# The site, in site/; notebooks become pages as they were run, and messages of the source a page.
 docs: $(STAMP)
 	$(BIN)/python -m nbconvert --log-level WARN --to markdown --output-dir docs/notebooks notebooks/*.ipynb
 	sed -i 's|](../docs/|](../|g; s|\.ipynb)|.md)|g' docs/notebooks/*.md
+	$(BIN)/python -m releasing.messages docs/errors/messages.md
 	$(BIN)/python -m zensical build --clean --strict
 
 # Kills, full disks, damaged files, hostile texts: a table of tried and survived. At most 30 minutes.
@@ -62,4 +63,4 @@ $(STAMP): $(USED)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .cache .compat docs/notebooks philens-demo site
+	rm -rf $(VENV) .cache .compat docs/notebooks docs/errors/messages.md philens-demo site

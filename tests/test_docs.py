@@ -38,7 +38,12 @@ from philens.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"  # made by `make docs`; tests/test_notebooks.py runs them
-DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if NOTEBOOKS not in page.parents]
+MESSAGES = ROOT / "docs" / "errors" / "messages.md"  # and so is this one
+DOCS = [
+    page
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    if NOTEBOOKS not in page.parents and page != MESSAGES
+]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 WRITTEN = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHELLS = ("sh", "bash", "console", "text", "")
@@ -362,11 +367,11 @@ def of_the_site(test: Callable[..., None]) -> Callable[..., None]:
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
     """The site of this tree, built in `folder`."""
-    for name in ("src", "notebooks"):
+    for name in ("src", "notebooks", "releasing"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("zensical.toml", "Makefile"):  # a link would be followed, and the site built in this tree
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("notebooks"))
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("notebooks", MESSAGES.name))
     command = ["make", "docs", "STAMP=", f"BIN={Path(sys.executable).parent}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
@@ -400,7 +405,9 @@ def test_every_page_is_in_the_site_and_in_its_navigation(site: Path) -> None:
 
     listed = list(paths(project["nav"]))
     assert len(listed) == len(set(listed))
-    made = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    made = {"errors/messages.md"} | {
+        f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
     assert set(listed) == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS} | made
     for path in listed:
         place = site / path.removesuffix("index.md").removesuffix(".md")
