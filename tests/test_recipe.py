@@ -74,7 +74,7 @@ def test_unknown_key_inside_a_section_on_the_command_line():
         ("data.tasks.states", "[3]", "data.tasks.states must be a list of 2, each a whole number, not [3]."),
         ("data.mixture", "7", "data.mixture must be keys with a value each, a number, not 7."),
         ("name", "7", "name must be text, not 7."),
-        ("train.report_to", "paper", "train.report_to must be a list, each item one of tensorboard, wandb"),
+        ("train.report_to", "7", "train.report_to must be a list, each item text, not 7."),
         ("model", "7", "model must be a section of keys, not 7."),
         ("phi.phi_weight", "-1", "phi: phi_weight must be a finite number of at least 0, not -1.0."),
         ("phi.samples", "3", 'phi: samples above 1 need inference="sample".'),

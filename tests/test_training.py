@@ -4,7 +4,9 @@ import math
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_a_run_writes_all_that_is_promised(smoke):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         ".lock", "adapter", "checkpoint-8", "checkpoint-9", "metrics.jsonl", "model", "recipe.yaml",
-        "tensorboard", "training.png", "versions.json",
+        "runs", "training.png", "versions.json",
     }  # fmt: skip
     assert not list(folder.rglob("training_args.bin"))
     assert load_recipe(folder / "recipe.yaml") == recipe
@@ -114,9 +116,10 @@ def test_tensorboard_gets_the_records(smoke):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     *_, folder = smoke
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert {"loss", "phi", "eval/copy/surprisal"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
+    (place,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(place)).Reload()
+    assert {"train/loss", "train/phi", "train/eval/copy/surprisal"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
 
 
 def test_what_is_returned_is_what_is_loaded(smoke):
@@ -137,26 +140,31 @@ def test_resuming_a_finished_run_returns_it(smoke):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_wandb_gets_the_records(tmp_path, monkeypatch):
-    import importlib.machinery
-    import types
-
-    rows = []
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **options: rows.append(options) or wandb
-    wandb.log = lambda values, step: rows.append((step, values))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_wandb_gets_the_records_and_the_recipe(tmp_path, monkeypatch):
+    wandb = MagicMock(run=None)
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+        monkeypatch.setitem(sys.modules, name, wandb)
+    wandb.init.side_effect = lambda **options: setattr(wandb, "run", MagicMock())
     train(tiny_recipe(train__report_to="wandb", train__steps=2, name="mine"), tmp_path / "run")
-    assert rows[0]["name"] == "mine"
-    assert [step for step, values in rows[1:] if "loss" in values] == [1, 2]
+    assert wandb.init.call_args.kwargs["name"] == "mine"
+    assert wandb.config.update.call_args.args[0]["optimizer"]["schedule"] == "constant"
+    rows = [call.args[0] for call in wandb.log.call_args_list]
+    assert [row["train/global_step"] for row in rows if "train/loss" in row] == [1, 2]
 
 
-def test_a_missing_tracker(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"wandb needs wandb: install it with `pip install 'philens\[wandb\]'"
-    ):
-        train(tiny_recipe(train__report_to="wandb"), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandb", r"wandb needs wandb: install it with `pip install 'philens\[wandb\]'"),
+        ("mlflow", "train.report_to mlflow needs a package that is not installed; install it"),
+        ("paper", "train.report_to must name trackers of azure_ml, .*, wandb, not 'paper'"),
+    ],
+)
+def test_a_missing_tracker(tmp_path, monkeypatch, name, message):
+    monkeypatch.setenv("DISABLE_MLFLOW_INTEGRATION", "TRUE")
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe(train__report_to=name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

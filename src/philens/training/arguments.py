@@ -53,7 +53,8 @@ def trainer_arguments(recipe: Recipe, folder: Path, passes: int) -> TrainingArgu
         accelerator_config={"non_blocking": torch.cuda.is_available()},
         ddp_find_unused_parameters=_may_be_unused(recipe),
         remove_unused_columns=False,
-        report_to="none",
+        report_to="none",  # trackers are callbacks
+        run_name=recipe.name,
         disable_tqdm=True,
     )
 

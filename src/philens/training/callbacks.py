@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from philens.lens.model import PHiModel
+from philens.support.errors import ConfigError
 from philens.support.extras import require
+from philens.support.typed import listed, shown
 from philens.tasks.packing import TokenDocuments
 from philens.training.course import draw_course
 from philens.training.distributed import any_process, processes
@@ -52,52 +58,48 @@ class Phases(TrainerCallback):
 
 
 class Records(TrainerCallback):
-    """Appends every record to the run's, and passes it on to experiment trackers."""
+    """Appends every record to the run's."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
-        self.trackers = [_TRACKERS[name](recipe, run.path) for name in recipe.train.report_to]
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if not logs or "train_runtime" in logs:
-            return
-        values = {key: value for key, value in logs.items() if key != "epoch"}
-        self.run.add_metrics({"step": state.global_step} | values)
-        for track in self.trackers:
-            track(values, state.global_step)
+        if logs and "train_runtime" not in logs:
+            values = {key: value for key, value in logs.items() if key != "epoch"}
+            self.run.add_metrics({"step": state.global_step} | values)
 
 
-def require_extras(recipe: Recipe) -> None:
-    """Raise a ConfigError if the recipe needs a package that is not installed, before data are fetched."""
+def trackers(recipe: Recipe) -> list[TrainerCallback]:
+    """The experiment trackers that a recipe names, as `transformers` has them; they show the recipe.
+
+    Raises:
+        ConfigError: one is not known, or its package is not installed.
+    """
+    known = sorted(INTEGRATION_TO_CALLBACK.keys() - {"flyte"})  # which takes no records
+    found = []
     for name in recipe.train.report_to:
-        require(name, name, f"train.report_to {name}")
-    if recipe.model.quantization != "none":
-        require("bitsandbytes", "quantize", f"A base in {recipe.model.quantization}")
+        if name not in known:
+            raise ConfigError(f"train.report_to must name trackers of {listed(known)}, not {shown(name)}.")
+        if name in ("tensorboard", "wandb"):  # extras of philens
+            require(name, name, f"train.report_to {name}")
+        elif name not in get_available_reporting_integrations():
+            raise ConfigError(f"train.report_to {name} needs a package that is not installed; install it.")
+        found.append(_showing(recipe, INTEGRATION_TO_CALLBACK[name]()))
+    return found
 
 
-def _tensorboard(recipe: Recipe, folder: Path) -> Callable[[dict[str, float], int], None]:
-    from torch.utils.tensorboard import SummaryWriter
+def _showing(recipe: Recipe, tracker: TrainerCallback) -> TrainerCallback:
+    """A tracker that is given a recipe where it asks the model for its configuration."""
+    run = SimpleNamespace(config=PreTrainedConfig(**asdict(recipe)))
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    def replaced(event: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args, **kwargs: event(*args, **kwargs | {"model": run})
 
-    def track(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return track
-
-
-def _wandb(recipe: Recipe, folder: Path) -> Callable[[dict[str, float], int], None]:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    run = wandb.init(project="philens", name=recipe.name, dir=str(folder), config=asdict(recipe))
-    return lambda values, step: run.log(values, step=step)
-
-
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+    for name in ("on_train_begin", "on_log"):
+        setattr(tracker, name, replaced(getattr(tracker, name)))
+    return tracker
 
 
 class Evaluation(TrainerCallback):

@@ -164,7 +164,7 @@ class TrainRecipe:
         save_every: in steps; 0 saves at the end only.
         keep: number of checkpoints kept.
         evaluation_documents: of each task, at every evaluation.
-        report_to: names of experiment trackers beside `metrics.jsonl`.
+        report_to: names of trackers beside `metrics.jsonl`, as `transformers.TrainingArguments` has them.
         collapse_threshold: mean phi in nats below which training warns that the layer has collapsed.
     """
 
@@ -179,7 +179,7 @@ class TrainRecipe:
     save_every: int = 1000
     keep: int = 2
     evaluation_documents: int = 64
-    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    report_to: list[str] = field(default_factory=list)
     collapse_threshold: float = 0.05
 
 

@@ -28,6 +28,7 @@ from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel
 from philens.support.columns import column_name
 from philens.support.errors import InsertionError, OutputError, TrainingError
+from philens.support.extras import require
 from philens.support.files import read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
@@ -47,7 +48,7 @@ from philens.training.callbacks import (
     Phases,
     Progress,
     Records,
-    require_extras,
+    trackers,
 )
 from philens.training.checkpoint import (
     CHECKPOINT_LOGS,
@@ -397,7 +398,9 @@ def _train(
     rank, processes = join()
     passes = passes_each(recipe.train, processes)
     is_sharded()  # an error there comes before a large model
-    require_extras(recipe)
+    reporting = trackers(recipe)  # and here before data are fetched
+    if recipe.model.quantization != "none":
+        require("bitsandbytes", "quantize", f"A base in {recipe.model.quantization}")
     if resume and (lens := finished_model(run.path, recipe)):
         if rank == 0:  # it may have been killed before all was tidy
             run.tidy()
@@ -430,7 +433,7 @@ def _train(
         callbacks.insert(0, Phases(recipe, lens))
     bar = Progress() if rank == 0 and (sys.stderr.isatty() if progress is None else progress) else None
     if rank == 0:
-        callbacks.append(Records(recipe, run))
+        callbacks += [Records(run), *reporting]
     if bar:
         callbacks.append(bar)
     trainer = PHiTrainer(
