@@ -1,7 +1,9 @@
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -13,7 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
 
-from philens.support.errors import AdapterError, ConfigError, InsertionError, OutputError, TrainingError
+from philens.support.errors import (
+    AdapterError,
+    ConfigError,
+    InsertionError,
+    OutputError,
+    RecipeError,
+    TrainingError,
+)
 from philens.training import course
 from philens.training.build import build_model
 from philens.training.course import figure_training  # not the blank one of conftest.py
@@ -478,6 +487,52 @@ def test_a_checkpoint_of_another_recipe(stopped):
         train(recipe, folder, resume=True)
     message = str(caught.value)
     assert "belongs to another recipe: model.layers was 2 and is now 3 (and 1 more keys differ)" in message
+
+
+def rewritten(path, change):
+    """Change what a checkpoint holds, with its sums."""
+    old = path.read_bytes()
+    values = json.loads(old)
+    change(values)
+    path.write_text(json.dumps(values))
+    sums = path.parent / "SHA256SUMS"
+    lines = [f"# {len(one)}\n{hashlib.sha256(one).hexdigest()}" for one in (old, path.read_bytes())]
+    assert lines[0] in sums.read_text()
+    sums.write_text(sums.read_text().replace(*lines))
+
+
+def test_a_run_of_another_version(stopped, tmp_path):
+    """Keys that came later have their defaults; those of a newer version are refused, naming it."""
+    folder = tmp_path / "run"
+    shutil.copytree(stopped / "muon-phase_2", folder)
+    recipe = tiny_recipe(**ARCHITECTURES["muon"])
+    path = RunFolder(folder).checkpoints()[-1] / "recipe.json"
+
+    def of_before(values):
+        for section, key in (("phi", "pressure"), ("phi", "pressure_share"), ("train", "keep")):
+            del values[section][key]
+
+    rewritten(path, of_before)
+    train(recipe, folder, resume=True)
+    text = (folder / "recipe.yaml").read_text()
+    shorter = "".join(line for line in text.splitlines(True) if "pressure" not in line)
+    assert shorter != text
+    (folder / "recipe.yaml").write_text(shorter)
+    assert load_run(folder)[1] == recipe
+
+    versions = json.loads((folder / "versions.json").read_text())
+    versions["versions"]["philens"] = "9.1"
+    (folder / "versions.json").write_text(json.dumps(versions))
+    message = "has a key 'phi.depth' that this philens .* does not know; install philens 9.1, which wrote it"
+    (folder / "recipe.yaml").write_text(text.replace("phi:\n", "phi:\n  depth: 1\n"))
+    with pytest.raises(RecipeError, match=message):
+        load_run(folder)
+    shutil.rmtree(folder / "adapter")
+    path = RunFolder(folder).checkpoints()[-1] / "recipe.json"
+    rewritten(path, lambda values: values["phi"].update(depth=1))
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        train(recipe, folder, resume=True)
 
 
 def test_a_damaged_checkpoint(tmp_path):

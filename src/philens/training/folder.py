@@ -28,7 +28,7 @@ from philens.support.files import (
 )
 from philens.support.versions import versions
 from philens.training.evaluated import rows_of
-from philens.training.recipe import Recipe, check_same_recipe, load_recipe, recipe_yaml
+from philens.training.recipe import Recipe, check_same_recipe, from_plain, load_recipe, recipe_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,16 @@ class RunFolder:
         return self.recipe_file.is_file()
 
     def recipe(self) -> Recipe:
-        """The recipe of the run."""
-        return load_recipe(self.recipe_file)
+        """The recipe of the run; keys that came after it have their defaults."""
+        return load_recipe(self.recipe_file, wrote=self.version)
+
+    @property
+    def version(self) -> str:
+        """The version of philens that wrote the run."""
+        try:
+            return str(read_json(self.versions_file)["versions"]["philens"])
+        except (AdapterError, KeyError, TypeError):
+            return "of another version"
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the run of this recipe is finished."""
@@ -198,7 +206,8 @@ class RunFolder:
             logger.warning("There is no checkpoint in %s yet; starting from the beginning.", self.path)
             return None
         check_sums(checkpoints[-1])
-        check_same_recipe(read_json(checkpoints[-1] / CHECKPOINT_RECIPE), recipe, checkpoints[-1])
+        path = checkpoints[-1] / CHECKPOINT_RECIPE
+        check_same_recipe(from_plain(read_json(path), path, self.version), recipe, checkpoints[-1])
         return checkpoints[-1]
 
     def lock(self) -> AbstractContextManager[None]:

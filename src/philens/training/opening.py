@@ -12,7 +12,7 @@ from philens.support.files import PACKAGE, not_finite
 from philens.support.processes import device
 from philens.training.build import attach_fresh
 from philens.training.folder import RunFolder
-from philens.training.recipe import Recipe, check_same_recipe, plain
+from philens.training.recipe import Recipe, check_same_recipe
 from philens.training.source import ModelSource
 
 SHIPPED = PACKAGE / "shipped" / "small"
@@ -101,7 +101,7 @@ def finished_model(folder: Path, recipe: Recipe, base: Any = None) -> PHiModel |
     found = run.recipe()
     if not run.is_finished(found):
         return None
-    check_same_recipe(plain(found), recipe, folder)
+    check_same_recipe(found, recipe, folder)
     return _load_finished(run, found, base)
 
 

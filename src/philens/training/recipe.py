@@ -14,6 +14,7 @@ from philens.lens.config import PHiConfig
 from philens.support.errors import AdapterError, ConfigError, RecipeError, TrainingError
 from philens.support.files import PACKAGE, read_text
 from philens.support.typed import convert, nearest, shown
+from philens.support.versions import __version__
 from philens.tasks.automata import TaskConfig, task_index
 from philens.tasks.sources import SELF, TextPart
 from philens.training.source import ModelSource
@@ -270,10 +271,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_key(key: str, source: str) -> None:
+def _check_key(key: str, source: str, wrote: str | None = None) -> None:
     keys = recipe_keys()
     pattern = re.sub(r"^data\.parts\.[^.]+", "data.parts.NAME", key)
     if pattern not in keys and not key.startswith("data.mixture."):
+        if wrote is not None:
+            raise RecipeError(
+                f"{source} has a key {key!r} that this philens {__version__} does not know; install philens "
+                f"{wrote}, which wrote it, or a newer one."
+            )
         near = nearest(pattern, keys)
         if pattern != key:
             near = near.replace("data.parts.NAME", ".".join(key.split(".")[:3]))
@@ -296,12 +302,15 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"There is no recipe {name}; give a YAML file or one of {names}.")
 
 
-def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | None = None, overrides: dict[str, Any] | None = None, wrote: str | None = None
+) -> Recipe:
     """A recipe from a YAML file, by its path or name, with some keys replaced.
 
     Args:
         path: None takes the defaults.
         overrides: dotted keys to values, or to text that is read as YAML.
+        wrote: version of philens that wrote the file; None for one that a person writes.
 
     Raises:
         RecipeError: the file cannot be read, or a key is unknown or ill-typed.
@@ -319,7 +328,7 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {shown(values)}.')
     flat = flatten(values)
     for key in flat:
-        _check_key(key, str(path))
+        _check_key(key, str(path), wrote)
     given = overrides or {}
     for name, value in given.items():
         if isinstance(value, str):
@@ -540,9 +549,21 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
 
 
-def check_same_recipe(then: dict[str, Any], recipe: Recipe, source: Path) -> None:
-    """Raise a TrainingError if a recipe, as a nested dict, differs in a key that decides what is computed."""
-    before, now = flatten(then), flatten(plain(recipe))
+def from_plain(values: dict[str, Any], source: Path, wrote: str) -> Recipe:
+    """The recipe that `plain` gave in the version of philens that `wrote` it; keys that came later have their
+    defaults.
+
+    Raises:
+        RecipeError: a key is unknown or ill-typed.
+    """
+    for key in flatten(values):
+        _check_key(key, str(source), wrote)
+    return _build(Recipe, Recipe(), values)
+
+
+def check_same_recipe(then: Recipe, recipe: Recipe, source: Path) -> None:
+    """Raise a TrainingError if recipes differ in a key that decides what is computed."""
+    before, now = flatten(plain(then)), flatten(plain(recipe))
     keys = sorted((before.keys() | now.keys()) - FREE_ON_RESUME)
     changed = [key for key in keys if before.get(key) != now.get(key)]
     if changed:
