@@ -78,8 +78,8 @@ class Header:
     """What a GGUF file says before its weights.
 
     Attributes:
-        values: by key, as `general.architecture`; of arrays their length.
-        tensors: by name.
+        values: values by key, as `general.architecture`; of arrays their length.
+        tensors: tensors by name.
     """
 
     values: dict[str, Any]

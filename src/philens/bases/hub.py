@@ -507,7 +507,7 @@ def _load_config(
     causal language model, else all of it, by the class that the configuration names.
 
     Args:
-        files: with the model's weights.
+        files: files with the model's weights.
 
     Raises:
         AdapterError: it is none, or not that of a causal language model that may be loaded.

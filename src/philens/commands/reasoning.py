@@ -39,23 +39,23 @@ def solve(
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them, drawn by the seed.
-        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+        levels: levels of problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
             problems have none, how many steps. By default all.
         prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
             file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
-        temperature: of sampling; 0 takes the likeliest tokens.
+        temperature: temperature of sampling; 0 takes the likeliest tokens.
         top_p: draws among the likeliest tokens that together have this probability.
-        max_new_tokens: of a solution.
+        max_new_tokens: most tokens of a solution.
         batch_size: solutions drawn at once.
         engine: vllm is faster on a GPU and needs philens[vllm].
         adapter: a PHi layer that is in the path while sampling, a folder or Hub id.
         revision: branch, tag or commit of the model on the Hub.
-        dtype: of the model; auto is that of its files.
+        dtype: precision of the model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
-        seed: of the draw of problems and of sampling.
+        seed: seed of the draw of problems and of sampling.
     """
     if problems is None:
         raise ConfigError("No problems were named; give --problems.")
@@ -91,7 +91,7 @@ def grade(
     Args:
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         solutions: a file of marked ones.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them.
     """
     from philens.reasoning.grading import marks_report, read_marked_solutions, reference_report
@@ -130,12 +130,12 @@ def rank(
         adapter: the PHi layer, a folder or Hub id.
         rule: highest_COLUMN or lowest_COLUMN, such as highest_phi, lowest_surprisal, highest_phi_max; or
             shortest.
-        format: of what is shown or written.
+        format: form of what is shown or written.
         output: file for jsonl or csv.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
         revision: branch, tag or commit of the model on the Hub.
-        dtype: of the base model; auto is that of its files.
+        dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.reasoning.ranking import rank_file

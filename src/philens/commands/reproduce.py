@@ -24,7 +24,7 @@ def reproduce_tasks(
 
     Args:
         scale: size of model and training.
-        architecture: of the model.
+        architecture: architecture of the model.
         output: folder for runs and results; by default runs/reproduce-SCALE-ARCHITECTURE.
         model: a finished run to measure instead of training.
         seeds: how many models to train and measure.
@@ -48,7 +48,7 @@ def reproduce_complexity(
 
     Args:
         scale: size of model and training.
-        architecture: of the model.
+        architecture: architecture of the model.
         output: folder for runs and results; by default runs/reproduce-SCALE-ARCHITECTURE.
         model: a finished run to measure instead of training.
         seeds: how many models to train and measure.
@@ -94,7 +94,7 @@ def reproduce_texts(
         checkpoints: measure the checkpoints of these runs too.
         output: folder for results; by default runs/reproduce-MODEL.
         documents: texts measured of each level; by default all.
-        tokens: of each text that are read, from its beginning; 0 means all.
+        tokens: tokens of each text that are read, from its beginning; 0 means all.
         kl: formula that phi is measured with; by default the one it was trained with.
         plain: score texts alone, not as the assistant's reply to a user.
         window: tokens read at once; by default the rows' length of the run.
@@ -131,10 +131,10 @@ def reproduce_results(
         adapter: the PHi layer, a folder or Hub id, or several, as A,B,C; by default the run's.
         sentences: sentences of each kind, made by philens.
         problems: gsm8k, or a file or folder like it, whose solutions are measured as well.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them.
         kl: formula that phi is measured with; by default the one it was trained with.
-        seed: of the sentences.
+        seed: seed of the sentences.
         quick: leave out the two baselines of the logit lens, which take most of the time.
         output: folder for results; by default runs/reproduce-MODEL.
     """
@@ -181,17 +181,17 @@ def reproduce_difficulty(
         layers: where layers to be trained go in, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what they are trained by, a YAML file or name.
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them.
-        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+        levels: levels of problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
             problems have none, how many steps. By default all.
-        solutions: to measure instead of the problems' own, a file, or a folder of philens solve.
+        solutions: solutions to measure instead of the problems' own, a file, or a folder of philens solve.
         prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
             file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
-        dtype: of the base model; auto is that of its files.
+        dtype: precision of the base model; auto is that of its files.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
@@ -248,20 +248,20 @@ def reproduce_correctness(
         layers: where layers to be trained go in, as 4,8,12 or 4:28:4 (from, to before, step).
         recipe: what they are trained by, a YAML file or name.
         problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them.
-        levels: of the problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
+        levels: levels of problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
             problems have none, how many steps. By default all.
         solutions: existing ones, a file, or a folder of philens solve; else they are sampled.
         prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
             file with the instruction; by default that of the data set, else boxed.
         shots: solved training problems in the prompt.
         samples: solutions sampled of each problem.
-        temperature: of sampling.
-        max_new_tokens: of a solution.
+        temperature: temperature of sampling.
+        max_new_tokens: most tokens of a solution.
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
-        dtype: of the base model; auto is that of its files.
+        dtype: precision of the base model; auto is that of its files.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """

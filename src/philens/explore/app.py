@@ -40,7 +40,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
     """The page.
 
     Args:
-        models: to choose from, by name; the first is chosen.
+        models: models to choose from, by name; the first is chosen.
         sessions: what each tab is doing.
     """
     # With a model of the user's own, texts are for it; formal languages are for the shipped model alone.

@@ -62,9 +62,9 @@ class Example:
     """A text to begin with.
 
     Attributes:
-        name: of its task or level.
+        name: name of its task or level.
         about: what it is, in a sentence.
-        text: to read.
+        text: text to read.
         formal: whether it is in a formal language.
     """
 

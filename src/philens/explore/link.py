@@ -21,8 +21,8 @@ class Shown:
     """What a page shows.
 
     Attributes:
-        model: by its name on the page, like `point`, its insertion point.
-        texts: by name.
+        model: name of the model on the page, like `point`, its insertion point.
+        texts: texts by name.
         look: how they are shown.
     """
 

@@ -82,7 +82,7 @@ class Explored:
     One reader is served at a time, and one lens is in the base at a time.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         tokenizer: its tokenizer.
         points: insertion points by label, in order.
         first_metrics: read at once, as they come from one pass: phi, a surprisal, and more. The others are
@@ -90,7 +90,7 @@ class Explored:
         context: tokens read at once; None means whole texts.
 
     Args:
-        lenses: by label, in one base.
+        lenses: lenses by label, in one base.
         together: whether the base was trained with the layer in the path, without which it is no model.
     """
 
@@ -130,7 +130,7 @@ class Explored:
         """Load a base and layers for it.
 
         Args:
-            source: of the base, or a run folder.
+            source: source of the base, or a run folder.
             adapters: folders or Hub ids, or folders that hold several, such as a sweep's; by default those
                 in the run folder.
             name: what readers see.
@@ -173,7 +173,7 @@ class Explored:
         """Score texts at an insertion point; their columns are those of that point alone.
 
         Args:
-            texts: by name.
+            texts: texts by name.
             point: one of `points`.
             metrics: names of columns.
 
@@ -212,9 +212,9 @@ class Explored:
         Args:
             prompt: may be empty if the tokenizer begins texts with a token.
             point: the lens that is in the path, if it is one that is.
-            count: of tokens at most.
+            count: most tokens to write.
             sample: draw tokens, instead of taking the likeliest.
-            temperature: of drawing.
+            temperature: temperature of drawing.
 
         Returns:
             The prompt and what was written.

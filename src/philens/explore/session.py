@@ -47,7 +47,7 @@ class Update:
         result: markup of what was read.
         texts: the two texts, where one is being written or was put there.
         busy: whether a job is running.
-        metrics: with a result, the columns shown.
+        metrics: columns shown with a result.
     """
 
     status: str | None = None
@@ -66,7 +66,7 @@ class Session:
         record: where views are kept, if they are.
         key: its secret, in addresses of exports.
         look: how `scores` were shown last.
-        scores: of the texts read last.
+        scores: scores of the texts read last.
     """
 
     most: int
@@ -92,7 +92,7 @@ class Session:
 
         Args:
             point: one of the model's.
-            texts: by name; None means those being read, else those read last.
+            texts: texts by name; None means those being read, else those read last.
             look: how they are shown.
             about: a sentence about them.
         """
@@ -124,8 +124,8 @@ class Session:
         """Change a text at a token, and read what becomes of it as the second text beside it.
 
         Args:
-            number: of the text, which becomes the first.
-            token: in the text, counted from 0.
+            number: number of the text, which becomes the first.
+            token: number of a token in the text, counted from 0.
             alternative: which of its alternatives to put there, before the rest of the text; None lets the
                 model write on after the token, with options of `Explored.write`.
         """

@@ -44,9 +44,9 @@ class Look:
 
     Attributes:
         metrics: the two columns, side by side.
-        range: of `RANGES`.
-        low, high: with `fixed`, of both columns.
-        palette: of `PALETTES`.
+        range: name of `RANGES`.
+        low, high: ends of the scale of both columns, where `range` is `fixed`.
+        palette: name of `PALETTES`.
     """
 
     metrics: tuple[str, str] = ("phi", "surprisal")
@@ -238,7 +238,7 @@ def marked(scores: TokenScores, number: int, first: int, last: int) -> str:
     """A span of tokens and the mean of each column over it, beside that of the whole text.
 
     Args:
-        number: of the text, which scripts need.
+        number: number of the text, which scripts need.
         first, last: tokens, counted from 0, both included; in either order.
 
     Raises:
@@ -272,7 +272,7 @@ def status(text: str, share: float | None = None, kind: str = "note") -> str:
 
     Args:
         text: plain.
-        share: of work that is done, 0 to 1; None where that is not known.
+        share: share of work that is done, 0 to 1; None where that is not known.
         kind: `note`, `working` or `error`.
     """
     bar = ""

@@ -99,8 +99,8 @@ def measure_correctness(
         table: one row per solution, of `philens.reasoning.solutions`.
         rules: `highest_COLUMN` or `lowest_COLUMN`; None means `RULES` and the highest of each control.
         by: column of the difficulty, `level` or `steps`.
-        resamples: of the bootstrap over problems.
-        seed: of the bootstrap and of the folds.
+        resamples: resamples of the bootstrap over problems.
+        seed: seed of the bootstrap and of the folds.
 
     Raises:
         ConfigError: a text that is no rule.

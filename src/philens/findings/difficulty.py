@@ -54,8 +54,8 @@ def measure_difficulty(
     Args:
         table: one row per solution, of `philens.reasoning.solutions`.
         by: column of the difficulty, `level` or `steps`.
-        resamples: of the bootstrap over problems.
-        seed: of the bootstrap.
+        resamples: resamples of the bootstrap over problems.
+        seed: seed of the bootstrap.
 
     Raises:
         InputError: there are fewer than two levels, or the table lacks something.

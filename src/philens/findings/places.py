@@ -106,7 +106,7 @@ def score_places(
     Args:
         lens: a model with PHi layers.
         tokenizer: its tokenizer.
-        texts: with places.
+        texts: texts with places.
         base_of: such a table of the same texts in the same base, whose columns of the base are taken over.
         quick: without the baselines that run the output head once more, or for every block.
 

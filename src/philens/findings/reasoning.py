@@ -46,14 +46,14 @@ class Scale:
     """What is trained and solved at a scale.
 
     Attributes:
-        recipe: of the PHi layers.
+        recipe: recipe of the PHi layers.
         layers: insertion points.
         problems: how many.
         samples: solutions of each.
-        max_new_tokens: of a solution at most.
+        max_new_tokens: most tokens of a solution.
         base: recipe of the base model; a scale without one takes `model`.
         model: the base model to take.
-        source: of the problems.
+        source: source of the problems.
     """
 
     recipe: str
@@ -85,22 +85,22 @@ class Choices:
         adapter: the PHi layer, a folder or Hub id, or the folder of a sweep; None takes the run's, or trains
             layers.
         layers: insertion points of the layers to be trained.
-        recipe: they are trained by; `overrides` are keys of it to replace.
+        recipe: recipe they are trained by; `overrides` are keys of it to replace.
         problems: `philens.reasoning.problems.load_problems` says which there are.
-        split: of the problems.
+        split: split of the problems.
         limit: how many of them; None takes the scale's number of its own, and all of others.
-        levels: of the problems, and of solved ones in the prompt; None takes all.
+        levels: levels of the problems, and of solved ones in the prompt; None takes all.
         solutions: a file or folder of solutions; None takes the problems' own for `difficulty`, and samples
             some for `correctness`.
         prompt: name of `PROMPTS`; None takes that of the problems, or `boxed`.
         shots: solved training problems in the prompt.
         samples: solutions sampled of each problem.
-        temperature: of sampling.
-        max_new_tokens: of a sampled solution, at most.
+        temperature: temperature of sampling.
+        max_new_tokens: most tokens of a sampled solution.
         by: what difficulty is, `level` or `steps`; None takes what the problems have.
         kl: formula that phi is measured with; None takes the one it was trained with.
-        dtype: of the base model; `auto` is that of its files.
-        seed: of training, of the draw of problems, of sampling and of the bootstrap;
+        dtype: precision of the base model; `auto` is that of its files.
+        seed: seed of training, the draw of problems, sampling and the bootstrap;
             the first of several.
     """
 
@@ -142,7 +142,7 @@ def reproduce_reasoning(
     Args:
         finding: `difficulty` or `correctness`.
         output: folder of all this.
-        scale: of `SCALES`; None means `small`, and `paper` where a model is chosen.
+        scale: name of `SCALES`; None means `small`, and `paper` where a model is chosen.
         choices: what differs from the scale.
         seeds: how many models to train and measure.
 

@@ -198,12 +198,12 @@ def reproduce_results(
         model: a finished run, or a base model, a folder or Hub id.
         output: folder of results.
         adapters: PHi layers, folders or Hub ids, each measured on the same texts; without any, the run's.
-        sentences: of each kind that are made, and questions of each kind that the model answers.
-        problems: with solutions in which results are marked, as `load_problems` takes them (GSM8K).
-        split: of the problems.
+        sentences: sentences of each kind that are made, and questions of each kind that the model answers.
+        problems: problems with solutions in which results are marked, as `load_problems` takes them (GSM8K).
+        split: split of the problems.
         limit: how many of them.
         kl: formula that phi is measured with, whatever it was trained with.
-        seed: of what is made, drawn and resampled.
+        seed: seed of what is made, drawn and resampled.
         quick: without the two baselines that take most of the time, of the logit lens.
 
     Raises:

@@ -58,12 +58,12 @@ def reproduce_texts(
         adapters: the PHi layers, or folders that hold several, such as a sweep's; none takes the run's.
         checkpoints: measure the checkpoints in these folders as well, to see the course of a training.
         documents: texts of each level at most, drawn at random; None means all.
-        tokens: of each text that are read, from its beginning; 0 means all.
+        tokens: tokens of each text that are read, from its beginning; 0 means all.
         kl: formula that phi is measured with, whatever it was trained with.
         plain: score texts alone, also where they have a user's message and the tokenizer a chat template.
         window: tokens read at once; None means the length of the rows that a run was trained on, else the
             model's context.
-        seed: of what is built, drawn and resampled.
+        seed: seed of what is built, drawn and resampled.
 
     Raises:
         PhilensError: texts, model or layer are missing, damaged or do not fit.

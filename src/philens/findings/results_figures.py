@@ -30,7 +30,7 @@ def figure_results(layer: Mapping[str, Any], places: Mapping[str, Sequence[float
     classifiers.
 
     Args:
-        layer: of `measure_results`.
+        layer: results of one layer, of `measure_results`.
         places: phi of every place, by kind.
     """
     kinds = layer["kinds"]
@@ -109,7 +109,7 @@ def figure_tokens(scores: TokenScores, metrics: Sequence[str] | None = None, wid
     """A text once for each metric, its tokens on a ground of that metric's colour.
 
     Args:
-        scores: of the text; made for a few lines.
+        scores: scores of the text; made for a few lines.
         metrics: columns of the scores; None means phi and surprisal.
         width: characters in a line.
 

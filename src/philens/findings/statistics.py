@@ -355,9 +355,9 @@ def combine_columns(
         columns: (N,) each, finite.
         correct: (N,) which solutions are right.
         problems: (N,) which problem a solution solves.
-        folds: at most; no more than there are problems with pairs.
-        penalty: of the squared weights.
-        seed: of the folds.
+        folds: most folds; no more than there are problems with pairs.
+        penalty: factor of the squared weights.
+        seed: seed of the folds.
 
     Raises:
         InputError: fewer than two problems with both right and wrong solutions.

@@ -118,7 +118,7 @@ def measure_texts(
     level (`philens.findings.text_tokens`).
 
     Args:
-        texts: of two levels or more.
+        texts: texts of two levels or more.
         scores: one for each text, with phi and surprisal.
 
     Raises:

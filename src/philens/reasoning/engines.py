@@ -92,7 +92,7 @@ class TransformersEngine:
     """Draws with `generate` of transformers, on the accelerator where there is one.
 
     Args:
-        source: of the base; with a PHi layer where one is named, or lies in the run folder.
+        source: source of the base; with a PHi layer where one is named, or lies in the run folder.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws among the likeliest tokens that together have this probability.
 

@@ -60,7 +60,7 @@ def grade(text: str, problem: Problem) -> Grade:
     Of kind `math`, it is what stands in the last `\\boxed{}` or `\\fbox{}`, else after another of the marks.
 
     Args:
-        text: of the solution.
+        text: text of the solution.
 
     Raises:
         ConfigError: math-verify cannot be started.
@@ -430,7 +430,7 @@ def reference_report(problems: Sequence[Problem], wrong: int = 1000, seed: int =
     Args:
         wrong: how often to grade a problem with the solution of another one whose answer reads otherwise;
             both are drawn at random.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         `problems` and `solved`, how many there are and how many have a solution; `right` and `rate` of their
@@ -476,7 +476,7 @@ class MarkedSolution:
 
     Attributes:
         problem: id or text of the problem.
-        text: of the solution.
+        text: text of the solution.
         correct: the mark.
         origin: the model or file that it is from.
     """

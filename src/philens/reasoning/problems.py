@@ -53,10 +53,10 @@ def find_prompt(
 
     Args:
         source: as `load_problems` takes it.
-        name: of `PROMPTS`, or a text file with the instruction, which may have `{problem}` in it; None takes
-            the source's, or `boxed` for one without its own.
+        name: name of `PROMPTS`, or a text file with the instruction, which may have `{problem}` in it; None
+            takes the source's, or `boxed` for one without its own.
         shots: so many solved training problems of the source come before, drawn by `seed`.
-        levels: of these; None means of any.
+        levels: levels of the problems; None means any.
 
     Raises:
         ConfigError: there is no such prompt.
@@ -109,11 +109,11 @@ def load_problems(
             .parquet); a folder with such files named for the split, or with a folder of that name that holds
             a JSON file for each problem, as MATH's own; or the id of a data set on the Hub. Write `./math`
             for a folder of that name.
-        split: of a known set, a folder or a data set; a file is read whole.
+        split: split of a known set, a folder or a data set; a file is read whole.
         limit: draw at most so many, as evenly as possible over the levels if there are any; their order
             stays. A larger limit with the same seed adds to a smaller one's. Without it, 1000 are made of
             what is made here.
-        seed: of the draw, or of what is made here.
+        seed: seed of the draw, or of what is made here.
         levels: only problems of these levels, drawn evenly; where problems have none, those with so many
             steps. None means all.
 

@@ -72,7 +72,7 @@ def rank(
             arrays or columns of a table.
         rule: `highest_COLUMN` or `lowest_COLUMN` of this table, where a metric means its mean per token; or
             `shortest`.
-        metrics: of the tokens, for the columns, as `philens.score` takes them; what the rule needs is added.
+        metrics: metrics of the tokens, as `philens.score` takes them; what the rule needs is added.
         batch_tokens: tokens read at once, padding included.
         window: as in `philens.score`.
 

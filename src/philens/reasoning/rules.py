@@ -25,7 +25,7 @@ class Rule:
 
     Attributes:
         name: the rule as it was written.
-        column: of the tables that `philens.reasoning.solutions` makes.
+        column: column of the tables that `philens.reasoning.solutions` makes.
         sign: 1 where the highest value is the best, -1 where the lowest is.
     """
 

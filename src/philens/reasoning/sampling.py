@@ -110,10 +110,10 @@ def solve(
         samples: solutions of each problem.
         temperature: divides the logits; 0 takes the likeliest token, for one sample.
         top_p: draws among the likeliest tokens that together have this probability.
-        max_new_tokens: of a solution; less where the model's context ends earlier.
+        max_new_tokens: most tokens of a solution; less where the model's context ends earlier.
         batch_size: solutions drawn at once; None takes that of `BATCH_SIZES`. Other sizes draw others.
         engine: `transformers`, or `vllm` for speed.
-        seed: of the drawing.
+        seed: seed of the drawing.
 
     Raises:
         ConfigError: settings out of range or that exclude each other.
@@ -197,7 +197,7 @@ def read_solutions(path: str | Path, problems: Sequence[Problem]) -> list[Soluti
 
     Args:
         path: the folder that `solve` wrote, or a file.
-        problems: at least those that were solved.
+        problems: the problems, at least those that were solved.
 
     Raises:
         InputError: no file, a broken row, one without a solution or of none of the problems, one twice.

@@ -55,7 +55,7 @@ class Solution:
             all that follows, for solutions from elsewhere.
         finished: it ended by itself, not by reaching the limit.
         token_ids: as they were drawn; the text need not give the same when it is tokenized.
-        logprobs: of these tokens, in nats, before temperature and top-p.
+        logprobs: log-probabilities of these tokens, in nats, before temperature and top-p.
     """
 
     problem_id: str
@@ -91,7 +91,7 @@ def measure_replies(
         prompts: one for each reply: plain text in front of it, or a chat, a list of messages with `role` and
             `content`, that the reply answers (`render_prompt`).
         replies: as the model wrote them, nothing trimmed. An empty one has 0 tokens and NaN in all metrics.
-        metrics: of the tokens, as `philens.score` takes them.
+        metrics: metrics of the tokens, as `philens.score` takes them.
         batch_tokens: tokens read at once, padding included; numbers do not depend on it.
         window: as in `philens.score`.
 
@@ -139,9 +139,9 @@ def measure(
     Args:
         lens: a model with a PHi layer.
         tokenizer: its tokenizer.
-        solutions: of these problems, as `philens.reasoning.sampling` samples or reads them, or
+        solutions: solutions of these problems, as `philens.reasoning.sampling` samples or reads them, or
             `reference_solutions` makes them.
-        problems: at least those that were solved.
+        problems: the problems, at least those that were solved.
         prompt: what they were put in when they were solved.
         metrics: as for `measure_replies`, like `batch_tokens` and `window`.
 

@@ -65,7 +65,7 @@ class Corpus:
             `messages`.
         by: what in a text file is a document: the `file` or a `line`. Texts of more than MAX_CHARACTERS
             become several documents either way.
-        split: of Hub data sets.
+        split: split of Hub data sets.
         limit: stop after as many documents.
 
     Attributes:

@@ -29,7 +29,7 @@ class Summary:
     """What was scored.
 
     Attributes:
-        documents: with any text in them, and their `tokens`.
+        documents: documents with any text in them, and their `tokens`.
         skipped: empty ones.
         new: False if all scores were there already.
         finished: False if other processes are to score the rest.
@@ -107,7 +107,7 @@ def score_corpus(
         form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
         output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
         metrics: as for `philens.score`, like `batch_tokens`, `window`, `overflow` and `alternatives`.
-        shard_characters: of text in a shard, about; it also bounds which texts are batched together.
+        shard_characters: characters in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
         rank: which of several processes this is, that write a folder together.
         schedule: who scores its shards; by default this process.

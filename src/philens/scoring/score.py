@@ -258,7 +258,7 @@ class _Reading(NamedTuple):
     """What was found in a text of T tokens.
 
     Attributes:
-        columns: in order.
+        columns: columns in order.
         sinks: (T,) which are attention sinks.
         lost: (T,) which lack a value because the model overflowed.
         likeliest: ranks (T,), and ids and probabilities (T, k) of the likeliest tokens, if asked for.

@@ -71,7 +71,7 @@ class TokenScores:
         token_ids: (T,) int64.
         offsets: (T, 2) int64, each token's characters in `text`, end not included; start equals end for
             tokens without text, such as a BOS token.
-        columns: by name, (T,) float32, NaN where there is no value; docs/scoring.md says what each is.
+        columns: values by name, (T,) float32, NaN where there is no value; docs/scoring.md says what each is.
         spans: parts of the text; of a chat one for each message, with its role as the name. `spans(...)`
             gives a table of these or of other spans.
         provenance: what the numbers were made with.
@@ -79,7 +79,7 @@ class TokenScores:
             models' first token. They have a phi as others do, and means and sums of phi leave them out. Of
             several layers, what is one for any of them.
         alternatives: what else could have stood in each token's place, where it was asked for.
-        name: of the text, as the caller calls it.
+        name: name of the text, as the caller calls it.
 
     Raises:
         InputError: shapes that do not fit together.

@@ -71,7 +71,7 @@ class Shard:
     """Documents that are scored and written together.
 
     Attributes:
-        number: from 0 on.
+        number: number from 0 on.
         digest: hash of all documents up to its last.
     """
 
@@ -164,9 +164,9 @@ class Writer:
     """Scores shards and writes them, in any process.
 
     Attributes:
-        form: of the files in `folder`.
-        score: from documents to their scores, in order; called once for each shard.
-        provenance: of the scores that are there; empty if there are none.
+        form: form of the files in `folder`.
+        score: function from documents to their scores, in order; called once for each shard.
+        provenance: provenance of the scores that are there; empty if there are none.
     """
 
     folder: Path
@@ -270,10 +270,10 @@ def write_shards(
     Args:
         folder: made if there is none.
         documents: all documents, from the first on.
-        score: from documents to their scores, in order; called once for each shard.
+        score: function from documents to their scores, in order; called once for each shard.
         options: what the rows depend on, as JSON, but for the model, which is known by its scores.
-        form: of the shards.
-        characters: of text in a shard, about.
+        form: form of the shards.
+        characters: characters of text in a shard, about.
         done: called for what is scored, or found there.
         schedule: who writes the shards; by default this process, its part where it is one of several.
         rank: which of several processes this is. They may end at any time: the last one finishes the folder.

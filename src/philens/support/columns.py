@@ -24,7 +24,7 @@ class Column(str):
         statistic: what is taken over many tokens; None of a token's own value.
 
     Args:
-        name: of the column.
+        name: name of the column.
         statistics: that a name may end with; a token's own values have none.
     """
 

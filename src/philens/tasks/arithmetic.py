@@ -34,7 +34,7 @@ class Level:
 
     Attributes:
         steps: fewest and most equations that lead to the answer.
-        kinds: of steps: `more`, `fewer`, `times`, `half`, `sum`, `difference`.
+        kinds: kinds of steps: `more`, `fewer`, `times`, `half`, `sum`, `difference`.
         start: the largest number that is given.
         limit: the largest number that comes up.
         distractors: facts that lead nowhere, at most.
@@ -61,7 +61,7 @@ def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
 
     Args:
         split: `train` or `test`.
-        seed: which ones.
+        seed: seed of the problems.
 
     Raises:
         ConfigError: another split.

@@ -76,7 +76,7 @@ def load_levels(
         folder: as for `read_levels`; None takes the texts that come with philens and on this machine, of all
             of the paper's levels (`own_levels`).
         documents: texts of each level at most, drawn at random; None means all.
-        seed: of what is built and drawn.
+        seed: seed of what is built and drawn.
 
     Raises:
         InputError: a folder without texts, or with nothing that they could be compared with.

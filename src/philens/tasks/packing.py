@@ -68,7 +68,7 @@ class Mixture:
     Attributes:
         config: sizes of the tasks.
         weights: share of each task among the documents; they need not add up to 1.
-        seed: which stream.
+        seed: seed of the stream.
 
     Raises:
         ConfigError: an unknown task, a negative weight, or none above 0.

@@ -49,8 +49,8 @@ class Prompt:
         instruction: stands before the problem, with a blank line between, or around it where it has
             `{problem}`; empty for the problem alone.
         shots: solved problems that come before, each as a message of the user and a reply.
-        ending: of the shots' replies, takes the place of a last `#### 42`, with the answer for `{answer}`;
-            empty to leave that as it is.
+        ending: what takes the place of a last `#### 42` in the shots' replies, `{answer}` in it being the
+            answer; empty to leave that as it is.
     """
 
     instruction: str

@@ -66,7 +66,7 @@ class MarkedText:
     Attributes:
         name: what it is called in tables.
         text: what is measured; places are characters of it.
-        places: in order.
+        places: places in order.
         template: frame and wording.
         held_out: whether these are kept from what is fitted.
         chat: what a user asked to get this text; empty for a text alone.

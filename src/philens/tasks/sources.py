@@ -45,17 +45,17 @@ class TextPart:
             the base itself writes before training; or the id of a data set on the Hub. Write `./math` for a
             folder of that name.
         weight: share of this part among the documents; the weights need not add up to 1.
-        files: of a folder, only files that match one of these patterns, such as `**/*.py`.
-        name: of a Hub data set, its configuration; of `automata`, the task; of `arithmetic`, the level (all
+        files: patterns of the files that are read of a folder, such as `**/*.py`.
+        name: configuration of a Hub data set; of `automata`, the task; of `arithmetic`, the level (all
             five without it); of `installed`, one of `code`, `documentation`, `licences` (all three without
             it); of `self`, `chat` or `text` (chats where the tokenizer has a template, without it).
-        split: of a Hub data set.
+        split: split of a Hub data set.
         text: the field that holds the text.
         user: the field that holds the user's message; needs `assistant`.
         assistant: the field that holds the reply; needs `user`.
         messages: the field that holds a chat, a list of messages with `role` and `content`.
         documents: take at most the first so many; of `self`, write so many (1,024 without it).
-        streaming: of a Hub data set, fetch only the first `documents`, and keep those on disk.
+        streaming: whether only the first `documents` of a Hub data set are fetched, and kept on disk.
     """
 
     source: str = ""
@@ -129,7 +129,7 @@ def open_source(part: TextPart, tasks: TaskConfig | None = None, seed: int = 0) 
 
     Args:
         tasks: sizes of the formal languages of `automata`.
-        seed: which of them, and which arithmetic problems.
+        seed: seed of these, and of arithmetic problems.
 
     Raises:
         InputError: there is nothing to read, or it cannot be read.
@@ -192,7 +192,7 @@ class Arithmetic:
     """Arithmetic problems for training, each with its solution as the assistant's reply.
 
     Attributes:
-        seed: which ones.
+        seed: seed of the problems.
         level: 1 to 5; None takes them in turn.
     """
 
@@ -223,7 +223,7 @@ class TextFiles:
     Pieces begin at the start of a line where there is one near.
 
     Attributes:
-        paths: of the files.
+        paths: paths of the files.
         errors: `strict` raises an InputError where a file is not UTF-8, `replace` does not.
     """
 
@@ -406,7 +406,7 @@ def load_hub(
     Args:
         source: its id, or a name of `HUB_SETS`.
         subset: its configuration.
-        split: of it.
+        split: split of it.
         first: fetch only so many rows, and keep those on disk.
 
     Raises:

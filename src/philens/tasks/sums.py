@@ -30,7 +30,7 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     Args:
         split: `train` or `test`.
         count: how many; with the same seed, more add to fewer.
-        seed: which ones.
+        seed: seed of the problems.
 
     Raises:
         ConfigError: another split.

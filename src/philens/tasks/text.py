@@ -42,7 +42,7 @@ def open_parts(
 
     Args:
         tasks: sizes of the formal languages of `automata`.
-        seed: which of them.
+        seed: seed of these, and of arithmetic problems.
         known: parts that are open already.
 
     Raises:
@@ -70,10 +70,10 @@ class TextMixture:
     but the parts, the tokenizer, the seed and i. Documents that are held out are never drawn.
 
     Args:
-        parts: by name; those of weight 0 are not opened.
-        tokenizer: of transformers, a fast one, which knows where in a text its tokens are.
+        parts: parts by name; those of weight 0 are not opened.
+        tokenizer: a fast tokenizer of transformers, which knows where in a text its tokens are.
         length: tokens in a row.
-        seed: which stream.
+        seed: seed of the stream.
         tasks: sizes of the formal languages of `automata`.
         known: parts that are open already.
 

@@ -175,7 +175,7 @@ def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
     """The recipe's base model with fresh weights, drawn from its seed; a transformers model.
 
     Args:
-        tokenizer: whose ids the model reads; None means ASCII characters.
+        tokenizer: tokenizer whose ids the model reads; None means ASCII characters.
 
     Raises:
         RecipeError: sizes that do not fit together.

@@ -106,7 +106,7 @@ class Evaluation(TrainerCallback):
     """Measures the model now and then, draws the course, and says when a layer has collapsed.
 
     Attributes:
-        trainer: whose log takes the figures; set once it is made.
+        trainer: trainer whose log takes the figures; set once it is made.
     """
 
     trainer: Reporting

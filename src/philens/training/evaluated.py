@@ -10,11 +10,11 @@ class Evaluated(NamedTuple):
     """A mean over held-out documents.
 
     Attributes:
-        step: of the training.
-        part: of the text, or the formal language; None where it is over all of them.
+        step: step of the training.
+        part: part of the text, or the formal language; None where it is over all of them.
         metric: what was measured.
         point: the insertion point, where there are several.
-        value: in nats per token; of `sinks` a share.
+        value: nats per token; of `sinks` a share.
     """
 
     step: int

@@ -47,7 +47,7 @@ class RunFolder:
     """The folder of a training run. A checkpoint in it has `model` and `adapter` as well.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
         recipe_file: the whole recipe; without it a folder is no run's.
         metrics_file: a record for each logged step and evaluation.
         versions_file: the seed, and the versions of what decides numbers.
@@ -218,9 +218,8 @@ class RunFolder:
         """Write what the run is, and forget what was logged after `step`: it will be computed again.
 
         Args:
-            recipe: of the run.
-            step: of the checkpoint that the run goes on from; -1 if it begins, where step 0 is computed as
-                well.
+            recipe: recipe of the run.
+            step: step of the checkpoint that the run goes on from; -1 if it begins, to compute step 0 too.
 
         Raises:
             OutputError: the folder cannot be written, or something else is in a file's place.

@@ -39,7 +39,7 @@ def load_lens(
         model: folder, GGUF file or Hub id; or a run folder, whose own adapter is taken where none is given,
             or `smollm2`, for which philens brings one.
         adapter: folder or Hub id.
-        revision: of the base on the Hub.
+        revision: revision of the base on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         trust_remote_code: run Python code that the base's repository brings.
 
@@ -88,8 +88,8 @@ def finished_model(folder: Path, recipe: Recipe, base: Any = None) -> PHiModel |
     """A run's model if it is finished, in evaluation mode; the base alone if the recipe has no PHi layer.
 
     Args:
-        folder: of the run.
-        recipe: of the run.
+        folder: folder of the run.
+        recipe: recipe of the run.
         base: the run's, where it is at hand; None loads it.
 
     Raises:

@@ -31,9 +31,9 @@ class ModelRecipe:
     Attributes:
         base: a trained model, as an id on the Hub or a folder; None makes one by what stands from
             `architecture` on, which is not looked at otherwise.
-        revision: of the base on the Hub.
-        dtype: of the base's weights; `auto` is what they are stored in.
-        quantization: of the base's weights, when they are loaded; needs philens[quantize].
+        revision: revision of the base on the Hub.
+        dtype: precision of the base's weights; `auto` is what they are stored in.
+        quantization: precision of the base's weights, when they are loaded; needs philens[quantize].
         frozen: train only the PHi layer in the base. The base is then not saved with it.
         trust_remote_code: run code that comes with the base.
         attention: how the base computes it in training, an `attn_implementation` of transformers. `auto` is
@@ -42,7 +42,7 @@ class ModelRecipe:
         architecture: `transformer` (Llama-shaped) or `lstm`; `pretrained` says that a base must be given.
         tokenizer: `characters` of ASCII, `bytes`, or `bpe`, byte pairs learned from the training text.
         vocab_size: tokens of `bpe`; the others have their own number.
-        split_digits: of `bpe`, each digit is a token of its own, so that numbers can be calculated with.
+        split_digits: whether each digit is a token of `bpe`, so that numbers can be calculated with.
         hidden_size: D.
         intermediate_size: width of the MLP (Transformer) or of the LSTM inside a block.
         layers: number of blocks.
@@ -87,7 +87,7 @@ class DataRecipe:
         mixture: weight of each task of formal languages among the documents.
         tasks: sizes of the tasks.
         length: T, tokens in a row.
-        document_lengths: from a step on, documents are cut to so many tokens. Short ones first make a
+        document_lengths: number of tokens that documents are cut to from a step on. Short ones first make a
             Transformer find in-context learning much sooner. Needs packing.
         packing: several whole documents in a row; otherwise one, cut or padded.
         group: rows made together.
@@ -116,9 +116,9 @@ class OptimizerRecipe:
             `decay` of the steps (`wsd`).
         warmup_steps: linear warm-up from 0.
         decay: share of the steps that `wsd` decays over.
-        weight_decay: of AdamW.
-        beta1: of AdamW.
-        beta2: of AdamW.
+        weight_decay: weight decay of AdamW.
+        beta1: decay rate of AdamW's first moment.
+        beta2: decay rate of AdamW's second moment.
         clip: largest gradient norm; 0 does not clip.
     """
 
@@ -160,11 +160,11 @@ class TrainRecipe:
         precision: `auto` is bfloat16 autocast where the device has it.
         compile: `torch.compile` the training forward pass.
         checkpoint_activations: recompute activations in the backward pass to save memory.
-        log_every: in steps.
-        eval_every: in steps; 0 evaluates at the end only.
-        save_every: in steps; 0 saves at the end only.
+        log_every: steps between records.
+        eval_every: steps between evaluations; 0 evaluates at the end only.
+        save_every: steps between checkpoints; 0 saves at the end only.
         keep: number of checkpoints kept.
-        evaluation_documents: of each task, at every evaluation.
+        evaluation_documents: documents of each task, at every evaluation.
         report_to: names of trackers beside `metrics.jsonl`, as `transformers.TrainingArguments` has them.
         collapse_threshold: mean phi in nats below which training warns that the layer has collapsed.
     """
@@ -189,8 +189,8 @@ class Recipe:
     """A training run.
 
     Attributes:
-        name: of the run.
-        seed: of weights, noise and training documents.
+        name: name of the run.
+        seed: seed of weights, noise and training documents.
         model: the base model.
         phi: the PHi layer; null trains the base model alone.
         phi_schedule: when the layer enters.

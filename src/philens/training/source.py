@@ -11,10 +11,10 @@ class ModelSource:
     Attributes:
         model: folder, GGUF file or Hub id of the base; or a run folder, or `smollm2`, which have a layer.
         adapter: folder or Hub id of the layer; None takes that of the model, where it has one.
-        revision: of the base on the Hub.
+        revision: revision of the base on the Hub.
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         trust_remote_code: run Python code that the base's repository brings.
-        quantization: of the base's weights, when they are loaded.
+        quantization: precision of the base's weights, when they are loaded.
     """
 
     model: str = "smollm2"

@@ -94,7 +94,7 @@ def training_rows(
     """The rows a run reads, in order.
 
     Args:
-        recipe: of the run.
+        recipe: recipe of the run.
         tokenizer: needed where the recipe reads text.
         sources: what is open of the text already.
     """
