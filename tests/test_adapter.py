@@ -138,7 +138,7 @@ def test_missing_files(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     assert f"There is no file {folder / WEIGHTS}" in error_of(folder)
     (folder / "adapter_config.json").unlink()
-    assert f"{folder} holds no adapter_config.json, so no adapter" in error_of(folder)
+    assert f"{folder} has no adapter_config.json, so no adapter" in error_of(folder)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", WEIGHTS])

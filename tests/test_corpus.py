@@ -544,7 +544,7 @@ def test_foreign_and_damaged_folders() -> None:
     write("file", "")
     with pytest.raises(OutputError, match="Cannot write"):
         write_shards(Path("file"), documents(), score, {}, "jsonl", 100)
-    with pytest.raises(InputError, match="the input holds no text"):
+    with pytest.raises(InputError, match="the input has no text"):
         write_shards(Path("empty"), [], score, {}, "jsonl", 100)
 
 

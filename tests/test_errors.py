@@ -48,7 +48,7 @@ def test_collects_messages_however_they_are_built(messages):
         "There is no file PATH; check the path.",
         "There is no folder NAME, and it is no Hub id either: those look like owner/name.",
         "NAME is gated: accept the licence on PAGE and log in with `hf auth login` or set HF_TOKEN.",
-        "PATH holds no solutions.jsonl; give a folder of philens solve, or a file.",
+        "PATH has no solutions.jsonl; give a folder of philens solve, or a file.",
         "There is no checkpoint in PATH yet; starting from the beginning.",
         "WHAT needs PACKAGE: install it with `pip install 'philens[EXTRA]'`.",
         'PLACE is no record: it must look like {"text": ...}.',

@@ -248,12 +248,12 @@ def test_numbers_in_a_header_that_are_too_large(file, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"architecture": "mpt"}, "is of the architecture 'mpt', which transformers"),
+        ({"architecture": "mpt"}, "has the architecture 'mpt', which transformers"),
         ({"architecture": "t5"}, "is not a causal language model"),
         ({"split__count": 3}, "is one part of several"),
         ({"llama__vocab_size": 10**6}, "weights, and its header describes a model with"),
         ({"llama__block_count": 1}, "weights, and its header describes a model with"),
-        ({"llama__attention__head_count": 3}, "holds no"),
+        ({"llama__attention__head_count": 3}, "has no"),
     ],
 )
 def test_others_files(made, tmp_path, options, said):
@@ -347,14 +347,14 @@ def test_fetched_once(index, made, capfd):
     with pytest.raises(AdapterError, match="tiny has no revisions"):
         load_pretrained("tiny", revision="main")
     Path("tiny").mkdir()  # a folder goes before the name
-    with pytest.raises(AdapterError, match=r"tiny holds no config.json"):
+    with pytest.raises(AdapterError, match=r"tiny has no config.json"):
         load_pretrained("tiny")
 
 
 @PIP
 def test_a_lens_by_name(index, tmp_path, monkeypatch):
     monkeypatch.setattr(wheels, "SHIPPED", tmp_path / "shipped")
-    with pytest.raises(AdapterError, match=r"tiny holds no adapter_config.json, so no adapter"):
+    with pytest.raises(AdapterError, match=r"tiny has no adapter_config.json, so no adapter"):
         philens.load_lens("tiny")
     lens = attach(load_pretrained("tiny")[0], PHiConfig(layer=0))
     lens.save_pretrained("shipped/tiny/adapter")

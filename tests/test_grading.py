@@ -356,7 +356,7 @@ def test_marks_report(tmp_path):
     report = marks_report(problems, ours)
     assert report["origins"]["ours"]["rate"] == 1
     assert report["without_problem"] == 1
-    with pytest.raises(InputError, match="No solution is of one of the problems"):
+    with pytest.raises(InputError, match="No solution belongs to one of the problems"):
         marks_report(problems, ours[1:])
     path.write_text(json.dumps({"problem_id": "p0", "solution": "#### 5"}))
     with pytest.raises(InputError, match=r"Row ours/0 of .* is no marked solution; .*\.$"):

@@ -266,7 +266,7 @@ def test_loras_that_cannot_be_merged(model, tmp_path, tuned, monkeypatch):
         tensors=weights | {"other.lora_A.weight": torch.ones(2)}
     )
     misshapen = weights | {name: torch.ones(3, 3)}
-    assert "holds no adapter that can be loaded" in refused(tensors=misshapen)
+    assert "has no adapter that can be loaded" in refused(tensors=misshapen)
     shutil.copy(model / WEIGHTS, folder)
     assert "holds a whole model and an adapter of peft" in refused()
     (folder / WEIGHTS).unlink()
@@ -423,7 +423,7 @@ def test_a_name_that_is_none(name):
 
 def test_what_is_not_a_models_folder(model, tmp_path):
     assert "is a file; give the folder it is in" in error_of(model / "config.json")
-    assert f"{tmp_path} holds no config.json, so no model" in error_of(tmp_path)
+    assert f"{tmp_path} has no config.json, so no model" in error_of(tmp_path)
     message = error_of(model, revision="main")
     assert message.endswith("is a folder here and has no revisions; leave out revision='main'.")
 
@@ -453,11 +453,11 @@ def test_bitsandbytes_is_missing(model, monkeypatch):
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "(BertForMaskedLM) is not a causal"),
         ({"model_type": "t5", "architectures": ["T5Model"]}, "(T5Model) is not a causal language model"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "Classification) is not a causal"),
-        ({"model_type": "next_year"}, "is of the model type 'next_year', which transformers"),
-        ({"model_type": 3}, "is of the model type 3, which transformers"),
+        ({"model_type": "next_year"}, "has the model type 'next_year', which transformers"),
+        ({"model_type": 3}, "has the model type 3, which transformers"),
         (
             {"hidden_size": "wide"},
-            "holds no configuration that can be loaded (Validation error for field 'hidden_size'",
+            "has no configuration that can be loaded (Validation error for field 'hidden_size'",
         ),
         (
             {"hidden_size": 64},
@@ -505,10 +505,10 @@ def test_code_of_a_repository_runs_only_when_trusted(copy):
 def test_pickles_are_refused(copy):
     weights = load_file(copy / WEIGHTS)
     (copy / WEIGHTS).unlink()
-    assert "holds no model.safetensors; save the model with safetensors." in error_of(copy)
+    assert "has no model.safetensors; save the model with safetensors." in error_of(copy)
     torch.save(weights, copy / "pytorch_model.bin")
     message = error_of(copy)
-    assert "holds no model.safetensors, only pytorch_model.bin, and pickles are never loaded" in message
+    assert "has no model.safetensors, only pytorch_model.bin, and pickles are never loaded" in message
     shutil.move(copy / "pytorch_model.bin", copy / WEIGHTS)
     assert "is not a whole safetensors file" in error_of(copy)
 
@@ -543,13 +543,13 @@ def test_a_huge_configuration_is_not_read(copy):
 
 def test_tokenizers_that_are_none(copy):
     (copy / "tokenizer.json").write_text("{}")
-    assert "holds no tokenizer that can be loaded" in error_of(copy)
+    assert "has no tokenizer that can be loaded" in error_of(copy)
     empty = Tokenizer(models.BPE(vocab={}, merges=[]))
     PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>").save_pretrained(copy)
     assert "holds a tokenizer without a vocabulary" in error_of(copy)
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    assert "holds no tokenizer; save the model's tokenizer beside it" in error_of(copy)
+    assert "has no tokenizer; save the model's tokenizer beside it" in error_of(copy)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -848,7 +848,7 @@ def test_what_is_on_the_hub_but_no_adapter(hub, model):
     hub.add("someone/llama", contents(model))
     base = make_llama()
     for name, message in {
-        "someone/llama": "holds no adapter_config.json, so no adapter",
+        "someone/llama": "has no adapter_config.json, so no adapter",
         "someone/nothing": "There is neither a folder nor a repository on the Hub",
     }.items():
         with pytest.raises(AdapterError, match=message):

@@ -141,7 +141,7 @@ def test_bad_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError) as error:
         load_problems(str(tmp_path / "empty"))
-    assert "holds no JSON or parquet file" in sentence(error)
+    assert "has no JSON or parquet file" in sentence(error)
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(InputError) as error:
         load_problems(str(tmp_path / "p.parquet"))
@@ -223,9 +223,7 @@ def test_problems_of_some_levels(tmp_path):
     assert {problem.id for problem in load_problems(str(path), limit=4, levels=[2, 4])} < {
         p.id for p in drawn
     }
-    with pytest.raises(
-        InputError, match=r"No problem of .*jsonl is of level 7, 8; there are 1, 2, 3, 4, 5\."
-    ):
+    with pytest.raises(InputError, match=r"No problem of .*jsonl has level 7, 8; there are 1, 2, 3, 4, 5\."):
         load_problems(str(path), levels=[7, 8])
     assert {problem.level for problem in load_problems("arithmetic", limit=20, levels=[5])} == {5}
     assert len(load_problems("arithmetic", limit=20, levels=[1, 5])) == 20
@@ -245,7 +243,7 @@ def test_problems_without_a_level_have_steps(tmp_path):
     assert [problem.steps for problem in load_problems(str(path), limit=40)].count(1) > 20
     bare = tmp_path / "bare.jsonl"
     bare.write_text('{"problem": "1?", "answer": "1"}\n')
-    with pytest.raises(InputError, match="is of level 1; there are no levels"):
+    with pytest.raises(InputError, match="has level 1; there are no levels"):
         load_problems(str(bare), levels=[1])
 
 

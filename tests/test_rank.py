@@ -172,10 +172,10 @@ def test_forms_of_candidates(tmp_path):
 @pytest.mark.parametrize(
     ("records", "sentence"),
     [
-        ([], "holds no candidates"),
+        ([], "has no candidates"),
         (["", "{"], r"line 2 is not JSON"),
-        (["[1]"], r"line 1 holds no candidates of a prompt: it must have a \"prompt\""),
-        ([{"text": "a"}], "line 1 holds no candidates of a prompt"),
+        (["[1]"], r"line 1 has no candidates of a prompt: it must have a \"prompt\""),
+        ([{"text": "a"}], "line 1 has no candidates of a prompt"),
         ([{"prompt": "a"}], "line 1 has a prompt and no candidate"),
         ([{"prompt": 3, "candidates": ["a", "b"]}], "line 1 is of type int"),
         ([{"prompt": [{"role": "user"}], "candidates": ["a", "b"]}], "line 1 holds .*each with role"),

@@ -260,7 +260,7 @@ def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
         ),
         ("reproduce difficulty --model x --problems nowhere.jsonl", "nowhere.jsonl"),
         ("reproduce difficulty --model x --problems arithmetic --prompt mine", "There is no prompt 'mine'"),
-        ("reproduce difficulty --model x --problems sums --levels 9", "No problem of sums is of level 9;"),
+        ("reproduce difficulty --model x --problems sums --levels 9", "No problem of sums has level 9;"),
         ("solve --model x --problems sums --levels hard", "levels must be given as 1,2 or 2:7"),
         ("reproduce difficulty --model x --layers few", "layers must name blocks as 4,8,12"),
         ("solve --model x", "No problems were named; give --problems."),

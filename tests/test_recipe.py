@@ -164,7 +164,7 @@ def test_a_recipe_without_a_layer(tmp_path):
     assert load_recipe("text_base", {"phi": "{layer: 3, kl: official}"}).phi.layer == 3
     assert load_recipe(written(tmp_path, recipe_yaml(plain))).phi is None
     message = error_of("smoke", phi="null")
-    assert message == "phi_schedule is of a PHi layer, and phi is null; leave it out."
+    assert message == "phi_schedule is for a PHi layer, and phi is null; leave it out."
 
 
 def test_parts_of_a_text(tmp_path):
@@ -210,7 +210,7 @@ def test_bases():
     message = error_of("any_model", model__quantization="int8", model__frozen="false", **base)
     assert message == "A quantized base cannot be trained; set model.frozen to true."
     message = error_of(None, model__revision="main")
-    assert message == "model.revision is of a trained base model; give model.base too."
+    assert message == "model.revision is for a trained base model; give model.base too."
     message = error_of(None, model__tokenizer="bytes")
     assert message == "model.tokenizer must be characters for formal languages, or give data.parts."
     message = error_of("text_base", model__vocab_size="100")

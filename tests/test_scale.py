@@ -186,7 +186,7 @@ def test_parquet_of_several_processes(stopped: Any) -> None:
         (["pipe", "--format", "jsonl", "--output", "x"], "pipe can be read only once, and each of several"),
         (["many.txt", "--engine", "ray"], "--engine ray starts its own workers; start it as one process."),
         (["--generate", "a"], "--generate writes one text; start it as one process."),
-        (["many.txt", "--workers", "2"], "--workers goes with --engine ray"),
+        (["many.txt", "--workers", "2"], "--workers needs --engine ray"),
     ],
 )
 def test_what_several_processes_cannot_do(

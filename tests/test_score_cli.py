@@ -219,7 +219,7 @@ def test_float_types(written: Any) -> None:
         (["0.txt", "--filed", "x"], "no option --filed; the nearest valid one is --field."),
         (["0.txt", "--field"], "--field: expected one argument"),
         (["0.txt", "--generate", "a"], "--generate writes a text of its own; leave out 0.txt."),
-        (["empty.txt"], "There is nothing to score: the input holds no text; give another."),
+        (["empty.txt"], "There is nothing to score: the input has no text; give a file with text."),
     ],
 )
 def test_errors_are_one_sentence(error_of: Any, words: list[str], message: str) -> None:

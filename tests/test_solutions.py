@@ -349,7 +349,7 @@ def test_solutions_are_measured_after_their_problems(lens, caplog):
     assert len(chats[0]) == 3
     expected = measure_replies(lens, BYTES, chats, ["7 + 4 = 11", "", "It is 6."])
     pd.testing.assert_frame_equal(table.iloc[:, 8:], expected)
-    with pytest.raises(InputError, match=r"solutions\[0\] is of problem 'two', which is not among the 1"):
+    with pytest.raises(InputError, match=r"solutions\[0\] belongs to problem 'two', which is not among"):
         measure(lens, BYTES, solutions, PROBLEMS[:1], prompt)
     with pytest.raises(InputError, match="no reply has a token"):
         measure(lens, BYTES, [], PROBLEMS, prompt)

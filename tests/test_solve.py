@@ -644,7 +644,7 @@ def test_solutions_that_cannot_be_read(tmp_path: Path, rows: list[Any], message:
 
 
 def test_folders_that_hold_no_solutions(model: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no solutions\.jsonl"):
+    with pytest.raises(InputError, match=r"has no solutions\.jsonl"):
         read_solutions(tmp_path, PROBLEMS)
     with pytest.raises(InputError, match="There is no file"):
         read_solutions(tmp_path / "nothing.jsonl", PROBLEMS)

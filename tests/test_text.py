@@ -152,8 +152,8 @@ def test_what_cannot_be_read(tmp_path):
     write_jsonl(tmp_path / "fields.jsonl", [{"body": "a", "title": "b"}])
     write_jsonl(tmp_path / "number.jsonl", [{"text": 7}])
     cases = [
-        ("nothing", {}, "nothing holds no file that is text, JSON, CSV or parquet"),
-        ("nothing", {"files": ["*.py", "*.md"]}, r"holds no file that is \*.py or \*.md"),
+        ("nothing", {}, "nothing has no file that is text, JSON, CSV or parquet"),
+        ("nothing", {"files": ["*.py", "*.md"]}, r"has no file that is \*.py or \*.md"),
         ("empty.jsonl", {}, "empty.jsonl is empty; give a file"),
         ("a.txt.gz", {}, r"a\.txt\.gz is compressed, and training reads of that only tables in \.gz; unpack"),
         ("a.jsonl.zst", {}, r"a\.jsonl\.zst is compressed, and training reads of that only tables in \.gz"),

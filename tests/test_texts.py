@@ -114,8 +114,8 @@ def test_every_form_of_a_folder_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no text; put JSON records, or text files by level, into it."),
-        ({"a.txt": "", "b.png": b"x"}, "holds no text;"),
+        ({}, "has no text; put JSON records, or text files by level, into it."),
+        ({"a.txt": "", "b.png": b"x"}, "has no text;"),
         ({"a.json": "{"}, r"a.json is not JSON \(.*\); correct or remove it."),
         ({"a.jsonl": '{"text": "a"}\n{"text": '}, r"a.jsonl line 2 is not JSON \("),
         ({"a.json": ["x"]}, r'a.json is no record: it must look like \{"level": "code", "text": "..."\}.'),

@@ -183,7 +183,7 @@ def read_header(path: Path) -> Header:
             _, version, tensors, values = reading.take("4sIQQ")
             if version not in _VERSIONS:
                 raise AdapterError(
-                    f"{path} is of version {version} of GGUF, and 2 and 3 can be read; convert it anew."
+                    f"{path} has version {version} of GGUF, and 2 and 3 can be read; convert it anew."
                 )
             header, found = Header({}, {}), []
             for _ in range(values):

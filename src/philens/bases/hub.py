@@ -96,7 +96,7 @@ def find(
 
 
 def _holds_no(name: str | os.PathLike[str], config_file: str, part: str) -> AdapterError:
-    return AdapterError(f"{name} holds no {config_file}, so no {part}; check the path or the name.")
+    return AdapterError(f"{name} has no {config_file}, so no {part}; check the path or the name.")
 
 
 def fetch_named(name: str, local_only: bool = False) -> Path:
@@ -324,7 +324,7 @@ def _load_gguf(file: Path, name: str | os.PathLike[str], dtype: str, with_tokeni
     except Exception as error:  # the file is somebody else's: anything can come out of it
         if "not supported yet" in str(error):
             raise AdapterError(
-                f"{name} is of the architecture {header.architecture!r}, which transformers {__version__} "
+                f"{name} has the architecture {header.architecture!r}, which transformers {__version__} "
                 "does not convert from GGUF; a newer transformers may."
             ) from error
         raise _unusable(name, part, error) from error
@@ -539,7 +539,7 @@ def _load_config(
         kind = raw.get("model_type")
         if "does not recognize" in str(error) or "Unrecognized model" in str(error):
             raise AdapterError(
-                f"{name} is of the model type {kind!r}, which transformers {__version__} does not know; "
+                f"{name} has the model type {kind!r}, which transformers {__version__} does not know; "
                 "a newer transformers may."
             ) from error
         raise _unusable(name, "configuration", error) from error
@@ -597,7 +597,7 @@ def _unusable(name: str | os.PathLike[str], part: str, error: Exception) -> Adap
     if "trust_remote_code" in str(error):
         return AdapterError(_CODE.format(name))
     return AdapterError(
-        f"{name} holds no {part} that can be loaded ({reason(error)}); it is damaged or too new."
+        f"{name} has no {part} that can be loaded ({reason(error)}); it is damaged or too new."
     )
 
 
@@ -609,7 +609,7 @@ def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> list[Path
     if files == [_WEIGHTS] and not os.path.lexists(folder / _WEIGHTS):
         pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         held = f", only {min(pickles)}, and pickles are never loaded" if pickles else ""
-        raise AdapterError(f"{name} holds no model.safetensors{held}; save the model with safetensors.")
+        raise AdapterError(f"{name} has no model.safetensors{held}; save the model with safetensors.")
     for file in files:
         check_safetensors(folder / file)
     return [folder / file for file in files]
@@ -644,7 +644,7 @@ def _load_tokenizer(folder: Path, name: str | os.PathLike[str], options: dict[st
     from transformers import AutoTokenizer
 
     if not _has_tokenizer(folder):
-        raise AdapterError(f"{name} holds no tokenizer; save the model's tokenizer beside it.")
+        raise AdapterError(f"{name} has no tokenizer; save the model's tokenizer beside it.")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)

@@ -132,7 +132,7 @@ def score(
         overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         alternatives: also the likeliest tokens in each token's place, and the rank of its own.
         shard_characters: characters of text in a file of the output folder, about.
-        engine: who scores; ray is the cluster of RAY_ADDRESS, or one started here.
+        engine: where scoring runs: in this process, or on the Ray cluster at RAY_ADDRESS (else a local one).
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
         revision: branch, tag or commit of the model on the Hub.
         dtype: precision of the base model; auto is that of its files.
@@ -169,7 +169,7 @@ def score(
             raise ConfigError("--engine ray starts its own workers; start it as one process.")
         schedule = RaySchedule(workers)
     elif workers is not None:
-        raise ConfigError("--workers goes with --engine ray; processes are started by accelerate launch.")
+        raise ConfigError("--workers needs --engine ray; processes are started by accelerate launch.")
     corpus = Corpus(files, field, by, split, limit)
     try:
         summary = score_corpus(

@@ -239,7 +239,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             fields |= {second: gr.update(open=True)} if texts[1] else {}
             if wanted.model not in models or wanted.point not in models[wanted.model].points:
                 said = (
-                    f"This link is of {wanted.model}, {wanted.point}, which is not open here; start philens "
+                    f"This link is for {wanted.model}, {wanted.point}, which is not open here; start philens "
                     "explore with that model, or press Read to have its text read by this one."
                 )
                 yield fields | {status: view.status(said, kind="error")}

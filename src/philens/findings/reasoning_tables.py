@@ -327,7 +327,7 @@ def _exclusions(results: Mapping[str, Any]) -> str:
 
 def _verdict(results: Mapping[str, Any], claim: str) -> str:
     headline = results["headline"]
-    words = {"above": "above chance", "below": "below chance", "neither": "not told from chance"}
+    words = {"above": "above chance", "below": "below chance", "neither": "not distinguishable from chance"}
     sides = [
         f"{label(name)} {number_text(item['value'], 3)} ({words[item['side']]})"
         for name, item in headline.items()

@@ -1,4 +1,4 @@
-"""Try on a model itself what philens promises of every model."""
+"""Verify the guarantees of philens on a given model."""
 
 import contextlib
 import warnings

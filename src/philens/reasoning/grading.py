@@ -519,7 +519,7 @@ def marks_report(problems: Sequence[Problem], solutions: Iterable[MarkedSolution
     Returns:
         `origins`: for each, `solutions`, `agreed`, `rate` (of agreement), `marked_right`, `graded_right` and
         `without_answer`; `disagreements`, each with `origin`, `id`, `reference`, `answer`, `marked`, `graded`
-        and `ending`; `without_problem`, how many solutions are of none of the problems and were left out.
+        and `ending`; `without_problem`, how many solutions belong to none of the problems and were left out.
 
     Raises:
         InputError: all of them are.
@@ -554,7 +554,7 @@ def marks_report(problems: Sequence[Problem], solutions: Iterable[MarkedSolution
                 }
             )
     if not origins:
-        raise InputError("No solution is of one of the problems; give the problems that were solved.")
+        raise InputError("No solution belongs to one of the problems; give the problems that were solved.")
     for counts in origins.values():
         counts["rate"] = counts["agreed"] / counts["solutions"]
     return {"origins": origins, "disagreements": disagreements, "without_problem": without_problem}

@@ -183,7 +183,7 @@ def _of_levels(problems: list[Problem], levels: Sequence[int], source: str) -> l
     if not chosen:
         there = sorted({level for problem in problems if (level := _level(problem)) is not None})
         raise InputError(
-            f"No problem of {source} is of level {listed(levels)}; there are {listed(there) or 'no levels'}."
+            f"No problem of {source} has level {listed(levels)}; there are {listed(there) or 'no levels'}."
         )
     return chosen
 
@@ -210,7 +210,7 @@ def _folder_rows(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
     tables = sorted(path for path in folder.rglob("*") if path.suffix.lower() in TABLES and path.is_file())
     if not tables:
-        raise InputError(f"{folder} holds no JSON or parquet file; give another folder.")
+        raise InputError(f"{folder} has no JSON or parquet file; give another folder.")
 
     def named(path: Path) -> str:
         """`test` of test.jsonl, test-00000-of-00001.parquet and test/algebra/1.json."""
@@ -309,7 +309,7 @@ def _problem(row: Mapping[str, Any], name: str, source: str) -> Problem | None:
         )
     kind = _text(row, "kind") or ("number" if marked else "math")
     if kind not in ("number", "math"):
-        raise InputError(f"Problem {name} of {source} is of kind {kind!r}; kinds are number and math.")
+        raise InputError(f"Problem {name} of {source} has the kind {kind!r}; kinds are number and math.")
     return Problem(
         id=name,
         problem=text,

@@ -228,7 +228,7 @@ class CandidatesFile:
         if silent:
             logger.warning("Empty solutions in %s left out: %d.", path, silent)
         if not self._places:
-            raise InputError(f"{path} holds no candidates; give a file of JSON Lines.")
+            raise InputError(f"{path} has no candidates; give a file of JSON Lines.")
         if alone:
             number = min(alone.values())
             raise InputError(
@@ -259,7 +259,7 @@ def _read_line(line: bytes, where: str) -> tuple[Candidates, bool]:
     field = next((name for name in PROMPT_FIELDS if name in fields), None)
     single = next((name for name in CANDIDATE_FIELDS if name in fields), None)
     if field is None:
-        raise InputError(f"{where} holds no candidates of a prompt: {_MUST}.")
+        raise InputError(f"{where} has no candidates of a prompt: {_MUST}.")
     if "candidates" in fields:
         texts, whole = fields["candidates"], True
     elif all(name in fields for name in PAIR_FIELDS):

@@ -209,7 +209,7 @@ def read_solutions(path: str | Path, problems: Sequence[Problem]) -> list[Soluti
         raise InputError(
             f"The solutions in {path} are not all there yet; finish them with philens solve."
             if begun
-            else f"{path} holds no {SOLUTIONS_FILE}; give a folder of philens solve, or a file."
+            else f"{path} has no {SOLUTIONS_FILE}; give a folder of philens solve, or a file."
         )
     if not file.is_file():
         raise InputError(f"There is no file {file}; check the path.")
@@ -401,8 +401,8 @@ def _problem_of(
         problem = by_text.get(_words(text or ""))
     if problem is None:
         raise InputError(
-            f"{where} is of a problem that is not among the {len(by_id)} given ({(identity or text)!r:.80}); "
-            "give the problems that were solved."
+            f"{where} belongs to a problem that is not among the {len(by_id)} given "
+            f"({(identity or text)!r:.80}); give the problems that were solved."
         )
     return problem
 

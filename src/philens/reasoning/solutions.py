@@ -159,7 +159,7 @@ def measure(
     for number, solution in enumerate(solutions):
         if solution.problem_id not in by_id:
             raise InputError(
-                f"solutions[{number}] is of problem {solution.problem_id!r}, which is not among the "
+                f"solutions[{number}] belongs to problem {solution.problem_id!r}, which is not among the "
                 f"{len(by_id)} problems; give the problems that were solved."
             )
     measured = measure_replies(

@@ -53,7 +53,7 @@ def marks_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
         )
     yield table
     if report["without_problem"]:
-        yield f"{report['without_problem']:,} solutions are of none of the problems and were left out."
+        yield f"{report['without_problem']:,} solutions belong to none of the problems and were left out."
     if report["disagreements"]:
         columns = ("origin", "id", "reference", "answer", "marked", "graded", "ending")
         yield _listed("graded otherwise than marked", columns, report["disagreements"])

@@ -164,7 +164,7 @@ def score_corpus(
         _show(scored(), form, output)
         summary.skipped = corpus.skipped
     if not summary.documents:
-        raise InputError("There is nothing to score: the input holds no text; give another.")
+        raise InputError("There is nothing to score: the input has no text; give a file with text.")
     return summary
 
 

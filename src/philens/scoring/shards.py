@@ -299,7 +299,7 @@ def write_shards(
                 with _one_at_a_time(folder, rank):
                     _take_in(folder, options)
         if not job.total:
-            raise InputError("There is nothing to score: the input holds no text; give another.")
+            raise InputError("There is nothing to score: the input has no text; give a file with text.")
         with _one_at_a_time(folder, rank):
             now = _finish(folder, options, form, job.total)
         return now, now != before

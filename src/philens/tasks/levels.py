@@ -148,7 +148,7 @@ def read_levels(folder: str | os.PathLike[str]) -> list[LevelText]:
             else:
                 empty += 1
     if not texts:
-        raise InputError(f"{folder} holds no text; put JSON records, or text files by level, into it.")
+        raise InputError(f"{folder} has no text; put JSON records, or text files by level, into it.")
     if empty:
         logger.info("Left out %d empty texts of %s.", empty, folder)
     return texts

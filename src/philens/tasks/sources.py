@@ -284,7 +284,7 @@ def installed_files(kind: str | None = None) -> list[Path]:
     """
     kinds = ("code", "documentation", "licences")
     if kind is not None and kind not in kinds:
-        raise ConfigError(f"Of installed text there are {', '.join(kinds)}, not {kind!r}.")
+        raise ConfigError(f"Installed text has the kinds {', '.join(kinds)}, not {kind!r}.")
     return [path for which, path in _installed() if kind in (None, which)]
 
 
@@ -333,7 +333,7 @@ def _open_path(path: Path, part: TextPart) -> Source:
         if not found:
             wanted = " or ".join(part.files) if part.files else "text, JSON, CSV or parquet"
             raise InputError(
-                f"{path} holds no file that is {wanted}; give another folder, or patterns as files."
+                f"{path} has no file that is {wanted}; give another folder, or patterns as files."
             )
     elif part.files is not None:
         raise ConfigError(f"files chooses among the files of a folder, and {path} is a file; leave it out.")

@@ -498,7 +498,7 @@ def _check_model(recipe: Recipe) -> None:
             raise RecipeError("model.base must be given: the model's id on the Hub, or its folder.")
         for name in ("revision", "quantization", "trust_remote_code", "dtype"):
             if getattr(model, name) != getattr(ModelRecipe(), name):
-                raise RecipeError(f"model.{name} is of a trained base model; give model.base too.")
+                raise RecipeError(f"model.{name} is for a trained base model; give model.base too.")
         if recipe.phi is not None and recipe.phi.pressure == "distill":
             raise RecipeError("phi.pressure distill needs a trained base; give model.base, or next_token.")
         if model.architecture == "transformer" and model.hidden_size % (2 * model.heads):
@@ -522,7 +522,7 @@ def _check_model(recipe: Recipe) -> None:
     elif recipe.phi is not None and recipe.phi.pressure == "distill" and not model.frozen:
         raise RecipeError("phi.pressure distill keeps the base as it is; set model.frozen to true.")
     if recipe.phi is None and recipe.phi_schedule != PhiSchedule():
-        raise RecipeError("phi_schedule is of a PHi layer, and phi is null; leave it out.")
+        raise RecipeError("phi_schedule is for a PHi layer, and phi is null; leave it out.")
     if parts and not sum(part.weight for part in parts.values()) > 0:
         raise RecipeError("data.parts needs at least one part with a weight above 0.")
     if parts and recipe.data.mixture != DataRecipe().mixture:
