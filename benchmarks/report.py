@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.harness import Comparison, Series
-from philens.show.tables import new_table
+from philens.show.terminal import new_table
 from philens.support.files import write_atomically
 
 if TYPE_CHECKING:

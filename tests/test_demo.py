@@ -35,7 +35,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("philens.findings.demo.demo_tasks", lambda output, documents: {})
-        patch.setattr("philens.findings.tables.tasks_table", lambda results: "")
+        patch.setattr("philens.findings.language_tables.tasks_table", lambda results: "")
         assert main(["demo", "--output", str(folder)]) == 0
     return folder / "texts"
 

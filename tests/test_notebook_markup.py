@@ -145,7 +145,7 @@ def test_results_show_the_tables_of_the_terminal() -> None:
 
 
 def table_of(value: float) -> Any:
-    from philens.show.tables import new_table
+    from philens.show.terminal import new_table
 
     table = new_table("A title", "Nats [per] token")
     table.add_column("task")

@@ -17,7 +17,7 @@ from rich.style import Style
 from rich.table import Table
 
 from philens.findings.figures import TASK_STYLES, figure_complexity, figure_tasks
-from philens.findings.tables import complexity_table, spread_table, tasks_table
+from philens.findings.language_tables import complexity_table, spread_table, tasks_table
 from philens.scoring.scores import TokenScores
 from philens.show import colours, page, tokens
 from philens.show.page import PageDocument, write_page, write_scores_page

@@ -20,10 +20,15 @@ import philens
 from philens import cli
 from philens.findings import statistics
 from philens.findings.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
+from philens.findings.language_tables import (
+    recitation_table,
+    text_pairs_table,
+    text_points_table,
+    texts_table,
+)
 from philens.findings.reproduce import reproduce
 from philens.findings.reproduce_texts import reproduce_texts
 from philens.findings.statistics import difference
-from philens.findings.tables import recitation_table, text_pairs_table, text_points_table, texts_table
 from philens.findings.text_tokens import (
     CountedTokens,
     extremes,

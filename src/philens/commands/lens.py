@@ -25,7 +25,7 @@ def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
     """
     from philens.bases.hub import fetch_named
     from philens.findings.demo import MODEL, demo_tasks, demo_texts
-    from philens.findings.tables import tasks_table, text_pairs_table, texts_table
+    from philens.findings.language_tables import tasks_table, text_pairs_table, texts_table
 
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
@@ -263,8 +263,8 @@ def sweep(
         recipe: what the layers are trained by, a YAML file or name.
         output: folder of the run, the adapters and results; by default runs/sweep.
     """
+    from philens.findings.language_tables import sweep_table
     from philens.findings.sweep import parse_layers, sweep
-    from philens.findings.tables import sweep_table
 
     folder = output or Path("runs") / "sweep"
     results = sweep(model, parse_layers(layers or ""), folder, recipe, keys)

@@ -23,7 +23,7 @@ from philens.show.plots import (
     series_style,
     set_fonts,
 )
-from philens.show.tables import count_of
+from philens.show.terminal import count_of
 from philens.tasks.automata import task_label
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from philens.findings.correctness import (
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
 from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI, point_rows
-from philens.show.tables import count_of, counts_text, estimate_text, new_table, number_text
+from philens.show.terminal import count_of, counts_text, estimate_text, new_table, number_text
 
 # Intervals over fewer problems say little.
 FEW_PROBLEMS = 20

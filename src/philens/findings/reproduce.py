@@ -12,10 +12,10 @@ import torch
 
 from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.language_tables import formal_tables
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
 from philens.findings.results_tables import tables as results_tables
-from philens.findings.tables import formal_tables
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
 from philens.lens.model import PHiModel, load
 from philens.reasoning.problems import find_prompt, load_problems

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from philens.bases.facts import text_config
 from philens.findings import Results, write_finding
+from philens.findings.language_tables import all_texts_tables
 from philens.findings.reproduce import prepare
-from philens.findings.tables import all_texts_tables
 from philens.findings.texts import (
     compare_points,
     cut_texts,

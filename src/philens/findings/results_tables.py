@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from philens.show.tables import count_of, estimate_text, new_table
+from philens.show.terminal import count_of, estimate_text, new_table
 
 KIND_LABELS = {
     "sum": "sum",

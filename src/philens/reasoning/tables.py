@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from philens.show.colours import plain_label
-from philens.show.tables import new_table, number_text
+from philens.show.terminal import new_table, number_text
 from philens.support.columns import Column, column_name
 from philens.support.output import visible
 from philens.tasks.chat import content_text

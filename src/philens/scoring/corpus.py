@@ -19,7 +19,7 @@ from philens.bases.hub import reason
 from philens.support.errors import InputError
 from philens.support.typed import listed
 from philens.tasks.chat import check_chat, is_message
-from philens.tasks.tables import (
+from philens.tasks.records import (
     MAX_RECORD_BYTES,
     begins_as_json,
     csv_records,

@@ -23,7 +23,7 @@ from philens.support.typed import listed
 from philens.tasks.arithmetic import LEVELS, problem_at
 from philens.tasks.automata import TaskConfig, generate
 from philens.tasks.chat import check_chat, is_message
-from philens.tasks.tables import PACKED, Kind, kind_of
+from philens.tasks.records import PACKED, Kind, kind_of
 
 if TYPE_CHECKING:
     import datasets

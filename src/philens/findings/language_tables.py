@@ -1,4 +1,4 @@
-"""Findings as tables for a terminal: functions from results to rich tables, to print with a Console."""
+"""Formal languages, levels of text, sweeps: functions from results to tables for a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from rich.text import Text
 from philens.findings.complexity import CORRELATIONS, PARTS
 from philens.findings.tasks import INTERESTING
 from philens.findings.texts import PAPER
-from philens.show.tables import count_of, counts_text, estimate_text, new_table, number_text
+from philens.show.terminal import count_of, counts_text, estimate_text, new_table, number_text
 from philens.tasks.automata import task_label
 from philens.tasks.levels import INTERESTING as INTERESTING_LEVELS
 
