@@ -9,8 +9,7 @@ import json
 import logging
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -36,6 +35,7 @@ from philens.scoring.shards import check_same_settings
 from philens.scoring.texts import check_tokenizer, settings_kept
 from philens.support.errors import ConfigError, InputError
 from philens.support.files import locked
+from philens.support.progress import working
 from philens.tasks.chat import Messages, encode_text
 from philens.tasks.problem import Problem, Prompt, messages
 from philens.training.source import ModelSource
@@ -309,8 +309,9 @@ def _sample(
 ) -> None:
     """Draw the batches that are not yet in a file and append them to it."""
     done = whole_batches(path, problems, plan)
-    with _progress(sum(map(len, plan))) as advance:
-        advance(sum(map(len, plan[:done])))
+    count = sum(map(len, plan[:done]))
+    with working("solving", sum(map(len, plan))) as told:
+        told(count)
         for number, batch in enumerate(plan[done:], done):
             drawn = source.draw(
                 [prompts[problem] for problem, _ in batch],
@@ -322,7 +323,8 @@ def _sample(
                 for (problem, sample), one in zip(batch, drawn, strict=True)
             ]
             append(path, "".join(f"{line}\n" for line in lines).encode())
-            advance(len(batch))
+            count += len(batch)
+            told(count)
 
 
 def _graded(source: "Engine", problem: Problem, sample: int, drawn: "Drawn") -> Solution:
@@ -366,19 +368,6 @@ def _reply(source: "Engine", ids: list[int]) -> tuple[str, int, bool]:
         # The fewest tokens that write it; the last may hold the beginning of the stop.
         count = bisect_left(range(count), len(text), key=lambda place: len(decoded(place)))
     return text, count, finished
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on standard error, if that is a terminal; gives what is to be called with solutions done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("solving", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # Solutions from elsewhere.

@@ -13,6 +13,7 @@ from philens.support.errors import ConfigError, InputError
 from philens.support.files import same_file
 from philens.support.output import utf8_output
 from philens.support.processes import ALONE, Rank
+from philens.support.progress import working
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
@@ -233,20 +234,12 @@ def _show(scored: "Iterator[tuple[Document, TokenScores]]", form: str, output: P
 @contextmanager
 def _progress(corpus: Corpus, shown: bool) -> Iterator[Done]:
     """A bar on standard error, if that is a terminal; gives what is to be called as it goes on."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     documents = tokens = read = 0
-    with Progress(
-        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as bar:
-        task = bar.add_task("reading", total=corpus.size)
+    with working("reading", corpus.size, shown) as told:
 
         def done(more_documents: int, more_tokens: int, end: int) -> None:
             nonlocal documents, tokens, read
             documents, tokens, read = documents + more_documents, tokens + more_tokens, max(read, end)
-            bar.update(task, completed=read, description=f"{documents:,} documents, {tokens:,} tokens")
+            told(read, f"{documents:,} documents, {tokens:,} tokens")
 
         yield done
