@@ -224,9 +224,8 @@ class Corpus:
                         place, end = f"{name} row {number}", size * number // rows
                         yield from self._documents(record, place, f"{name}:{number}", end)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
             raise InputError(
-                f"{name} cannot be read as Parquet ({reason}); it is damaged or something else."
+                f"{name} cannot be read as Parquet ({reason(error)}); it is damaged or something else."
             ) from error
 
     def _read_hub(self, name: str) -> Iterator[Document]:
@@ -362,8 +361,9 @@ def _open(name: str) -> BinaryIO:
 
 
 def _unreachable(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(f"{_public(name)} cannot be read ({reason}); check the address and your access to it.")
+    return InputError(
+        f"{_public(name)} cannot be read ({reason(error)}); check the address and your access to it."
+    )
 
 
 def _is_empty(content: str | list[Message]) -> bool:

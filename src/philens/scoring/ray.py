@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from philens.bases.hub import reason
 from philens.scoring.corpus import Corpus, Document
 from philens.scoring.shards import Done, Job, Shard, Writer
 from philens.support.errors import ConfigError, InputError, OutputError, PhilensError
@@ -90,8 +91,9 @@ class RaySchedule:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"Ray cannot be reached ({reason}); check RAY_ADDRESS or unset it.") from error
+            raise ConfigError(
+                f"Ray cannot be reached ({reason(error)}); check RAY_ADDRESS or unset it."
+            ) from error
 
     def _pipeline(self, job: Job) -> Iterator[dict[str, Any]]:
         import ray

@@ -86,9 +86,8 @@ def set_attention(base: Any, recipe: Recipe) -> None:
     try:
         base.set_attn_implementation(chosen)
     except (AttributeError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"model.attention {chosen} does not work here ({reason}); set it to auto."
+            f"model.attention {chosen} does not work here ({hub.reason(error)}); set it to auto."
         ) from error
 
 
@@ -165,9 +164,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the files may be damaged: anything can come out of them
-        reason = " ".join(str(error).split())[:200]
         raise AdapterError(
-            f"{folder} does not hold a tokenizer that can be loaded ({reason}); it is damaged."
+            f"{folder} does not hold a tokenizer that can be loaded ({hub.reason(error)}); it is damaged."
         ) from error
 
 
@@ -186,9 +184,7 @@ def build_base(recipe: Recipe, tokenizer: Any = None) -> Any:
         check_weights(sizes, lambda: _build_base(recipe, tokenizer))
         return _build_base(recipe, tokenizer)
     except StrictDataclassError as error:
-        raise RecipeError(
-            f"model does not hold together ({' '.join(str(error).split())}); change its sizes."
-        ) from error
+        raise RecipeError(f"model does not hold together ({hub.reason(error)}); change its sizes.") from error
 
 
 def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
