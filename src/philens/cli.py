@@ -14,7 +14,7 @@ from philens.commands import COMMANDS, Command
 from philens.commands.show import tell
 from philens.support.errors import ConfigError, PhilensError
 from philens.support.output import printable
-from philens.support.typed import convert, nearest
+from philens.support.typed import convert, nearest, pairs
 from philens.support.versions import __version__
 
 
@@ -126,6 +126,8 @@ def _add_command(below: Any, name: str, command: Command) -> None:
             sub.add_argument(_option(option), action="store_true", help=about)
         elif get_origin(parameter.annotation) is list:
             sub.add_argument(option, nargs="*", metavar="FILE", help=about)
+        elif _is_pairs(parameter):
+            sub.add_argument(_option(option), action="append", metavar="KEY=VALUE", help=about)
         elif parameter.default is parameter.empty:
             sub.add_argument(option, help=about)
         else:
@@ -138,6 +140,10 @@ def _is_choice(parameter: inspect.Parameter) -> bool:
     return get_origin(parameter.annotation) is Literal
 
 
+def _is_pairs(parameter: inspect.Parameter) -> bool:
+    return dict in map(get_origin, get_args(parameter.annotation))
+
+
 def _typed(command: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """Texts from the command line as what the command takes."""
     typed = {}
@@ -146,8 +152,10 @@ def _typed(command: Callable[..., Any], options: dict[str, Any]) -> dict[str, An
         if isinstance(value, str) and int in (kind, *get_args(kind)) and value.lstrip("-").isdecimal():
             value = int(value)
         shown = name if parameter.default is parameter.empty else _option(name)
-        # A default is what the command says it is.
-        typed[name] = value if value == parameter.default else convert(value, kind, shown)
+        if value == parameter.default:  # which is what the command says it is
+            typed[name] = value
+        else:
+            typed[name] = pairs(value, shown) if _is_pairs(parameter) else convert(value, kind, shown)
     return typed
 
 

@@ -98,6 +98,9 @@ def score(
     batch_tokens: int = 4096,
     overflow: Literal["error", "nan"] = "error",
     alternatives: bool = False,
+    chat_option: dict[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
     shard_characters: int = 1_000_000,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
@@ -131,6 +134,11 @@ def score(
         batch_tokens: tokens in a batch.
         overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         alternatives: also the likeliest tokens in each token's place, and the rank of its own.
+        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
+            YAML; may be given several times.
+        system: what the system says at the beginning of chats in which it says nothing.
+        bos: put the tokenizer's BOS before what would begin without it; by default texts begin as the
+            tokenizer has it, and chats as its template has it.
         shard_characters: characters of text in a file of the output folder, about.
         engine: where scoring runs: in this process, or on the Ray cluster at RAY_ADDRESS (else a local one).
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
@@ -145,11 +153,13 @@ def score(
     from philens.scoring.corpus import Corpus
     from philens.scoring.run import score_corpus
     from philens.support.processes import rank
+    from philens.tasks.rendering import Rendering
     from philens.training.opening import open_lens
     from philens.training.source import ModelSource
 
     process = rank()
     source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
+    rendering = Rendering(chat_option or {}, system, bos)
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
@@ -159,7 +169,9 @@ def score(
             raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
         if sample and not 0 < temperature < math.inf:
             raise ConfigError(f"--temperature must be above 0, not {temperature:g}.")
-        _generate(open_lens(source), generate, max_new_tokens, sample, temperature, overflow)
+        if chat_option or system is not None:
+            raise ConfigError("--generate goes on from plain text; leave out --chat-option and --system.")
+        _generate(open_lens(source, rendering), generate, max_new_tokens, sample, temperature, overflow)
         return 0
     schedule = None
     if engine == "ray":
@@ -174,7 +186,7 @@ def score(
     try:
         summary = score_corpus(
             corpus,
-            partial(open_lens, source),
+            partial(open_lens, source, rendering),
             format,
             output,
             metrics=[name.strip() for name in metrics.split(",") if name.strip()],
@@ -183,7 +195,13 @@ def score(
             overflow=overflow,
             alternatives=alternatives,
             shard_characters=shard_characters,
-            options={"model": model, "adapter": adapter, "revision": revision, "dtype": dtype},
+            options={
+                "model": model,
+                "adapter": adapter,
+                "revision": revision,
+                "dtype": dtype,
+                **rendering.record(),
+            },
             rank=process,
             schedule=schedule,
         )
@@ -222,6 +240,7 @@ def explore(
     port: int = 7860,
     max_characters: int = 10_000,
     record: Path | None = None,
+    bos: bool = False,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
@@ -236,16 +255,18 @@ def explore(
         port: port to listen on; 0 takes any that is free.
         max_characters: that a text may have.
         record: file that keeps every view of the session, a page that works without philens.
+        bos: put the tokenizer's BOS before texts that would begin without it.
         revision: branch, tag or commit of the model on the Hub.
         dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.explore.server import explore
+    from philens.tasks.rendering import Rendering
     from philens.training.source import ModelSource
 
     adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
     source = None if model is None else ModelSource(model, None, revision, dtype, trust_remote_code)
-    explore(source, adapters, host, port, max_characters, say, record)
+    explore(source, adapters, host, port, max_characters, say, record, Rendering(bos=bos))
 
 
 def sweep(

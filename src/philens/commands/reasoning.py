@@ -5,7 +5,7 @@ torch and transformers are imported inside the functions, so that help and error
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from philens.commands.show import console, say
 from philens.support.errors import ConfigError
@@ -26,6 +26,9 @@ def solve(
     max_new_tokens: int = 512,
     batch_size: int | None = None,
     engine: Literal["transformers", "vllm"] = "transformers",
+    chat_option: dict[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
     adapter: str | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -51,6 +54,11 @@ def solve(
         max_new_tokens: most tokens of a solution.
         batch_size: solutions drawn at once.
         engine: vllm is faster on a GPU and needs philens[vllm].
+        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
+            YAML; may be given several times.
+        system: what the system says at the beginning of chats in which it says nothing.
+        bos: put the tokenizer's BOS before prompts that would begin without it; by default they begin as the
+            tokenizer, or its template, has it.
         adapter: a PHi layer that is in the path while sampling, a folder or Hub id.
         revision: branch, tag or commit of the model on the Hub.
         dtype: precision of the model; auto is that of its files.
@@ -77,6 +85,9 @@ def solve(
         batch_size=batch_size,
         engine=engine,
         seed=seed,
+        chat_options=chat_option,
+        system=system,
+        bos=bos,
     )
     say(f"{'Wrote' if solved.new else 'Already finished:'} {solved.path}: {solved}.")
     for level, rate in solved.levels.items():
@@ -116,6 +127,9 @@ def rank(
     output: Path | None = None,
     window: int | None = None,
     batch_tokens: int = 4096,
+    chat_option: dict[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
@@ -134,17 +148,24 @@ def rank(
         output: file for jsonl or csv.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
+        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
+            YAML; may be given several times.
+        system: what the system says at the beginning of chats in which it says nothing.
+        bos: put the tokenizer's BOS before prompts that would begin without it; by default they begin as the
+            tokenizer, or its template, has it.
         revision: branch, tag or commit of the model on the Hub.
         dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.reasoning.ranking import rank_file
+    from philens.tasks.rendering import Rendering
     from philens.training.opening import open_lens
     from philens.training.source import ModelSource
 
+    source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
     count = rank_file(
         candidates,
-        partial(open_lens, ModelSource(model, adapter, revision, dtype, trust_remote_code)),
+        partial(open_lens, source, Rendering(chat_option or {}, system, bos)),
         format,
         output,
         rule=rule,

@@ -21,6 +21,8 @@ from philens.scoring.scores import TokenScores
 from philens.scoring.texts import tokenize_all
 from philens.scoring.windows import context_length, find_windows
 from philens.support.errors import AdapterError, ConfigError, InputError, InsertionError
+from philens.tasks.chat import prompt_tokens
+from philens.tasks.rendering import AS_IS, Rendering
 from philens.training.folder import RunFolder, adapters_in
 from philens.training.opening import SHIPPED as SMALL
 from philens.training.opening import open_lens
@@ -126,6 +128,7 @@ class Explored:
         source: ModelSource,
         adapters: Sequence[str] = (),
         name: str | None = None,
+        rendering: Rendering = AS_IS,
     ) -> "Explored":
         """Load a base and layers for it.
 
@@ -134,13 +137,14 @@ class Explored:
             adapters: folders or Hub ids, or folders that hold several, such as a sweep's; by default those
                 in the run folder.
             name: what readers see.
+            rendering: how texts are put.
 
         Raises:
             PhilensError: something is missing, damaged, or does not belong together.
         """
         found = [one for given in adapters for one in (adapters_in(given) or [given])]
         found = found or adapters_in(source.model)
-        first, tokenizer = open_lens(replace(source, adapter=found[0] if found else None))
+        first, tokenizer = open_lens(replace(source, adapter=found[0] if found else None), rendering)
         lenses = {Path(found[0] if found else source.model).name: first}
         for one in found[1:]:
             next(reversed(lenses.values())).disable()
@@ -224,8 +228,8 @@ class Explored:
             Stopped: the job was stopped.
         """
         at = self._at(point)
-        encoded = self.tokenizer(prompt, return_tensors="pt", verbose=False)
-        length = encoded["input_ids"].numel()
+        prompt_ids = prompt_tokens(self.tokenizer, prompt)
+        length = len(prompt_ids)
         if not length:
             raise InputError("There is nothing to go on from; write at least one character.")
         if not 1 <= count <= MOST_WRITTEN:
@@ -246,8 +250,7 @@ class Explored:
         with self._at_work(at.lens, job, count + 1):
             job.text = prompt
             at.lens.generate(
-                encoded["input_ids"].to(device).long(),
-                encoded["attention_mask"].to(device),
+                torch.tensor([prompt_ids], device=device),
                 streamer=_Writing(self.tokenizer, prompt, job),
                 **options,
             )
@@ -288,7 +291,9 @@ class _Writing(BaseStreamer):
         pass
 
 
-def open_all(source: ModelSource | None, adapters: Sequence[str] = ()) -> dict[str, Explored]:
+def open_all(
+    source: ModelSource | None, adapters: Sequence[str] = (), rendering: Rendering = AS_IS
+) -> dict[str, Explored]:
     """The models to choose from, by name: the one asked for, or those that come with philens; of these the
     formal-language model alone, and a warning, where the other's base is not to be had.
 
@@ -296,7 +301,7 @@ def open_all(source: ModelSource | None, adapters: Sequence[str] = ()) -> dict[s
         PhilensError: as `Explored.open`; adapters without a model.
     """
     if source is not None:
-        opened = Explored.open(source, adapters)
+        opened = Explored.open(source, adapters, rendering=rendering)
         return {opened.name: opened}
     if adapters:
         raise ConfigError("An adapter belongs to a base model; give --model too.")
@@ -307,7 +312,10 @@ def open_all(source: ModelSource | None, adapters: Sequence[str] = ()) -> dict[s
     except (AdapterError, ConfigError) as error:
         logger.warning("Only formal languages can be read: %s", error)
         del shipped[TEXT]
-    return {name: Explored.open(ModelSource(model), name=name) for name, model in shipped.items()}
+    return {
+        name: Explored.open(ModelSource(model), name=name, rendering=rendering)
+        for name, model in shipped.items()
+    }
 
 
 TEXT, FORMAL = "SmolLM2 135M", "formal-language model"

@@ -14,6 +14,7 @@ from philens.explore.session import EXPORTS, Sessions
 from philens.explore.view import style
 from philens.support.errors import ConfigError, PhilensError
 from philens.support.extras import require
+from philens.tasks.rendering import AS_IS, Rendering
 from philens.training.source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,12 @@ def explore(
     most: int,
     say: Callable[[str], None],
     record: Path | None = None,
+    rendering: Rendering = AS_IS,
 ) -> None:
     """Load models, say where the page is, and serve it until the user stops it.
 
     Args:
-        source: as for `models.open_all`, like `adapters`.
+        source: as for `models.open_all`, like `adapters` and `rendering`.
         host, port: as for `listen`.
         most: characters that a text may have.
         say: told the address.
@@ -56,7 +58,7 @@ def explore(
         from philens.explore.app import build
         from philens.explore.models import open_all
 
-        models = open_all(source, adapters)
+        models = open_all(source, adapters, rendering)
         sessions = Sessions(most, kept)
         app = application(build(models, sessions), sessions)
         if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:

@@ -22,11 +22,12 @@ from philens.findings.difficulty import measure_difficulty, sweep_difficulty
 from philens.findings.sweep import RUN_FOLDER, sweep
 from philens.lens.metrics import CONTROLS
 from philens.reasoning.problems import find_prompt, load_problems
-from philens.reasoning.sampling import read_solutions, solve
+from philens.reasoning.sampling import read_rendering, read_solutions, solve
 from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
 from philens.scoring.score import provenance
 from philens.support.errors import ConfigError
 from philens.support.files import write_atomically
+from philens.tasks.rendering import AS_IS, with_rendering
 from philens.training.folder import RunFolder
 from philens.training.opening import has_layer, load_lens
 from philens.training.recipe import load_recipe
@@ -226,6 +227,8 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         logger.info("%s.", solved)
         solutions = read_solutions(solved.path, problems)
     lens, tokenizer = load_lens(model, adapter, dtype=choices.dtype)
+    rendering = AS_IS if choices.solutions is None else read_rendering(choices.solutions)
+    tokenizer = with_rendering(tokenizer, rendering)
     use_formula(lens, choices.kl)
     made_with = {
         "model": model,

@@ -23,6 +23,7 @@ from philens.lens.losses import PHiModelOutput, token_surprisal
 from philens.lens.overflow import Overflow, Overflowed, check_overflow, first_row, overflow_error
 from philens.lens.passing import Pass
 from philens.support.errors import InputError
+from philens.tasks.chat import prompt_tokens
 
 # Called with each token's id, phi and surprisal.
 OnToken = Callable[[int, float, float], None]
@@ -357,8 +358,8 @@ def stream(
     Raises:
         InputError: an empty prompt, or tokens cannot be streamed.
     """
-    encoded = tokenizer(prompt, return_tensors="pt")
-    if not encoded["input_ids"].numel():
+    prompt_ids = prompt_tokens(tokenizer, prompt)
+    if not prompt_ids:
         raise InputError("The prompt is empty; give at least one token to start from.")
     device = next(lens.parameters()).device
     ids: list[int] = []
@@ -376,8 +377,7 @@ def stream(
         held.clear()
         shown = text
 
-    prompt_ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
-    generation = generate(lens, prompt_ids, mask, on_token, **options)
+    generation = generate(lens, torch.tensor([prompt_ids], device=device), on_token=on_token, **options)
     if held:  # it ended within a character
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))

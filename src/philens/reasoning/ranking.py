@@ -20,6 +20,7 @@ from philens.support.output import utf8_output
 from philens.support.progress import shown
 from philens.support.typed import plain
 from philens.tasks.chat import check_chat, content_text
+from philens.tasks.rendering import Rendering, with_rendering
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +62,9 @@ def rank(
     metrics: Sequence[str] = METRICS,
     batch_tokens: int = 4096,
     window: int | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
 ) -> "pd.DataFrame":
     """Order the candidate answers to each prompt by a rule.
 
@@ -74,7 +78,7 @@ def rank(
             `shortest`.
         metrics: metrics of the tokens, as `philens.score` takes them; what the rule needs is added.
         batch_tokens: tokens read at once, padding included.
-        window: as in `philens.score`.
+        window: as in `philens.score`, like `chat_options`, `system` and `bos`.
 
     Returns:
         A row for each candidate, prompt by prompt and in these the best first: prompt and candidate (numbers
@@ -83,7 +87,7 @@ def rank(
         notebook shows it prompt by prompt.
 
     Raises:
-        ConfigError: no rule.
+        ConfigError: no rule; chat options that the template does not have, or no BOS.
         InputError: a prompt with fewer than two candidates, or with an empty one; a column that does not
             exist; or what `measure_replies` raises.
     """
@@ -107,6 +111,7 @@ def rank(
         for number, (prompt, texts) in enumerate(zip(asked, replies, strict=True))
     ]
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
     ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)
     return RankTable(pd.concat([table for _, table in ranked], ignore_index=True))
 

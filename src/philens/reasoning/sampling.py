@@ -36,8 +36,9 @@ from philens.scoring.texts import check_tokenizer, settings_kept
 from philens.support.errors import ConfigError, InputError
 from philens.support.files import locked
 from philens.support.progress import working
-from philens.tasks.chat import Messages, encode_text
+from philens.tasks.chat import Messages, encode_text, missing_bos
 from philens.tasks.problem import Problem, Prompt, messages
+from philens.tasks.rendering import AS_IS, Rendering, with_rendering
 from philens.training.source import ModelSource
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def solve(
     batch_size: int | None = None,
     engine: Literal["transformers", "vllm"] = "transformers",
     seed: int = 0,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
 ) -> Solved:
     """Sample solutions from a model, grade them, and write them into a folder; the same call goes on.
 
@@ -114,9 +118,11 @@ def solve(
         batch_size: solutions drawn at once; None takes that of `BATCH_SIZES`. Other sizes draw others.
         engine: `transformers`, or `vllm` for speed.
         seed: seed of the drawing.
+        chat_options: as in `philens.score`, like `system` and `bos`.
 
     Raises:
-        ConfigError: settings out of range or that exclude each other.
+        ConfigError: settings out of range or that exclude each other; chat options that the template does not
+            have, or no BOS.
         InputError: no problem, two with the same id, or a prompt longer than the model's context.
         AdapterError: model or adapter are missing, damaged or do not belong together.
         OutputError: the folder cannot be written, or belongs to something else or to other settings.
@@ -130,6 +136,7 @@ def solve(
     _check_numbers(samples, temperature, top_p, max_new_tokens, batch_size)
     _check_problems(problems)
     named = model if isinstance(model, ModelSource) else ModelSource(model)
+    rendering = Rendering(chat_options or {}, system, bos)
     settings = {
         "model": named.model,
         "adapter": named.adapter,
@@ -144,6 +151,7 @@ def solve(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,
+        **rendering.record(),
     }
     output = Path(output)
     with locked(output, RECORD_FILE):
@@ -151,6 +159,7 @@ def solve(
         if record["counts"]:
             return Solved(output / SOLUTIONS_FILE, **record["counts"], new=False)
         source = load_engine(engine, named, temperature, top_p)
+        source.tokenizer = with_rendering(source.tokenizer, rendering)
         origin = json.loads(json.dumps(source.record, default=str))
         check_same_settings(output, record["origin"] or origin, origin)
         chats = [messages(problem, prompt) for problem in problems]
@@ -184,7 +193,18 @@ def prompt_ids(tokenizer: Any, chat: Messages) -> list[int]:
     text = render_prompt(tokenizer, chat)
     with settings_kept(tokenizer.backend_tokenizer):
         begin, tokens, _ = encode_text(tokenizer, text)
-    return tokens if tokenizer.chat_template else begin + tokens
+    tokens = tokens if tokenizer.chat_template else begin + tokens
+    return missing_bos(tokenizer, tokens) + tokens
+
+
+def read_rendering(path: str | Path) -> Rendering:
+    """How the prompts of a folder of `solve` were put; of solutions from elsewhere it is not known."""
+    record = Path(path) / RECORD_FILE
+    if not record.is_file():
+        return AS_IS
+    settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    known = (item.name for item in fields(Rendering))
+    return Rendering(**{name: settings[name] for name in known if name in settings})
 
 
 def read_solutions(path: str | Path, problems: Sequence[Problem]) -> list[Solution]:

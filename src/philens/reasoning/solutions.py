@@ -21,8 +21,9 @@ from philens.reasoning.rules import AGGREGATES
 from philens.scoring.texts import Text, as_texts, check_tokenizer
 from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
-from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_tool_calls
+from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_plain_text, refuse_tool_calls
 from philens.tasks.problem import messages
+from philens.tasks.rendering import Rendering, rendering_of, set_rendering
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -301,6 +302,7 @@ def joining(tokenizer: Any) -> Any:
     """A copy of a tokenizer that reads what `after_prompt` gives."""
     copied = copy.copy(tokenizer)
     copied.chat_template = _AS_THEY_ARE
+    set_rendering(copied, Rendering(bos=rendering_of(tokenizer).bos))
     return copied
 
 
@@ -329,6 +331,7 @@ def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> st
         InputError: neither text nor chat, or the template refuses the chat or leaves out its tool calls.
     """
     if isinstance(prompt, str):
+        refuse_plain_text(tokenizer, where)
         return prompt
     if tokenizer.chat_template:
         return chat_prompt(tokenizer, prompt, where)

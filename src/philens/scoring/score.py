@@ -1,6 +1,6 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from philens.scoring.windows import Window, context_length, find_windows
 from philens.support.errors import InputError
 from philens.support.typed import nearest
 from philens.support.versions import versions
+from philens.tasks.rendering import Rendering, rendering_of, with_rendering
 
 # Texts are sorted by length among so many batches' tokens, and so many texts are tokenized at once.
 _LOOK_AHEAD, _TOKENIZED_AT_ONCE = 32, 64
@@ -37,6 +38,9 @@ def score(
     names: Sequence[str] | None = None,
     overflow: Overflow = "error",
     alternatives: bool = False,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
 ) -> ScoredTexts:
     """Score texts token by token.
 
@@ -58,6 +62,10 @@ def score(
         alternatives: also keep the likeliest tokens in each token's place and the rank of the one that stands
             there, as `TokenScores.alternatives`: of the base's distribution, or of that with the layer in the
             path where `surprisal_with_layer` is asked for and `surprisal` is not.
+        chat_options: values for variables of the chat template, such as `{"enable_thinking": False}`.
+        system: what the system says at the beginning of chats in which it says nothing.
+        bos: put the tokenizer's BOS before texts and chats that would begin without it. By default they begin
+            as the tokenizer and its template have it.
 
     Returns:
         One `TokenScores` for each text, in order: a list, which a notebook shows.
@@ -65,7 +73,8 @@ def score(
     Raises:
         InputError: no text, or one that is empty or no text; an unknown metric, or one that this lens does
             not have; a tokenizer without offsets or of another model; a window longer than the context; a
-            model that overflows.
+            model that overflows; system or chat options for what is no chat.
+        ConfigError: chat options that the template does not have, or no BOS.
     """
     texts = list(as_texts(texts))
     if not texts:
@@ -83,6 +92,9 @@ def score(
             names=names,
             overflow=overflow,
             alternatives=alternatives,
+            chat_options=chat_options,
+            system=system,
+            bos=bos,
         )
     )
 
@@ -98,11 +110,14 @@ def iter_scores(
     names: Iterable[str] | None = None,
     overflow: Overflow = "error",
     alternatives: bool = False,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
 ) -> Iterator[TokenScores]:
     """As `score`, for any number of texts: they are read a few batches ahead and their scores come in order.
 
     Raises:
-        InputError: as `score`; about a text when it is reached, about anything else at once.
+        InputError, ConfigError: as `score`; about a text when it is reached, about anything else at once.
     """
     if not isinstance(lens, PHiModel):
         raise InputError(
@@ -110,6 +125,7 @@ def iter_scores(
             f"not {type(lens).__name__}."
         )
     check_tokenizer(tokenizer)
+    tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     check_overflow(overflow)
@@ -212,6 +228,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         "window": context,
         "window_rule": rule,
         "bos_rule": "texts begin as the tokenizer has it, chats as its template has it; so do later windows",
+        **rendering_of(tokenizer).record(),
         "versions": versions("torch", "transformers", "tokenizers"),
     }
 

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from philens.scoring.scores import Span
 from philens.support.errors import InputError
 from philens.support.typed import plain
-from philens.tasks.chat import mark_places, message_region, plain_chat, render, special_tokens
+from philens.tasks.chat import (
+    mark_places,
+    message_region,
+    missing_bos,
+    plain_chat,
+    refuse_plain_text,
+    render,
+    special_tokens,
+)
 
 Text = str | Sequence[Mapping[str, Any]]
 
@@ -80,7 +88,7 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
     """Texts in tokens by the tokenizer's own settings, chats by its own template; on all cores at once.
 
     Args:
-        tokenizer: a fast tokenizer; it is left as it was.
+        tokenizer: a fast tokenizer, perhaps with a `Rendering`; it is left as it was.
         texts: strings, or chats: messages with `role` and `content` (text, text parts, or null with
             `tool_calls`).
         where: what errors call each text.
@@ -92,7 +100,9 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
         (text, []) if isinstance(text, str) else render_chat(tokenizer, text, place)
         for text, place in zip(texts, where, strict=True)
     ]
-    for (text, _), place in zip(rendered, where, strict=True):
+    for (text, _), given, place in zip(rendered, texts, where, strict=True):
+        if isinstance(given, str):
+            refuse_plain_text(tokenizer, place)
         if not text:
             raise InputError(f"{place} is empty; leave it out.")
         try:
@@ -129,6 +139,9 @@ def tokenize_all(tokenizer: Any, texts: Sequence[Text], where: Sequence[str]) ->
                 )
             added = (mask != 0) & (offsets[:, 0] == offsets[:, 1])
             leading = int(np.argmin(added | (marks & (ids == tokenizer.bos_token_id))))
+            if bos := missing_bos(tokenizer, ids):
+                ids, leading = np.concatenate((bos, ids)), leading + 1
+                offsets = np.concatenate((np.zeros((1, 2), np.int64), offsets))
             found[number] = TokenizedText(rendered[number][0], ids, offsets, rendered[number][1], leading)
     return [found[number] for number in range(len(texts))]
 

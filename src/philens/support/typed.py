@@ -1,11 +1,14 @@
 """Values from files and command lines checked against type annotations, with errors in plain words."""
 
+import json
 import re
 import types
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
 
 from philens.support.errors import ConfigError
 
@@ -52,6 +55,25 @@ def numbers(text: str) -> list[int]:
     if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text):
         return list(range(*map(int, text.split(":"))))
     return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else []
+
+
+def pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
+    """Texts such as `a=false` as keys and values, which are read as YAML; what JSON does not have is text.
+
+    Raises:
+        ConfigError: one has no key or no value; the sentence begins with `name`.
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{name} must be KEY=VALUE, not {shown(text)}.")
+        try:
+            found[key] = yaml.safe_load(value)
+            json.dumps(found[key], allow_nan=False)
+        except (yaml.YAMLError, TypeError, ValueError):
+            found[key] = value
+    return found
 
 
 def plain(value: Any) -> Any:

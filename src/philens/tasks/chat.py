@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from philens.bases.hub import reason
 from philens.support.errors import InputError
 from philens.support.typed import is_missing
+from philens.tasks.rendering import rendering_of
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.bool_]]
 Messages = list[dict[str, Any]]
@@ -27,6 +28,7 @@ MOMENT = datetime(2024, 7, 26, 12)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters that no text has, to find out what a template does with contents.
 _FIRST, _SECOND, _PERCENT = "\ue000", "\ue001", "\ue002"
+_SYSTEM = ("system", "developer")
 # By template: whether it takes contents as texts, and what it writes between two parts of one.
 _forms: dict[str, tuple[bool, str]] = {}
 
@@ -86,7 +88,8 @@ def content_text(message: Mapping[str, Any], separator: str = "") -> str | None:
 def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
     """A chat with every content as one text, its parts joined as the tokenizer's template joins them.
 
-    Keys without a value, which tables fill in, are left out.
+    Keys without a value, which tables fill in, are left out. What the system is to say by the tokenizer's
+    `Rendering` comes first where the chat has no such message.
 
     Raises:
         InputError: as `check_chat`.
@@ -97,6 +100,9 @@ def plain_chat(tokenizer: Any, messages: Any, where: str) -> Messages:
     separator = _form(tokenizer)[1] if listed and tokenizer.chat_template else ""
     for message in chat:
         message["content"] = content_text(message, separator)
+    system = rendering_of(tokenizer).system
+    if system is not None and chat[0]["role"] not in _SYSTEM:
+        chat.insert(0, {"role": "system", "content": system})
     return chat
 
 
@@ -135,7 +141,7 @@ def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = Fals
         options: of `apply_chat_template`.
 
     Raises:
-        InputError: the template refuses the chat, or leaves out its tool calls.
+        InputError: the template refuses the chat, or leaves out its tool calls or what the system is to say.
     """
     calls = any(message.get("tool_calls") for message in messages)
     if not _form(tokenizer)[0]:
@@ -150,22 +156,30 @@ def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = Fals
             made = _apply(tokenizer, messages, **options)
     except Exception as error:  # a template raises what it likes
         raise InputError(f"The chat template refuses {where} ({reason(error)}); change the chat.") from error
-    if calls:
-        text = made if isinstance(made, str) else tokenizer.decode(made["input_ids"])
-        if any(str(call.get("name")) not in text for message in messages for call in _calls(message)):
-            raise InputError(
-                f"The chat template leaves out the tool calls of {where}; use a tokenizer whose template has "
-                "them, or leave such chats out."
-            )
+    system = rendering_of(tokenizer).system
+    text = made
+    if not isinstance(made, str):
+        text = tokenizer.decode(made["input_ids"]) if calls or system is not None else ""
+    if calls and any(str(call.get("name")) not in text for message in messages for call in _calls(message)):
+        raise InputError(
+            f"The chat template leaves out the tool calls of {where}; use a tokenizer whose template has "
+            "them, or leave such chats out."
+        )
+    if system is not None and (content_text(messages[0]) or "").strip() not in text:
+        raise InputError(
+            f"The chat template leaves out what the system says in {where}; leave out system, or say it in a "
+            "message of the user."
+        )
     return made
 
 
 def _apply(tokenizer: Any, messages: Messages, **options: Any) -> Any:
     template = tokenizer.get_chat_template()
+    options = {"date_string": MOMENT.strftime("%d %b %Y"), **rendering_of(tokenizer).chat_options, **options}
     if "strftime_now" in template:
         # A line of its own: blanks before the template's first block are treated as before.
         options["chat_template"] = f"{_STOPPED_CLOCK}\n{template}"
-    return tokenizer.apply_chat_template(messages, date_string=MOMENT.strftime("%d %b %Y"), **options)
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def _stopped_clock() -> str:
@@ -264,6 +278,29 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[i
         tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
         _end(tokenizer),
     )
+
+
+def missing_bos(tokenizer: Any, token_ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
+    """BOS, where a text of these tokens is to begin with it by the tokenizer's `Rendering`, and does not."""
+    bos = tokenizer.bos_token_id
+    has_it = len(token_ids) and token_ids[0] == bos
+    return [bos] if rendering_of(tokenizer).bos and not has_it else []
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """A text as the tokens after which a model goes on writing."""
+    tokens = tokenizer(text, verbose=False).input_ids
+    return missing_bos(tokenizer, tokens) + tokens
+
+
+def refuse_plain_text(tokenizer: Any, where: str) -> None:
+    """Raise an InputError if the tokenizer's `Rendering` says something that only chats have a place for."""
+    chosen = rendering_of(tokenizer)
+    if chosen.system is not None or chosen.chat_options:
+        raise InputError(
+            f"{where} is plain text, and system and chat options are for chats; leave them out, or give a "
+            "list of messages."
+        )
 
 
 def encode_chat(tokenizer: Any, messages: Any, where: str = "") -> Encoded:

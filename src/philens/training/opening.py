@@ -10,6 +10,7 @@ from philens.lens.model import PHiModel, load
 from philens.support.errors import AdapterError, ConfigError
 from philens.support.files import PACKAGE, not_finite
 from philens.support.processes import device
+from philens.tasks.rendering import AS_IS, Rendering, with_rendering
 from philens.training.build import attach_fresh
 from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe, check_same_recipe
@@ -50,8 +51,8 @@ def load_lens(
     return open_lens(ModelSource(model, adapter, revision, dtype, trust_remote_code))
 
 
-def open_lens(source: ModelSource) -> Opened:
-    """What `load_lens` returns, of a source."""
+def open_lens(source: ModelSource, rendering: Rendering = AS_IS) -> Opened:
+    """What `load_lens` returns, of a source; texts and chats are put by its tokenizer as chosen."""
     run = RunFolder(source.model)
     if source.adapter is None and not has_layer(source.model):
         if run.exists:
@@ -76,7 +77,7 @@ def open_lens(source: ModelSource) -> Opened:
     lens = load(loaded, source.adapter or source.model)
     if (accelerator := device()) is not None:
         lens.to(accelerator)
-    return Opened(lens, tokenizer)
+    return Opened(lens, with_rendering(tokenizer, rendering))
 
 
 def has_layer(model: str) -> bool:
