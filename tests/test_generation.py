@@ -17,9 +17,9 @@ from conftest import make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
 from philens.lens.config import PHiConfig
-from philens.lens.generation import stream
 from philens.lens.losses import token_surprisal
 from philens.lens.model import attach
+from philens.scoring.streaming import stream
 from philens.support.errors import InputError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -115,7 +115,7 @@ def test_a_peft_model(options):
         assert_scored(lens, lens.generate(prompts(), **(GREEDY | settings)))
     seen = []
     generation = lens.generate(prompts(1), on_token=lambda *token: seen.append(token), **GREEDY)
-    close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0])
+    close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0, generation.prompt_length :])
     assert lens.check().ok
 
 
@@ -331,16 +331,22 @@ def test_beams_that_a_criterion_ends(lens):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "mamba", "lstm"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_tokens_come_in_order_each_once_with_their_final_values(name, sampled):
-    lens, seen = shaken(make(name)), []
+    lens, seen, new = shaken(make(name)), [], []
     options = GREEDY | {"do_sample": sampled}
     torch.manual_seed(4)
-    generation = lens.generate(prompts(1), on_token=lambda *token: seen.append(token), **options)
+    generation = lens.generate(
+        prompts(1), on_token=lambda *token: seen.append(token), skip_prompt=False, **options
+    )
     assert [token for token, _, _ in seen] == generation.sequences[0].tolist()
     close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0])
     close(torch.tensor([surprisal for _, _, surprisal in seen]), generation.surprisal[0])
     torch.manual_seed(4)
     assert torch.equal(generation.sequences, lens.generate(prompts(1), **options).sequences)
     assert_scored(lens, generation)
+    torch.manual_seed(4)
+    lens.generate(prompts(1), on_token=lambda *token: new.append(token), **options)
+    assert [token for token, *_ in new] == generation.sequences[0, generation.prompt_length :].tolist()
+    close(torch.tensor([values for _, *values in new]), torch.tensor([values for _, *values in seen[-8:]]))
 
 
 def test_tokens_are_handed_on_while_the_rest_is_generated(lens):
@@ -348,10 +354,9 @@ def test_tokens_are_handed_on_while_the_rest_is_generated(lens):
     handle = lens.base.register_forward_hook(lambda *_: steps.append(len(seen)))
     lens.generate(prompts(1), on_token=lambda *token: seen.append(token), **GREEDY)
     handle.remove()
-    # The prompt's scores; the prompt; each token but the last, which is not read; the scores of all.
-    assert steps[:2] == [0, 6]
-    assert steps[2:] == [*range(6, 13), 13]
-    assert len(seen) == 14
+    # The prompt; each token but the last, which is not read; the scores of all.
+    assert steps == [0, *range(7), 7]
+    assert len(seen) == 8
 
 
 def test_a_stream_that_ends_early(lens):
@@ -365,13 +370,13 @@ def test_a_stream_that_ends_early(lens):
         pad_token_id=end,
         **GREEDY,
     )
-    assert seen == text[0, :10].tolist()
+    assert seen == text[0, 6:10].tolist()
 
 
 def test_the_prior_goes_on_when_observing():
     lens, seen = shaken(make("llama"), mode="observe"), []
     generation = lens.generate(prompts(1), on_token=lambda *token: seen.append(token), **GREEDY)
-    close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0])
+    close(torch.tensor([phi for _, phi, _ in seen]), generation.phi[0, generation.prompt_length :])
 
 
 def test_pieces_join_to_the_text(lens):

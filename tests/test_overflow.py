@@ -10,11 +10,11 @@ import philens
 from conftest import make_llama
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.generation import stream
 from philens.lens.metrics import METRICS
 from philens.reasoning.engines import TransformersEngine
 from philens.scoring.documents import score_documents
 from philens.scoring.score import iter_scores, score
+from philens.scoring.streaming import stream
 from philens.support.errors import InputError
 from philens.tasks.automata import TaskConfig, generate
 from philens.training.source import ModelSource

@@ -12,11 +12,11 @@ from conftest import make_llama
 from philens import cli
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
 from philens.explore.models import Explored, Job
-from philens.lens.generation import stream
 from philens.reasoning.problems import PROMPTS, load_problems
 from philens.reasoning.sampling import prompt_ids, read_rendering, solve
 from philens.reasoning.solutions import measure_replies
 from philens.scoring.score import score
+from philens.scoring.streaming import stream
 from philens.scoring.texts import tokenize
 from philens.support.errors import ConfigError, InputError
 from philens.support.typed import pairs

@@ -221,7 +221,7 @@ def _generate(
     loaded: Any, prompt: str, max_new_tokens: int, sample: bool, temperature: float, overflow: str
 ) -> None:
     """Show a text as a model writes it."""
-    from philens.lens.generation import stream
+    from philens.scoring.streaming import stream
     from philens.show.tokens import LiveTokens
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "overflow": overflow}

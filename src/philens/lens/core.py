@@ -57,6 +57,8 @@ class LensCore(nn.Module):
             parameter = next(iter(module.parameters()), next(iter(base.parameters()), None))
             if parameter is not None:
                 layer.to(parameter.device)
+        self.training = base.training  # a base that was loaded evaluates, and what is made anew trains
+        self.phi.train(base.training)
         self.register_buffer("weight_scale", torch.ones(()), persistent=False)
         self._arguments, self._takes_others = accepted_arguments(base)
         self._head_is_last: bool | None = None  # whether logits are the output head's output, untouched

@@ -23,7 +23,6 @@ from philens.lens.losses import PHiModelOutput, token_surprisal
 from philens.lens.overflow import Overflow, Overflowed, check_overflow, first_row, overflow_error
 from philens.lens.passing import Pass
 from philens.support.errors import InputError
-from philens.tasks.chat import prompt_tokens
 
 # Called with each token's id, phi and surprisal.
 OnToken = Callable[[int, float, float], None]
@@ -54,6 +53,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     on_token: OnToken | None = None,
+    skip_prompt: bool = True,
     overflow: Overflow = "error",
     **options: Any,
 ) -> PHiGeneration:
@@ -67,8 +67,9 @@ def generate(
     Args:
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 0 on padding, which is on the left.
-        on_token: called with id, phi and surprisal of every token as soon as the model has read it, those of
-            the prompt first; for one row without padding, token by token, and one PHi layer.
+        on_token: called with id, phi and surprisal of every new token as soon as the model has read it; for
+            one row without padding, token by token, and one PHi layer.
+        skip_prompt: False calls it with the prompt's tokens first.
         overflow: what becomes of tokens whose phi or surprisal the model cannot hold, as in `philens.score`;
             what has no finite predictions cannot be drawn from either way.
         options: of the base's `generate`.
@@ -100,7 +101,8 @@ def generate(
                 record, read = None, [0]
                 if on_token is not None:
                     count = input_ids.shape[1]
-                    hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
+                    if not skip_prompt:
+                        hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
                     read = stack.enter_context(_followed(lens, on_token, count, overflow))
                 # Beams change rows; a user's cache must not be read on; sampled latents are drawn once.
                 elif (
@@ -342,43 +344,3 @@ def _followed(lens: LensCore, on_token: OnToken, count: int, overflow: Overflow)
         stack.close()
         for handle in handles:
             handle.remove()
-
-
-def stream(
-    lens: LensCore,
-    tokenizer: Any,
-    prompt: str,
-    write: Callable[[str, float, float], None],
-    **options: Any,
-) -> PHiGeneration:
-    """Generate after a prompt and call `write` with the text, phi and surprisal of every token as it comes.
-
-    Tokens that end within a character are held back until it is whole; their values are summed.
-
-    Raises:
-        InputError: an empty prompt, or tokens cannot be streamed.
-    """
-    prompt_ids = prompt_tokens(tokenizer, prompt)
-    if not prompt_ids:
-        raise InputError("The prompt is empty; give at least one token to start from.")
-    device = next(lens.parameters()).device
-    ids: list[int] = []
-    held: list[tuple[float, float]] = []
-    shown = ""
-
-    def on_token(token: int, phi: float, surprisal: float) -> None:
-        nonlocal shown
-        ids.append(token)
-        held.append((phi, surprisal))
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return
-        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
-        held.clear()
-        shown = text
-
-    generation = generate(lens, torch.tensor([prompt_ids], device=device), on_token=on_token, **options)
-    if held:  # it ended within a character
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
-    return generation

@@ -74,6 +74,8 @@ class PHiModel(LensCore):
 def attach(base: nn.Module, config: PHiConfig) -> PHiModel:
     """Insert PHi layers into a base model; nothing of the base is copied or changed.
 
+    The layers are in the base's mode: in evaluation, where latents are not drawn, if the base is.
+
     Args:
         base: a causal language model: called with token ids (B, T), it returns logits (B, T, V) or an object
             that has them.
