@@ -98,6 +98,7 @@ def score(
     batch_tokens: int = 4096,
     overflow: Literal["error", "nan"] = "error",
     alternatives: bool = False,
+    steps: Literal["lines", "sentences", "equations"] | None = None,
     chat_option: dict[str, Any] | None = None,
     system: str | None = None,
     bos: bool = False,
@@ -134,6 +135,8 @@ def score(
         batch_tokens: tokens in a batch.
         overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         alternatives: also the likeliest tokens in each token's place, and the rank of its own.
+        steps: also the means of each of these in thoughts and answers, in what the assistant says, or in the
+            text: lines, sentences or equations.
         chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
             YAML; may be given several times.
         system: what the system says at the beginning of chats in which it says nothing.
@@ -194,6 +197,7 @@ def score(
             window=window,
             overflow=overflow,
             alternatives=alternatives,
+            steps=steps,
             shard_characters=shard_characters,
             options={
                 "model": model,

@@ -97,7 +97,10 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str | None, link: 
     """
     sections = [_section(number, scores, texts, look) for number, scores in enumerate(texts)]
     means = means_table(
-        [PageDocument(_name(one), "", one.pieces(), one.columns, units=one.units) for one in texts]
+        [
+            PageDocument(_name(one), "", one.pieces(), one.columns, units=one.units, parts=one.span_means())
+            for one in texts
+        ]
     )
     kept = "" if exports is None else _exports(texts, exports, link)
     return (

@@ -108,7 +108,7 @@ def reproduce_texts(
         "finding": "texts",
         "model": str(model),
         "adapter": results["adapter"],
-        "form": "chat" if scores[0].spans else "text",
+        "form": "chat" if any(span.name == "assistant" for span in scores[0].spans) else "text",
         "seed": seed,
         "kl": kl or first.config.kl,
         "levels_from": None if levels is None else str(levels),

@@ -229,8 +229,8 @@ def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
     """The tokens that count, and their columns."""
     starts, ends = scores.offsets.T
     counts = ends > starts
-    if scores.spans:
-        reply = next(span for span in scores.spans if span.name == "assistant")
+    reply = next((span for span in scores.spans if span.name == "assistant"), None)
+    if reply is not None:
         counts &= (ends > reply.start) & (starts < reply.end)
     if not counts.any():
         raise InputError(f"The chat template leaves out {text.name}; score texts alone (--plain).")

@@ -18,6 +18,7 @@ from philens.support.progress import working
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
     from philens.lens.overflow import Overflow
+    from philens.scoring.parts import Steps
     from philens.scoring.scores import TokenScores
 
 Form = Literal["terminal", "table", "jsonl", "parquet", "html"]
@@ -57,7 +58,7 @@ class Scorer:
 
     Attributes:
         load: gives the lens and its tokenizer.
-        metrics: as for `philens.score`, like `batch_tokens`, `window`, `overflow` and `alternatives`.
+        metrics: as for `philens.score`, like `batch_tokens`, `window` and all that follows.
     """
 
     load: "Callable[[], tuple[PHiModel, Any]]"
@@ -66,6 +67,7 @@ class Scorer:
     window: int | None
     overflow: "Overflow" = "error"
     alternatives: bool = False
+    steps: "Steps | None" = None
     _loaded: "tuple[PHiModel, Any] | None" = None
 
     def __call__(self, group: Sequence[Document]) -> "Iterator[TokenScores]":
@@ -81,6 +83,7 @@ class Scorer:
             names=[document.id for document in group],
             overflow=self.overflow,
             alternatives=self.alternatives,
+            steps=self.steps,
         )
 
 
@@ -95,6 +98,7 @@ def score_corpus(
     window: int | None = None,
     overflow: "Overflow" = "error",
     alternatives: bool = False,
+    steps: "Steps | None" = None,
     shard_characters: int = SHARD_CHARACTERS,
     options: dict[str, Any] | None = None,
     rank: Rank = ALONE,
@@ -107,7 +111,7 @@ def score_corpus(
         load: gives the lens and its tokenizer; called when there is something to score.
         form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
         output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
-        metrics: as for `philens.score`, like `batch_tokens`, `window`, `overflow` and `alternatives`.
+        metrics: as for `philens.score`, like all down to `steps`.
         shard_characters: characters in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
         rank: which of several processes this is, that write a folder together.
@@ -127,7 +131,7 @@ def score_corpus(
         raise ConfigError(
             "--alternatives has no place among coloured tokens; give --format table, html, jsonl or parquet."
         )
-    score = Scorer(load, metrics, batch_tokens, window, overflow, alternatives)
+    score = Scorer(load, metrics, batch_tokens, window, overflow, alternatives, steps)
     shown = rank.number == 0 and (output is not None or not sys.stdout.isatty())
     with _progress(corpus, shown) as done:
         if output is not None and form in ("jsonl", "parquet"):
@@ -144,6 +148,7 @@ def score_corpus(
             # As before there was a choice.
             decisive |= {"overflow": overflow} if overflow != "error" else {}
             decisive |= {"alternatives": True} if alternatives else {}
+            decisive |= {} if steps is None else {"steps": steps}
             decisive |= options or {}
             state, new = write_shards(
                 output, corpus, score, decisive, form, shard_characters, done, schedule, rank

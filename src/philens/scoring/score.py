@@ -15,6 +15,7 @@ from philens.lens.metrics import METRICS, Columns, columns_of, obstacle, read_ba
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.scoring.alternatives import MOST, Alternatives, TokenTexts
+from philens.scoring.parts import Steps, check_steps, parts_of
 from philens.scoring.scores import ScoredTexts, TokenScores
 from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer, tokenize_all
 from philens.scoring.windows import Window, context_length, find_windows
@@ -41,6 +42,7 @@ def score(
     chat_options: Mapping[str, Any] | None = None,
     system: str | None = None,
     bos: bool = False,
+    steps: Steps | None = None,
 ) -> ScoredTexts:
     """Score texts token by token.
 
@@ -66,6 +68,9 @@ def score(
         system: what the system says at the beginning of chats in which it says nothing.
         bos: put the tokenizer's BOS before texts and chats that would begin without it. By default they begin
             as the tokenizer and its template have it.
+        steps: also make each of these a span: `lines`, `sentences` or `equations` of thoughts and answers, of
+            what the assistant says in chats, or of the text. Thoughts and answers are spans where a text has
+            them.
 
     Returns:
         One `TokenScores` for each text, in order: a list, which a notebook shows.
@@ -74,7 +79,7 @@ def score(
         InputError: no text, or one that is empty or no text; an unknown metric, or one that this lens does
             not have; a tokenizer without offsets or of another model; a window longer than the context; a
             model that overflows; system or chat options for what is no chat.
-        ConfigError: chat options that the template does not have, or no BOS.
+        ConfigError: chat options that the template does not have, or no BOS; no such steps.
     """
     texts = list(as_texts(texts))
     if not texts:
@@ -95,6 +100,7 @@ def score(
             chat_options=chat_options,
             system=system,
             bos=bos,
+            steps=steps,
         )
     )
 
@@ -113,6 +119,7 @@ def iter_scores(
     chat_options: Mapping[str, Any] | None = None,
     system: str | None = None,
     bos: bool = False,
+    steps: Steps | None = None,
 ) -> Iterator[TokenScores]:
     """As `score`, for any number of texts: they are read a few batches ahead and their scores come in order.
 
@@ -129,6 +136,7 @@ def iter_scores(
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}.")
     check_overflow(overflow)
+    check_steps(steps)
     wanted, following = check_metrics(lens, metrics), as_texts(texts)
     context = context_length(lens.base, window)
     origin = provenance(lens, tokenizer, context)
@@ -156,7 +164,7 @@ def iter_scores(
                     text.token_ids,
                     text.offsets,
                     read.columns,
-                    text.spans,  # pyright: ignore[reportArgumentType]
+                    [*text.spans, *parts_of(text.text, text.spans, steps)],  # pyright: ignore[reportArgumentType]
                     own,
                     read.sinks,
                     kept,

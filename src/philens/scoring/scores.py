@@ -42,8 +42,16 @@ class Span(NamedTuple):
     end: int
 
 
+class SpanMeans(NamedTuple):
+    """The mean of each column over a span's tokens, as `TokenScores.means` takes it."""
+
+    name: str
+    tokens: int
+    means: dict[str, float]
+
+
 class Spans(list[Span]):
-    """The spans of a text (of a chat: its messages). Called, it gives the scores by span as a table."""
+    """The spans of a text. Called, it gives the scores by span as a table."""
 
     def __init__(self, spans: Iterable[Span], table: "Callable[[Sequence[Span]], pd.DataFrame]") -> None:
         super().__init__(spans)
@@ -72,8 +80,9 @@ class TokenScores:
         offsets: (T, 2) int64, each token's characters in `text`, end not included; start equals end for
             tokens without text, such as a BOS token.
         columns: values by name, (T,) float32, NaN where there is no value; docs/scoring.md says what each is.
-        spans: parts of the text; of a chat one for each message, with its role as the name. `spans(...)`
-            gives a table of these or of other spans.
+        spans: parts of the text, which may lie in one another: of a chat one for each message, with its role
+            as the name; `think` and `answer` where there are thoughts; and steps, where they were asked for.
+            `spans(...)` gives a table of these or of other spans.
         provenance: what the numbers were made with.
         sinks: (T,) bool, attention sinks: tokens with a hidden state many times as long as others', as many
             models' first token. They have a phi as others do, and means and sums of phi leave them out. Of
@@ -204,6 +213,19 @@ class TokenScores:
             for name, values in self.without_sinks().items()
             for present in [values[~np.isnan(values)]]
         }
+
+    def span_means(self) -> list[SpanMeans]:
+        """The means of each of the text's spans, in order."""
+        if not self.spans:
+            return []
+        _, _, tokens, totals = _span_totals(self.text, self.offsets, self.without_sinks(), self.spans)
+        means = {name: (total / np.maximum(count, 1)).tolist() for name, (total, count) in totals.items()}
+        return [
+            SpanMeans(
+                span.name, int(tokens[number]), {name: values[number] for name, values in means.items()}
+            )
+            for number, span in enumerate(self.spans)
+        ]
 
     def at_point(self, point: str | None) -> "TokenScores":
         """The scores with the columns of one of several insertion points, under their plain names; None
@@ -415,14 +437,19 @@ def _token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     )
 
 
-def _span_table(
+def _span_totals(
     text: str,
     offsets: NDArray[np.int64],
     columns: Mapping[str, NDArray[np.float32]],
     spans: Sequence[Span],
-) -> "pd.DataFrame":
-    import pandas as pd
-
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]],
+]:
+    """Of each span its start, its end and how many tokens it has; and of each column the sum over those that
+    have a value, NaN where none has, and how many they are."""
     places = _token_places(text, offsets)
     order = np.argsort(places, kind="stable")
     places = places[order]
@@ -437,16 +464,30 @@ def _span_table(
         sums = np.add.reduceat(np.append(values, values.dtype.type(0)), np.stack([first, last], 1).ravel())
         return np.where(last > first, sums[::2], 0)
 
-    table = pd.DataFrame(
-        {"name": [span.name for span in spans], "start": starts, "end": ends, "tokens": last - first}
-    )
+    found = {}
     for name, values in columns.items():
         values = values[order].astype(np.float64)
         present = ~np.isnan(values)
         count = totals(present.astype(np.int64)) if len(spans) else np.zeros(0, np.int64)
         total = totals(np.where(present, values, 0.0)) if len(spans) else np.zeros(0)
-        table[column_name(name, statistic="sum")] = np.where(count > 0, total, np.nan)
-        table[column_name(name, statistic="mean")] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        found[name] = np.where(count > 0, total, np.nan), count
+    return starts, ends, last - first, found
+
+
+def _span_table(
+    text: str,
+    offsets: NDArray[np.int64],
+    columns: Mapping[str, NDArray[np.float32]],
+    spans: Sequence[Span],
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    starts, ends, tokens, totals = _span_totals(text, offsets, columns, spans)
+    names = [span.name for span in spans]
+    table = pd.DataFrame({"name": names, "start": starts, "end": ends, "tokens": tokens})
+    for name, (total, count) in totals.items():
+        table[column_name(name, statistic="sum")] = total
+        table[column_name(name, statistic="mean")] = total / np.maximum(count, 1)
     return table
 
 

@@ -447,11 +447,16 @@ def _write_json(path: Path, content: _Manifest | Record) -> None:
 
 
 def json_line(document: Document, scores: "TokenScores") -> str:
-    """One line of JSON: id, means, and what `TokenScores.to_json` gives and `from_json` reads."""
-    means = {name: None if isnan(mean) else mean for name, mean in scores.means().items()}
-    return (
-        f"{json.dumps({'id': document.id, 'means': means}, ensure_ascii=False)[:-1]}, {scores.to_json()[1:]}"
-    )
+    """One line of JSON: id, means, also of spans, and what `to_json` gives and `from_json` reads."""
+    first: dict[str, Any] = {"id": document.id, "means": _numbers(scores.means())}
+    if scores.spans:
+        of_spans = scores.span_means()
+        first["span_means"] = [one._asdict() | {"means": _numbers(one.means)} for one in of_spans]
+    return f"{json.dumps(first, ensure_ascii=False)[:-1]}, {scores.to_json()[1:]}"
+
+
+def _numbers(means: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if isnan(mean) else mean for name, mean in means.items()}
 
 
 def _write_jsonl(file: BinaryIO, scored: Iterable[Scored]) -> None:
@@ -492,11 +497,18 @@ def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
         "starts": scores.offsets[:, 0],
         "ends": scores.offsets[:, 1],
         **scores.columns,
-        **{column_name(name, statistic="mean"): mean for name, mean in scores.means().items()},
-        "spans": [span._asdict() for span in scores.spans],
+        **_mean_columns(scores.means()),
+        "spans": [
+            span._asdict() | {"tokens": part.tokens} | _mean_columns(part.means)
+            for span, part in zip(scores.spans, scores.span_means(), strict=True)
+        ],
         "sinks": np.flatnonzero(scores.sinks),
         **{_OF_ALTERNATIVES[name]: values for name, values in others.items()},
     }
+
+
+def _mean_columns(means: dict[str, float]) -> dict[str, float]:
+    return {column_name(name, statistic="mean"): mean for name, mean in means.items()}
 
 
 # What a row calls the lists of `Alternatives.to_lists`, which have an entry for each token.
@@ -514,10 +526,11 @@ def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
     from pyarrow import parquet
 
     numbers, places = pa.list_(pa.float32()), pa.list_(pa.int32())
-    span = pa.struct({"name": pa.string(), "start": pa.int32(), "end": pa.int32()})
+    means = dict.fromkeys(_mean_columns(scores.means()), pa.float64())
+    span = pa.struct({"name": pa.string(), **dict.fromkeys(("start", "end", "tokens"), pa.int32()), **means})
     fields = {"id": pa.string(), "text": pa.string(), "token_ids": places, "starts": places, "ends": places}
     fields |= dict.fromkeys(scores.columns, numbers)
-    fields |= {column_name(name, statistic="mean"): pa.float64() for name in scores.columns}
+    fields |= means
     fields |= {"spans": pa.list_(span), "sinks": places}
     if scores.alternatives is not None:
         of_each = {"ranks": pa.int32(), "token_ids": places, "texts": pa.list_(pa.string())}

@@ -222,6 +222,9 @@ def _one_after_other(text: str, contents: Sequence[str]) -> list[tuple[int, int]
     places, done = [], 0
     for content in map(str.strip, contents):
         start = text.find(content, done)
+        if start < 0:  # some templates leave out thoughts that were answered since
+            content = content.rpartition("</think>")[2].strip()
+            start = text.find(content, done) if content else -1
         end = done if start < 0 else start + len(content)
         places.append((done if start < 0 else start, end))
         done = end

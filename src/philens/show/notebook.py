@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from philens.show.colours import LEVELS, Scale
-from philens.show.page import PageDocument, chosen_metrics, clean, hovers, label, mean_rows, shown_piece
+from philens.show.page import (
+    PageDocument,
+    chosen_metrics,
+    clean,
+    hovers,
+    label,
+    mean_heads,
+    mean_rows,
+    shown_piece,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +39,8 @@ def texts_markup(documents: Sequence[PageDocument]) -> str:
     metrics = chosen_metrics(documents, None)
     values = [{name: np.asarray(array, np.float64) for name, array in one.columns.items()} for one in shown]
     scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
-    parts = [table_markup(*mean_rows(documents[: len(shown)]))]
+    told = documents[: len(shown)]
+    parts = [table_markup(mean_heads(told), mean_rows(told))]
     for one, columns in zip(shown, values, strict=True):
         titles, pieces = hovers(one, columns), [shown_piece(piece) for piece in one.pieces]
         for name, scale in scales.items():

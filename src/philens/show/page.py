@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from philens.show.colours import DARK, LEVELS, LIGHT, Floats, Scale, palette, plain_label
-from philens.show.scored import ScoredText
+from philens.show.scored import PartMeans, ScoredText
 from philens.support.columns import Column
 from philens.support.errors import InputError
 from philens.support.files import write_atomically
 from philens.support.output import visible
 
 MAX_TOKENS, MAX_DOCUMENTS = 50_000, 1_000
+# Of a text, in a table of means.
+MAX_PARTS = 50
 NO_SPAN = ""
 
 
@@ -37,6 +39,7 @@ class PageDocument:
     means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
     units: Mapping[str, str] = field(default_factory=dict)  # of columns, nats where nothing is said
     notes: Sequence[str] = ()  # (T,) what else is read on hover, "" for nothing; or nothing
+    parts: Sequence[PartMeans] = ()  # spans with means of their own
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", dict.fromkeys(self.columns, "nats") | dict(self.units))
@@ -53,6 +56,7 @@ class PageDocument:
             scores.means(),
             scores.units,
             scores.alternatives.notes() if scores.alternatives is not None else (),
+            scores.span_means(),
         )
 
     def beginning(self, pieces: int) -> "PageDocument":
@@ -209,32 +213,51 @@ def _head(title: str) -> str:
 
 
 def means_table(documents: Sequence[PageDocument]) -> str:
-    """Means of every column, one row a document."""
-    (_, *heads), rows = mean_rows(documents)
-    if not rows:
+    """Means of every column, one row a document, and below it one for each of its spans."""
+    if not documents:
         return "<p>There is nothing to show.</p>\n"
-    head = "".join(f"<th>{clean(text)}</th>" for text in heads)
-    body = []
-    for number, (name, *means) in enumerate(rows, start=1):
-        cells = "".join(f"<td>{mean}</td>" for mean in means)
-        body.append(f'<tr><th><a href="#d{number}">{clean(name)}</a></th>{cells}</tr>')
-    lines = "\n".join([f"<tr><th></th>{head}</tr>", *body])
-    return f'<div class="means"><table><caption>Means over tokens</caption>\n{lines}\n</table></div>\n'
+    _, *heads = mean_heads(documents)
+    lines = [f"<tr><th></th>{''.join(f'<th>{clean(text)}</th>' for text in heads)}</tr>"]
+    for number, (name, *means) in _numbered_means(documents):
+        shown = f'<a href="#d{number}">{clean(name)}</a>' if number else clean(name)
+        kind = "" if number else ' class="part"'
+        lines.append(f"<tr{kind}><th>{shown}</th>{''.join(f'<td>{mean}</td>' for mean in means)}</tr>")
+    table = "\n".join(lines)
+    return f'<div class="means"><table><caption>Means over tokens</caption>\n{table}\n</table></div>\n'
 
 
-def mean_rows(documents: Sequence[PageDocument]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and for each document its name, the number of its tokens, and the mean of every column."""
-    columns = list(dict.fromkeys(name for document in documents for name in document.columns))
+def mean_heads(documents: Sequence[PageDocument]) -> list[str]:
+    """What stands above `mean_rows`."""
     units = _units(documents)
-    rows = []
-    for document in documents:
-        own = document.means
-        means = [
-            _mean(document.columns.get(name, ()) if own is None else [own.get(name, np.nan)])
-            for name in columns
-        ]
-        rows.append([document.name, f"{len(document.pieces):,}", *means])
-    return ["", "tokens", *(plain_heading(name, units[name]) for name in columns)], rows
+    return ["", "tokens", *(plain_heading(name, units[name]) for name in _columns(documents))]
+
+
+def mean_rows(documents: Sequence[PageDocument]) -> list[list[str]]:
+    """For each document, and then for each of its spans: name, number of tokens, and mean of every column."""
+    return [row for _, row in _numbered_means(documents)]
+
+
+def _numbered_means(documents: Sequence[PageDocument]) -> Iterable[tuple[int, list[str]]]:
+    """The rows of `mean_rows`, each with the number of its document, from 1; 0 for a span."""
+    names = _columns(documents)
+    for number, document in enumerate(documents, 1):
+        means = document.means
+        if means is None:
+            means = {name: _mean_of(array) for name, array in document.columns.items()}
+        yield number, _mean_row(document.name, len(document.pieces), means, names)
+        for part in document.parts[:MAX_PARTS]:
+            yield 0, _mean_row(f"· {part.name}", part.tokens, part.means, names)
+        if (more := len(document.parts) - MAX_PARTS) > 0:
+            yield 0, [f"· and {more:,} more", "", *("" for _ in names)]
+
+
+def _mean_row(name: str, tokens: int, means: Mapping[str, float], columns: Iterable[str]) -> list[str]:
+    found = (means.get(column, np.nan) for column in columns)
+    return [name, f"{tokens:,}", *("none" if np.isnan(mean) else f"{mean:.3f}" for mean in found)]
+
+
+def _columns(documents: Sequence[PageDocument]) -> list[str]:
+    return list(dict.fromkeys(name for document in documents for name in document.columns))
 
 
 def _legends(scales: Mapping[str, Scale], units: Mapping[str, str]) -> str:
@@ -348,10 +371,10 @@ def _reading(column: str, unit: str, value: float) -> str:
     return f"{plain_label(column)} {number}"
 
 
-def _mean(values: ArrayLike) -> str:
+def _mean_of(values: ArrayLike) -> float:
     present = np.asarray(values, np.float64)
     present = present[~np.isnan(present)]
-    return f"{present.mean():.3f}" if len(present) else "none"
+    return float(present.mean()) if len(present) else np.nan
 
 
 def _style() -> str:
@@ -379,7 +402,7 @@ a{color:inherit}
 .means{overflow:auto;max-height:20rem;margin-bottom:1rem} caption{text-align:left}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem 1.2rem .2rem 0;text-align:right;vertical-align:bottom} th{font-weight:600}
-th:first-child{text-align:left} tr+tr{border-top:1px solid var(--line)}
+th:first-child{text-align:left} .part th{font-weight:400} tr+tr{border-top:1px solid var(--line)}
 .legends{display:flex;flex-wrap:wrap;gap:.3rem 2rem;padding:.6rem 0;
 background:var(--page);border-bottom:1px solid var(--line);font-size:.875rem}
 @media (min-width:50rem){.legends{position:sticky;top:0} section{scroll-margin-top:7rem}}

@@ -19,6 +19,19 @@ class Others(Protocol):
         ...
 
 
+class PartMeans(Protocol):
+    """A named part of a text, how many tokens it has, and the mean of each column over them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def means(self) -> Mapping[str, float]: ...
+
+
 class ScoredText(Protocol):
     """A text of T tokens with values; `philens.TokenScores` is one and says more of each field."""
 
@@ -55,6 +68,10 @@ class ScoredText(Protocol):
     @property
     def spans(self) -> Sequence[tuple[str, int, int]]:
         """Named parts of the text: name, start and end in characters."""
+        ...
+
+    def span_means(self) -> Sequence[PartMeans]:
+        """The means of each of the spans."""
         ...
 
     @property

@@ -11,6 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from philens.show.colours import DARK, LEVELS, Scale, palette, plain_label
+from philens.show.page import MAX_PARTS
 from philens.show.scored import ScoredText
 from philens.support.output import visible, visible_spaces
 
@@ -40,6 +41,8 @@ def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]], c
     scale = Scale.of([item.columns[column] for _, item in head])
     for name, item in chain(head, scored):
         console.print(Text(visible(name), style="bold"), Text(summary(item), style="italic"))
+        for part in parts(item):
+            console.print(Text(part, style="italic"))
         line = Text()
         for piece, level in zip(item.pieces(), scale.levels(item.columns[column]), strict=True):
             line.append_text(coloured(piece, level))
@@ -77,6 +80,16 @@ def summary(scores: ScoredText) -> str:
     return ", ".join([f"{len(scores):,} tokens", *means, *left_out])
 
 
+def parts(scores: ScoredText) -> list[str]:
+    """The same of each span, in a line each."""
+    lines = []
+    for part in scores.span_means()[:MAX_PARTS]:
+        means = (f"{plain_label(name)} {_number(mean)}" for name, mean in part.means.items())
+        lines.append(", ".join([f"  {visible(part.name)}: {part.tokens:,} tokens", *means]))
+    more = len(scores.spans) - MAX_PARTS
+    return [*lines, f"  and {more:,} more"] if more > 0 else lines
+
+
 def _number(value: float) -> str:
     return "none" if np.isnan(value) else f"{value:.3f}"
 
@@ -85,6 +98,7 @@ def print_rows(file: TextIO, scored: Iterable[tuple[str, ScoredText]]) -> None:
     """Print texts as plain rows, a token each: its number, its text, and its value in every column."""
     for name, item in scored:
         file.write(f"{visible(name)}: {summary(item)}\n")
+        file.writelines(f"{part}\n" for part in parts(item))
         file.writelines(_rows(item))
         file.write("\n")
 
