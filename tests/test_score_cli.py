@@ -19,6 +19,7 @@ from conftest import make_gpt2, make_llama
 from philens import cli
 from philens.bases.hub import quiet
 from philens.bases.tokenizer import character_tokenizer
+from philens.lens.core import LensCore
 from philens.scoring.score import score
 from philens.scoring.scores import TokenScores
 from philens.training.opening import load_lens
@@ -219,6 +220,10 @@ def test_float_types(written: Any) -> None:
         (["0.txt", "--filed", "x"], "no option --filed; the nearest valid one is --field."),
         (["0.txt", "--field"], "--field: expected one argument"),
         (["0.txt", "--generate", "a"], "--generate writes a text of its own; leave out 0.txt."),
+        (
+            ["--generate", "a", "--metrics", "phi,margin"],
+            "--generate shows phi and surprisal; leave out --me",
+        ),
         (["empty.txt"], "There is nothing to score: the input has no text; give a file with text."),
     ],
 )
@@ -353,6 +358,21 @@ class Interrupting(io.StringIO):
         raise KeyboardInterrupt
 
 
+def test_what_a_model_does_not_have_is_refused_before_it_reads(
+    error_of: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens, _ = load_lens(str(model))
+    base, passes = lens.detach(), []
+    watching = philens.attach(base, philens.PHiConfig(layer=1, prior_heads=2, mode="observe"))
+    watching.save_pretrained(tmp_path / "watching")
+    reason = watching.supports()["surprisal_with_layer"]
+    monkeypatch.setattr(LensCore, "forward", lambda *_, **__: passes.append(1))
+    words = ["--adapter", tmp_path / "watching", "--metrics", "phi,surprisal_with_layer"]
+    assert error_of("0.txt", *words) == reason
+    assert error_of("0.txt", *words, "--format", "jsonl", "--output", "scores") == reason
+    assert not passes
+
+
 def test_colours_in_a_terminal(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -365,6 +385,9 @@ def test_colours_in_a_terminal(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert TEXTS[1].replace("\n", "⏎\n") in shown
     assert "nats and more" in shown
     assert out.count("\x1b[") > 40
+    code, out, _ = run("0.txt", "--metrics", "margin")  # the first of those asked for
+    assert code == 0
+    assert re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()[-1].startswith("margin 0 ")
     Path("a.txt").write_text("a\x1b[2Jb")
     assert "\x1b[2J" not in run("a.txt")[1]
     monkeypatch.setenv("NO_COLOR", "1")

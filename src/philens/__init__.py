@@ -1,6 +1,10 @@
 """philens: see where a sequence model is thinking hard."""
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from philens.support.versions import __version__ as __version__
@@ -28,6 +32,21 @@ _HOME = {
     "PhilensError": "support.errors",
 }
 
+# Modules by the names that they had before there were rooms; each is the same module under both.
+_MOVED = {
+    "errors": "support.errors",
+    "hub": "bases.hub",
+    "lstm": "bases.lstm",
+    "tokenizer": "bases.tokenizer",
+    "generation": "lens.generation",
+    "layer": "lens.layer",
+    "model": "lens.model",
+    "scoring.solutions": "reasoning.solutions",
+    "scoring.solve": "reasoning.sampling",
+    "tasks.grading": "reasoning.grading",
+    "tasks.problems": "reasoning.problems",
+}
+
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
@@ -50,6 +69,21 @@ if TYPE_CHECKING:
     from philens.training.opening import SHIPPED as SHIPPED
     from philens.training.opening import load_lens as load_lens
     from philens.training.opening import load_run as load_run
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds modules of `_MOVED` where they are now, when nothing else has found them."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _MOVED[module.__name__.partition(".")[2]]
+        sys.modules[module.__name__] = import_module(f"{__name__}.{new}")
+
+
+sys.meta_path.append(_Moved())
 
 
 def __getattr__(name: str) -> Any:

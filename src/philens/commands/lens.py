@@ -168,6 +168,8 @@ def score(
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
         if process.of > 1:
             raise ConfigError("--generate writes one text; start it as one process.")
+        if not {*_names(metrics)} <= {"phi", "surprisal"}:
+            raise ConfigError("--generate shows phi and surprisal; leave out --metrics.")
         if max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
         if sample and not 0 < temperature < math.inf:
@@ -192,7 +194,7 @@ def score(
             partial(open_lens, source, rendering),
             format,
             output,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=_names(metrics),
             batch_tokens=batch_tokens,
             window=window,
             overflow=overflow,
@@ -219,6 +221,11 @@ def score(
     elif summary.finished and (summary.new or process.of == 1):  # of several processes the last one, once
         say(f"{'Wrote' if summary.new else 'Already finished:'} {output}: {summary}.")
     return 0
+
+
+def _names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _generate(
@@ -268,7 +275,7 @@ def explore(
     from philens.tasks.rendering import Rendering
     from philens.training.source import ModelSource
 
-    adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
+    adapters = _names(adapter or "")
     source = None if model is None else ModelSource(model, None, revision, dtype, trust_remote_code)
     explore(source, adapters, host, port, max_characters, say, record, Rendering(bos=bos))
 

@@ -101,6 +101,9 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                     low = gr.Number(0.0, label="from", visible=False, min_width=80)
                     high = gr.Number(10.0, label="to", visible=False, min_width=80)
                     palette = gr.Dropdown(list(PALETTES), value="colour", label="Palette", min_width=110)
+                lacking = gr.HTML(
+                    view.lacking(first.lacking(next(iter(first.points)))), apply_default_css=False
+                )
                 result = gr.HTML(
                     "", apply_default_css=False, elem_id="result", js_on_load=view.asset("page.js")
                 )
@@ -257,6 +260,10 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             updates = session(request).read(models[wanted.model], at, read or {NAMES[0]: ""}, look)
             yield from changes(updates, look, fields)
 
+        def named_lacking(name: str, at: str) -> str:
+            # A point of another model is one that is about to be left.
+            return view.lacking(models[name].lacking(at)) if at in models[name].points else ""
+
         def mark(request: gr.Request, event: gr.EventData) -> Any:
             data = event._data or {}
             number, first, last = (int(data.get(key, 0)) for key in ("text", "first", "last"))
@@ -281,6 +288,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         spread.select(
             lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
         )
+        gr.on([model.change, point.change], named_lacking, where, lacking, **options)
         lists = [point, left, right, spread, palette]
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [*where, *look], shown, **options)

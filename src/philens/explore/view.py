@@ -4,7 +4,7 @@ Texts come into it only through `show.page.clean` and `shown_piece`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -115,6 +115,20 @@ def parting(texts: Sequence[TokenScores]) -> list[int | None]:
     common = sum(1 for _ in takewhile(lambda pair: len({*pair}) == 1, pairs)) if len(texts) > 1 else 0
     after = [np.flatnonzero(one.offsets[:, 1] > common) for one in texts]
     return [int(one[0]) if common and len(one) else None for one in after]
+
+
+def lacking(reasons: Mapping[str, str]) -> str:
+    """The metrics that are not to be had, each with its reason; nothing where there is none."""
+    if not reasons:
+        return ""
+    rows = "".join(
+        f"<li><b>{clean(plain_label(metric))}</b>: {clean(reason)}</li>" for metric, reason in reasons.items()
+    )
+    names = ", ".join(map(plain_label, reasons))
+    return (
+        f'<details class="ph-lacking"><summary>Not to be had here: {clean(names)}</summary>'
+        f"<ul>{rows}</ul></details>"
+    )
 
 
 def tokens(count: int) -> str:

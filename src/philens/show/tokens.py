@@ -26,8 +26,10 @@ def has_colour(console: Console) -> bool:
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
-def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]], column: str = "phi") -> None:
-    """Print texts, each under its name, every token coloured by one column.
+def print_coloured(
+    console: Console, scored: Iterable[tuple[str, ScoredText]], column: str | None = None
+) -> None:
+    """Print texts, each under its name, every token coloured by one column; by default the first.
 
     The scale is made from the first SCALE_TOKENS tokens and then stays, so that texts can be compared.
     """
@@ -38,6 +40,9 @@ def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]], c
             head.append(next(scored))
         except StopIteration:
             break
+    if not head:
+        return
+    column = column or next(iter(head[0][1].columns))
     scale = Scale.of([item.columns[column] for _, item in head])
     for name, item in chain(head, scored):
         console.print(Text(visible(name), style="bold"), Text(summary(item), style="italic"))
@@ -48,7 +53,7 @@ def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]], c
             line.append_text(coloured(piece, level))
         console.print(line, soft_wrap=True)
         console.print()
-    console.print(legend(column, scale, head[0][1].units[column] if head else ""))
+    console.print(legend(column, scale, head[0][1].units[column]))
 
 
 def coloured(piece: str, level: int | None) -> Text:
