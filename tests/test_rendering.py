@@ -198,6 +198,7 @@ def test_bos_before_what_begins_without_it(lens: Any, tokenizer: Tokenizer) -> N
         np.testing.assert_array_equal(after.offsets[added:], before.offsets)
         assert after.text == before.text == "".join(after.pieces())
         assert after.provenance["bos"] is True
+        assert after.provenance["bos_rule"] == "texts, chats and later windows begin with BOS"
     # Its scores are those of a text that brings BOS itself.
     np.testing.assert_allclose(found[0].phi, found[1].phi, atol=1e-5)
     assert np.isnan(plain[0].surprisal[0])

@@ -219,6 +219,9 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
             f"texts of more than {context} tokens are read in overlapping windows of {context}, each token "
             f"scored once, after at least {(context + 1) // 2} others except in the first window"
         )
+    begin = "texts begin as the tokenizer has it, chats as its template has it; so do later windows"
+    if rendering_of(tokenizer).bos:
+        begin = "texts, chats and later windows begin with BOS"
     return {
         "base": getattr(config, "_name_or_path", None) or type(lens.base).__name__,
         "revision": getattr(config, "_commit_hash", None),
@@ -235,7 +238,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         "dtype": str(next(p.dtype for p in lens.base.parameters() if p.is_floating_point()))[len("torch.") :],
         "window": context,
         "window_rule": rule,
-        "bos_rule": "texts begin as the tokenizer has it, chats as its template has it; so do later windows",
+        "bos_rule": begin,
         **rendering_of(tokenizer).record(),
         "versions": versions("torch", "transformers", "tokenizers"),
     }
