@@ -141,14 +141,15 @@ def _is_choice(parameter: inspect.Parameter) -> bool:
 
 
 def _is_pairs(parameter: inspect.Parameter) -> bool:
-    return dict in map(get_origin, get_args(parameter.annotation))
+    return any(get_origin(kind) is dict for kind in get_args(parameter.annotation))
 
 
 def _typed(command: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """Texts from the command line as what the command takes."""
     typed = {}
     for name, parameter in _parameters(command).items():
-        value, kind = options[name], parameter.annotation
+        value: Any = options[name]
+        kind = parameter.annotation
         if isinstance(value, str) and int in (kind, *get_args(kind)) and value.lstrip("-").isdecimal():
             value = int(value)
         shown = name if parameter.default is parameter.empty else _option(name)
