@@ -82,13 +82,13 @@ def same(found: Any, expected: Any) -> bool:
 
 def seal(folder: Path) -> None:
     """Make the checksums of a folder and those below it fit what is there now."""
-    from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
+    from philens.lens.adapter import CONFIG_FILE, _hash_of
     from philens.support.files import SUMS_FILE, file_hash, write_sums
 
     for path in folder.rglob(CONFIG_FILE):
         description = json.loads(path.read_text())
-        if (path.parent / WEIGHTS_FILE).is_file():
-            description["weights_sha256"] = file_hash(path.parent / WEIGHTS_FILE)
+        if (path.parent / "phi_layer.safetensors").is_file():
+            description["weights_sha256"] = file_hash(path.parent / "phi_layer.safetensors")
         description["config_sha256"] = _hash_of(description)
         path.write_text(json.dumps(description))
     for path in sorted(folder.rglob(SUMS_FILE), key=lambda one: -len(one.parts)):

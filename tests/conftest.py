@@ -10,7 +10,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from philens.lens.metrics import METRICS
+
 torch.set_num_threads(1)
+
+# What a PHi layer in the path has; a shallow head has another one (test_mtd.py).
+OF_A_LAYER = [name for name, metric in METRICS.items() if "head" not in metric.needs]
 
 
 # Files of few and long tests; `make test` begins with them, so that none is left for last.

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import philens
-from conftest import make_llama, needs_smollm2
+from conftest import OF_A_LAYER, make_llama, needs_smollm2
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.explore import view
@@ -28,7 +28,6 @@ from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_al
 from philens.explore.record import Record
 from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
 from philens.explore.view import Look
-from philens.lens.metrics import METRICS
 from philens.scoring.score import score
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
 from philens.support.output import visible
@@ -106,7 +105,7 @@ def test_insertion_points_of_a_run_in_order(model: Explored) -> None:
         "layer-2 (after model.layers.0)",
         "layer-10 (after model.layers.2)",
     ]
-    assert model.metrics("adapter (after model.layers.1)") == list(METRICS)
+    assert model.metrics("adapter (after model.layers.1)") == OF_A_LAYER
     with pytest.raises(ConfigError, match=r"has no insertion point 'x'; choose adapter"):
         model.metrics("x")
 
@@ -115,10 +114,10 @@ def test_each_point_reads_as_its_layer_alone(run: Path, model: Explored) -> None
     texts = {A: "the cat sat on the mat", B: "b" * 700}  # longer than the context
     for point, name in zip(model.points, ("adapter", "layer-2", "layer-10"), strict=True):
         alone = philens.load(make_llama(), run / name)
-        expected = score(alone, character_tokenizer(), list(texts.values()), metrics=list(METRICS))
-        for one, other in zip(model.read(texts, point, METRICS, Job()), expected, strict=True):
-            assert list(one.columns) == list(METRICS)
-            for column in METRICS:
+        expected = score(alone, character_tokenizer(), list(texts.values()), metrics=OF_A_LAYER)
+        for one, other in zip(model.read(texts, point, OF_A_LAYER, Job()), expected, strict=True):
+            assert list(one.columns) == OF_A_LAYER
+            for column in OF_A_LAYER:
                 np.testing.assert_allclose(one.columns[column], other.columns[column], rtol=1e-4, atol=1e-5)
             assert one.provenance["insertion_point"] == point
 

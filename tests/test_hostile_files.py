@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import philens
 from conftest import make_llama
 from philens.bases.hub import load_pretrained
-from philens.lens.adapter import WEIGHTS_FILE, _hash_of
+from philens.lens.adapter import _hash_of
 from philens.support.errors import AdapterError, TrainingError
 from philens.support.files import SUMS_FILE, check_sums, write_sums
 from philens.training.folder import RunFolder
@@ -350,7 +350,7 @@ def test_another_record_in_a_checkpoint(stopped, name, values):
 def test_weights_of_another_shape_in_a_checkpoint(stopped):
     checkpoint = stopped / "checkpoint-2"
     unseal(checkpoint)
-    path = checkpoint / "adapter" / WEIGHTS_FILE
+    path = checkpoint / "adapter" / "phi_layer.safetensors"
     weights = load_file(path)
     weights["decoder.weight"] = weights["decoder.weight"][:-1]
     save_file(weights, path)

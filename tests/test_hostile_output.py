@@ -20,7 +20,7 @@ import philens
 from conftest import make_llama
 from philens import cli
 from philens.bases.tokenizer import byte_tokenizer
-from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, _hash_of
+from philens.lens.adapter import CONFIG_FILE, _hash_of
 from philens.reasoning.problems import load_problems
 from philens.scoring.corpus import Corpus
 from philens.scoring.texts import render_chat
@@ -182,7 +182,7 @@ def test_a_file_without_a_name():
 
 def with_weights(folder, edit):
     """Change an adapter's weights, with hashes that fit."""
-    path = folder / WEIGHTS_FILE
+    path = folder / "phi_layer.safetensors"
     save_file({name: edit(value) for name, value in load_file(path).items()}, path, {"format": "pt"})
     description = json.loads((folder / CONFIG_FILE).read_text())
     description["weights_sha256"] = file_hash(path)

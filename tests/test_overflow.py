@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import philens
-from conftest import make_llama
+from conftest import OF_A_LAYER, make_llama
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.metrics import METRICS
@@ -51,7 +51,7 @@ AT_THE_LAYER = (
 )  # which stands below where numbers overflow here
 
 
-@pytest.mark.parametrize("metric", [name for name in METRICS if name not in AT_THE_LAYER])
+@pytest.mark.parametrize("metric", [name for name in OF_A_LAYER if name not in AT_THE_LAYER])
 def test_each_metric_is_told(broken, metric):
     with pytest.raises(InputError, match=rf"^texts\[1\] makes .* {TOLD}"):
         score(broken, CHARACTERS, ["a", "hello world"], metrics=[metric])
@@ -106,7 +106,7 @@ def test_solving(tmp_path, broken):
 
 
 def test_kept_as_nan_and_counted(broken):
-    found = score(broken, CHARACTERS, LINES, overflow="nan", metrics=[*METRICS])
+    found = score(broken, CHARACTERS, LINES, overflow="nan", metrics=OF_A_LAYER)
     for one in found:
         assert one.provenance["overflowed"] == len(one) - 1
         assert np.isnan(one.surprisal).all()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from conftest import make_gpt2, make_llama
+from conftest import OF_A_LAYER, make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.config import PHiConfig
@@ -132,17 +132,17 @@ def test_columns_are_those_of_a_plain_forward_pass(lens):
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 150, 100_000])
 def test_batches_and_order_change_nothing(lens, batch_tokens):
-    alone = [score(lens, CHARACTERS, text, metrics=METRICS)[0] for text in TEXTS]
-    same(score(lens, CHARACTERS, TEXTS, metrics=METRICS, batch_tokens=batch_tokens), alone)
-    turned = score(lens, CHARACTERS, TEXTS[::-1], metrics=METRICS, batch_tokens=batch_tokens)
+    alone = [score(lens, CHARACTERS, text, metrics=OF_A_LAYER)[0] for text in TEXTS]
+    same(score(lens, CHARACTERS, TEXTS, metrics=OF_A_LAYER, batch_tokens=batch_tokens), alone)
+    turned = score(lens, CHARACTERS, TEXTS[::-1], metrics=OF_A_LAYER, batch_tokens=batch_tokens)
     same(turned[::-1], alone)
 
 
 def test_logits_in_parts_change_nothing(small, monkeypatch):
-    whole = score(small, CHARACTERS, TEXTS, metrics=METRICS)
+    whole = score(small, CHARACTERS, TEXTS, metrics=OF_A_LAYER)
     monkeypatch.setattr("philens.lens.losses.POSITIONS_AT_ONCE", 3)
     monkeypatch.setattr("philens.lens.losses.LOGITS_READ_AT_ONCE", 700)
-    same(score(small, CHARACTERS, TEXTS, metrics=METRICS), whole)
+    same(score(small, CHARACTERS, TEXTS, metrics=OF_A_LAYER), whole)
 
 
 def test_only_what_was_asked_for_runs(small):
@@ -212,7 +212,7 @@ def test_a_recurrent_model_and_half_precision():
     torch.manual_seed(0)
     base = LSTMForCausalLM(LSTMConfig(hidden_size=32, intermediate_size=48))
     lens = lens_of(base, layer=0)
-    found = score(lens, CHARACTERS, TEXTS, metrics=METRICS)
+    found = score(lens, CHARACTERS, TEXTS, metrics=OF_A_LAYER)
     expected = direct(lens, found[3].token_ids.tolist())
     for name, values in expected.items():
         close(found[3].columns[name], values)
@@ -238,7 +238,7 @@ class OwnModel(nn.Module):
 
 def test_a_model_of_ones_own():
     lens = lens_of(OwnModel(), layer=None, module="lstm")
-    wanted = [name for name in METRICS if name not in ("logit_lens_divergence", "settling_depth")]
+    wanted = [name for name in OF_A_LAYER if name not in ("logit_lens_divergence", "settling_depth")]
     alone = [score(lens, CHARACTERS, text, metrics=wanted)[0] for text in TEXTS]
     same(score(lens, CHARACTERS, TEXTS, metrics=wanted), alone)
     with pytest.raises(InputError, match=r"need the model's blocks.*OwnModel.*leave these metrics out"):
@@ -389,7 +389,7 @@ def test_long_texts_go_through_windows(tokenizer, window):
     base = make_gpt2(n_positions=32, vocab_size=512)
     lens = lens_of(base)
     text = "the cat; " * 30 + "!"
-    item = score(lens, tokenizer, [text, "short"], window=window, metrics=METRICS)[0]
+    item = score(lens, tokenizer, [text, "short"], window=window, metrics=OF_A_LAYER)[0]
     ids = item.token_ids.tolist()
     bos = ids[:1] if tokenizer is BYTES else []
     assert len(ids) > 3 * window
@@ -473,11 +473,11 @@ def test_model_and_tokenizer_stay_as_they_were(small):
     assert 3 < len(item) < 50
     assert tokenizer.backend_tokenizer.to_str() == settings
     same([item], score(lens, BYTES, "the cat sat on the mat"))
-    trained = score(small, CHARACTERS, TEXTS, metrics=METRICS)
+    trained = score(small, CHARACTERS, TEXTS, metrics=OF_A_LAYER)
     assert [module.training for module in small.modules()] == modes
     assert [len(module._forward_hooks) for module in small.modules()] == hooks
     assert torch.is_grad_enabled()
-    same(trained, score(small.eval(), CHARACTERS, TEXTS, metrics=METRICS))
+    same(trained, score(small.eval(), CHARACTERS, TEXTS, metrics=OF_A_LAYER))
 
 
 def test_provenance_says_what_was_used(small):
@@ -749,6 +749,7 @@ def test_what_a_lens_supports_is_known_before_any_pass(name):
     lens.base.register_forward_pre_hook(lambda *_: passes.append(1))
     found = lens.supports()
     assert list(found) == list(METRICS)
+    assert "needs a shallow head" in (found.pop("mtd") or "")
     assert {metric for metric, reason in found.items() if reason} == set(WITHOUT[name])
     for metric, reason in found.items():
         if reason is None:

@@ -6,9 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import make_llama
+from conftest import OF_A_LAYER, make_llama
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.metrics import METRICS
 from philens.scoring import score as module
 from philens.scoring.documents import score_documents
 from philens.scoring.score import iter_scores, score
@@ -56,7 +55,7 @@ def lens():
     return lens
 
 
-@pytest.mark.parametrize("metrics", [["phi"], ["phi", "surprisal"], METRICS])
+@pytest.mark.parametrize("metrics", [["phi"], ["phi", "surprisal"], OF_A_LAYER])
 def test_no_mask_and_no_whole_logits(lens, metrics):
     lengths = [611, 607, 599, 523]
     shapes = watched(lambda: score(lens, CHARACTERS, texts_of(lengths), metrics=metrics)).shapes

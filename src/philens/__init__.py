@@ -12,7 +12,9 @@ from philens.support.versions import __version__ as __version__
 # Names are imported where they are first used, so that `philens --help` does not wait for torch.
 _HOME = {
     "PHiConfig": "lens.config",
+    "MTDConfig": "lens.config",
     "PHiLayer": "lens.layer",
+    "MTDHead": "lens.mtd",
     "PHiModel": "lens.model",
     "attach": "lens.model",
     "load": "lens.model",
@@ -54,11 +56,13 @@ if TYPE_CHECKING:
     from philens.bases.lstm import LSTMConfig as LSTMConfig
     from philens.bases.lstm import LSTMForCausalLM as LSTMForCausalLM
     from philens.bases.tokenizer import character_tokenizer as character_tokenizer
+    from philens.lens.config import MTDConfig as MTDConfig
     from philens.lens.config import PHiConfig as PHiConfig
     from philens.lens.layer import PHiLayer as PHiLayer
     from philens.lens.model import PHiModel as PHiModel
     from philens.lens.model import attach as attach
     from philens.lens.model import load as load
+    from philens.lens.mtd import MTDHead as MTDHead
     from philens.reasoning.ranking import rank as rank
     from philens.reasoning.reward import PHiReward as PHiReward
     from philens.scoring.documents import score_documents as score_documents

@@ -35,6 +35,14 @@ def accepted_arguments(base: nn.Module) -> tuple[set[str], bool]:
     return {p.name for p in parameters}, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def token_embedding(base: Any) -> nn.Module | None:
+    """The module that embeds tokens."""
+    try:
+        return base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return next((m for m in base.modules() if isinstance(m, nn.Embedding)), None)
+
+
 def cache_argument(base: nn.Module) -> str | None:
     """The name by which a model's forward takes its cache, if it takes one."""
     names, _ = accepted_arguments(base)

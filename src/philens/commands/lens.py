@@ -75,7 +75,7 @@ def train(
     if finished is None:
         say(f"Stopped; go on with: philens train {recipe} --output {folder} --resume")
         return 130
-    if resolved.phi is None:
+    if not resolved.instruments:
         base = RunFolder(folder).model
         say(f"Wrote {folder}; a PHi layer goes into it by: philens train any_model --model.base {base}")
     else:

@@ -149,7 +149,7 @@ class Explored:
         for one in found[1:]:
             next(reversed(lenses.values())).disable()
             label = Path(one).name
-            lens = load(first.base, one).to(next(first.phi.parameters()).device)
+            lens = load(first.base, one).to(next(first.attached.parameters()).device)
             lenses[label if label not in lenses else one] = lens
         return cls(name or Path(source.model).name, tokenizer, lenses, _trained_together(source.model))
 

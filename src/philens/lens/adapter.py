@@ -1,7 +1,7 @@
-"""Keep trained PHi layers without their base model, share them, and put them back.
+"""Keep trained instruments without their base model, share them, and put them back.
 
-An adapter folder is `adapter_config.json` + `phi_layer.safetensors` + `README.md` (the model card); loading
-is strict and nothing is ever unpickled.
+An adapter folder is `adapter_config.json` + `phi_layer.safetensors` + `README.md` (the model card), of a
+shallow head `mtd_head.safetensors`; loading is strict and nothing is ever unpickled.
 """
 
 import hashlib
@@ -22,10 +22,9 @@ from philens.bases import hub
 from philens.bases.facts import merged_from, quantization_of
 from philens.bases.fingerprint import fingerprints
 from philens.lens.card import model_card
-from philens.lens.config import PHiConfig
 from philens.lens.core import LensCore
-from philens.lens.layer import PHiLayer
-from philens.support.errors import AdapterError, OutputError, PhilensError
+from philens.lens.instrument import KINDS, make_parts, titles
+from philens.support.errors import AdapterError, ConfigError, OutputError, PhilensError
 from philens.support.files import (
     check_weights,
     file_hash,
@@ -42,8 +41,8 @@ logger = logging.getLogger(__name__)
 Lens = TypeVar("Lens", bound=LensCore)
 
 FORMAT = 2
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "phi_layer.safetensors", "README.md"
-_KEYS = {"format", "phi", "module_paths", "hidden_size", "base", "training", "versions", "weights_sha256"}
+CONFIG_FILE, CARD_FILE = "adapter_config.json", "README.md"
+_KEYS = {"format", "module_paths", "hidden_size", "base", "training", "versions", "weights_sha256"}
 _OWN_HASH = "config_sha256"
 
 
@@ -81,7 +80,7 @@ def save_adapter(
     training: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> None:
-    """Write the layers, their configuration and a model card; the folder appears whole or not at all.
+    """Write the instruments, their options and a model card; the folder appears whole or not at all.
 
     Args:
         card: text of the model card; None writes one.
@@ -94,11 +93,14 @@ def save_adapter(
         OutputError: it cannot be written.
     """
     training = getattr(lens, "record", None) if training is None else training
+    kinds = [config.kind for config in lens.configs]
     description = {
         "format": FORMAT,
-        "phi": asdict(lens.config),
+        # A PHi layer by itself is what an adapter held before there were others.
+        **({} if kinds == ["phi"] else {"instruments": kinds}),
+        **{config.kind: asdict(config) for config in lens.configs},
         "module_paths": lens.module_paths,
-        "hidden_size": lens.layers[0].hidden_size,
+        "hidden_size": lens.instruments[0].hidden_size,
         "base": describe_base(lens.base),
         "training": json.loads(json.dumps(training, default=str)),
         "versions": versions("torch", "transformers", "python"),
@@ -106,9 +108,13 @@ def save_adapter(
     if card is None:
         card = model_card(description, hub.licence_of(lens.base), repo_id)
     with written_whole(folder) as staging:
-        weights = {name: value.detach().cpu().contiguous() for name, value in lens.phi.state_dict().items()}
-        save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        description["weights_sha256"] = file_hash(staging / WEIGHTS_FILE)
+        hashes = {}
+        for kind in kinds:
+            path, values = staging / KINDS[kind].file, getattr(lens, kind).state_dict().items()
+            weights = {name: value.detach().cpu().contiguous() for name, value in values}
+            save_file(weights, path, metadata={"format": "pt"})
+            hashes[kind] = file_hash(path)
+        description["weights_sha256"] = hashes if len(kinds) > 1 else hashes[kinds[0]]
         description[_OWN_HASH] = _hash_of(description)
         (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
@@ -126,7 +132,7 @@ def push_to_hub(
     private: bool = False,
     *,
     revision: str | None = None,
-    commit_message: str = "PHi layer, by philens",
+    commit_message: str | None = None,
     token: str | None = None,
     card: str | None = None,
     training: Mapping[str, Any] | None = None,
@@ -137,6 +143,7 @@ def push_to_hub(
         repo_id: `owner/name`; made if there is no such repository.
         private: whether a new repository is private; an existing public one is then refused.
         revision: branch to upload to, made if there is none; None is the main branch.
+        commit_message: None says what is uploaded.
         token: None takes the one of `hf auth login` or HF_TOKEN.
         card, training: as in `save_adapter`.
 
@@ -161,7 +168,10 @@ def push_to_hub(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f"{titles(lens.configs)}, by philens",
             )
         except PhilensError:
             raise
@@ -184,41 +194,42 @@ def load_as(
     revision: str | None = None,
     mode: Literal["bottleneck", "observe"] | None = None,
 ) -> Lens:
-    """A lens of this class with saved layers, in evaluation mode; see `philens.load`."""
+    """A lens of this class with saved instruments, in evaluation mode; see `philens.load`."""
     folder, source = _find(folder, revision)
     description = _read_description(folder)
+    names = description.get("instruments", ["phi"])
     try:
-        config = PHiConfig(**description["phi"])
+        configs: list[Any] = [KINDS[name].config(**description[name]) for name in names]
     except (PhilensError, TypeError) as error:
         raise _unusable(folder, error) from error
     if mode is not None:
-        # What pressed in training no longer matters, but reconstruction is of one mode only.
-        only_observing = mode == "bottleneck" and config.pressure == "reconstruction"
-        pressure = "next_token" if only_observing else config.pressure
-        config = replace(config, mode=mode, pressure=pressure)
+        configs = [_in_mode(config, mode) for config in configs]
     _check_base(description["base"], base, source)
-    weights = read_layers(folder / WEIGHTS_FILE)
-    _check_weights(config, description["hidden_size"], weights, folder)
+    weights = {name: read_weights(folder / KINDS[name].file) for name in names}
+    for name, config in zip(names, configs, strict=True):
+        _check_weights(config, description["hidden_size"], weights[name], folder / KINDS[name].file)
     try:
-        lens = kind(base, config)
+        lens = kind(base, configs)
     except PhilensError as error:
         raise _unusable(folder, error) from error
     try:
         if lens.module_paths != description["module_paths"]:
             belongs, goes = (", ".join(p) for p in (description["module_paths"], lens.module_paths))
             raise AdapterError(f"{folder} belongs after {belongs}, not {goes}; it is damaged.")
-        load_weights(lens.phi, weights, folder / WEIGHTS_FILE)
-        if (name := not_finite(lens.phi)) is not None:
-            raise AdapterError(
-                f"{folder / WEIGHTS_FILE} holds a weight that is not finite ({name}); train the layer anew."
-            )
+        hashes, own = description["weights_sha256"], _hash_of(description)
+        hashes = hashes if isinstance(hashes, dict) else {names[0]: hashes}
+        for name in names:
+            path = folder / KINDS[name].file
+            load_weights(getattr(lens, name), weights[name], path)
+            if (weight := not_finite(getattr(lens, name))) is not None:
+                raise AdapterError(
+                    f"{path} holds a weight that is not finite ({weight}); train the layer anew."
+                )
+            if file_hash(path) != hashes.get(name):
+                raise AdapterError(f"{path} is not as it was saved; fetch or save it again.")
         # Adapters of philens 0.1 have no hash of their configuration.
-        for file, found, saved in (
-            (WEIGHTS_FILE, file_hash(folder / WEIGHTS_FILE), description["weights_sha256"]),
-            (CONFIG_FILE, _hash_of(description), description.get(_OWN_HASH, _hash_of(description))),
-        ):
-            if found != saved:
-                raise AdapterError(f"{folder / file} is not as it was saved; fetch or save it again.")
+        if description.get(_OWN_HASH, own) != own:
+            raise AdapterError(f"{folder / CONFIG_FILE} is not as it was saved; fetch or save it again.")
     except AdapterError:
         lens.detach()
         raise
@@ -226,8 +237,34 @@ def load_as(
     return lens.eval()
 
 
-def read_layers(path: Path) -> dict[str, Tensor]:
-    """The weights of saved layers by name, with defaults for what layers had not yet when they were saved.
+def _in_mode(config: Any, mode: Literal["bottleneck", "observe"]) -> Any:
+    """The same options in another mode.
+
+    Raises:
+        ConfigError: they are of an instrument that only observes.
+    """
+    if config.mode == mode:
+        return config
+    if config.kind != "phi":
+        raise ConfigError(f"A {titles([config])} only observes; leave out mode={mode!r}.")
+    # What pressed in training no longer matters, but reconstruction is of one mode only.
+    only_observing = mode == "bottleneck" and config.pressure == "reconstruction"
+    return replace(config, mode=mode, pressure="next_token" if only_observing else config.pressure)
+
+
+def load_instruments(lens: LensCore, folder: Path) -> None:
+    """Load the weights that `save_adapter` wrote into instruments of the same shape.
+
+    Raises:
+        AdapterError: they are missing, damaged or of others.
+    """
+    for config in lens.configs:
+        path = folder / KINDS[config.kind].file
+        load_weights(getattr(lens, config.kind), read_weights(path), path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a saved instrument by name, with defaults for what there was not yet when it was saved.
 
     Raises:
         AdapterError: the file is missing or damaged.
@@ -241,7 +278,7 @@ def read_layers(path: Path) -> dict[str, Tensor]:
 def _find(folder: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
     """The adapter's folder, and what to call it."""
     name = os.fspath(folder)
-    files = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+    files = (CONFIG_FILE, *(kind.file for kind in KINDS.values()), CARD_FILE)
     found, commit = hub.find(name, files, "adapter", CONFIG_FILE, revision=revision)
     return found, name if commit is None else f"{name}@{commit}"
 
@@ -262,46 +299,52 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{folder} has adapter format {description['format']!r} and this is philens "
             f"{__version__}, which reads format {FORMAT}; install the version that wrote it."
         )
-    options, base = description.get("phi"), description.get("base")
-    known = {field.name for field in fields(PHiConfig)}
+    kinds, base = description.get("instruments", ["phi"]), description.get("base")
+    if not _is_texts(kinds) or not kinds:
+        kinds = ["phi"]
+    wrote = description.get("versions")
+    newer = f"install philens {wrote.get('philens') if isinstance(wrote, dict) else None}, which wrote it"
+    if unknown := sorted({*kinds} - KINDS.keys()):
+        raise AdapterError(
+            f"{path} is of an instrument {unknown[0]!r} that this philens {__version__} does not know; "
+            f"{newer}, or a newer one."
+        )
+    options = [description.get(kind) for kind in kinds]
+    hashes = description.get("weights_sha256")
     saved = base.get("fingerprints") if isinstance(base, dict) else None
     whole = (
-        set(description) - {_OWN_HASH} == _KEYS
-        and isinstance(options, dict)
+        set(description) - {_OWN_HASH, "instruments"} == _KEYS | {*kinds}
+        and all(isinstance(one, dict) for one in options)
         and isinstance(description["hidden_size"], int)
         and isinstance(saved, dict)
         and all(_is_texts(saved.get(key)) for key in ("weights", "unquantized_weights"))
         and _is_texts(description.get("module_paths"))
         and isinstance(description.get("training"), dict | None)
-        and isinstance(description.get("weights_sha256"), str)
+        and isinstance(hashes, str if len(kinds) == 1 else dict)
         and isinstance(description.get("versions"), dict)
     )
     if not whole:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
-    # Options that came later have their defaults in an older file.
-    if unknown := sorted(options.keys() - known):  # pyright: ignore[reportOptionalMemberAccess]
-        raise AdapterError(
-            f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
-            f"install philens {description['versions'].get('philens')}, which wrote it, or a newer one."
-        )
+    for kind, one in zip(kinds, options, strict=True):
+        # Options that came later have their defaults in an older file.
+        if unknown := sorted(one.keys() - {field.name for field in fields(KINDS[kind].config)}):  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+            raise AdapterError(
+                f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
+                f"{newer}, or a newer one."
+            )
     return description
 
 
-def _check_weights(config: PHiConfig, hidden_size: int, weights: Mapping[str, Tensor], folder: Path) -> None:
+def _check_weights(config: Any, hidden_size: int, weights: Mapping[str, Tensor], path: Path) -> None:
     """Raise an AdapterError unless these are the weights that the options ask for, at no cost in memory."""
-    count = 1 if config.layers is None else len(config.layers)
-    if count * config.prior_depth > len(weights):
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE} holds fewer layers than {CONFIG_FILE} says; it is damaged."
-        )
+    if config.weights() > len(weights):
+        raise AdapterError(f"{path} holds fewer layers than {CONFIG_FILE} says; it is damaged.")
     try:
         with torch.device("meta"):
-            layers = [PHiLayer(hidden_size, config) for _ in range(count)]
+            parts = make_parts(config, [hidden_size] * len(config.places()))
     except (PhilensError, RuntimeError, TypeError, OverflowError) as error:
-        raise _unusable(folder, error) from error
-    check_weights(
-        layers[0] if config.layers is None else nn.ModuleList(layers), weights, folder / WEIGHTS_FILE
-    )
+        raise _unusable(path.parent, error) from error
+    check_weights(parts, weights, path)
 
 
 def _is_texts(value: Any) -> bool:

@@ -7,13 +7,25 @@ from typing import Any
 import yaml
 
 from philens.bases.wheels import WHEELS
+from philens.lens.instrument import KINDS
 
-_TAGS = ["philens", "phi", "interpretability"]
+# Of each kind of instrument what it measures, and its source.
+_MEASURES = {
+    "phi": "A PHi layer measures, token by token, how much a language model's hidden state adds that its "
+    "earlier hidden states did not predict: the information gained, in nats (Herrmann, Csordas, "
+    'Schmidhuber, "Measuring In-Context Computation Complexity via Hidden State Prediction", ICML 2025, '
+    "arXiv 2503.13431).",
+    "mtd": "A shallow head predicts what a language model predicts, from the model's earlier hidden states "
+    "and little computation of its own; how far the model's own prediction is from it, token by token, is "
+    "multiple-token divergence, in nats (arXiv 2512.22944).",
+}
 _METRICS = {
     "surprisal_base": "surprisal of the untouched base",
     "surprisal": "surprisal with the layer",
     "loss_gap": "loss gap",
     "phi": "phi",
+    "mtd": "mtd",
+    "surprisal_shallow": "surprisal of the shallow head",
     "phi_static": "phi against a unit Gaussian",
 }
 
@@ -26,32 +38,32 @@ def model_card(description: Mapping[str, Any], licence: Mapping[str, str], repo_
         licence: the base's, as `license`, `license_name` and `license_link`; empty if not known.
         repo_id: where the adapter will lie on the Hub; None for a folder.
     """
-    base, phi, training = description["base"], description["phi"], description["training"] or {}
-    from_hub = base["revision"] is not None
-    header: dict[str, Any] = {"library_name": "philens", "pipeline_tag": "text-generation", "tags": _TAGS}
+    base, training = description["base"], description["training"] or {}
+    kinds = description.get("instruments", ["phi"])
+    from_hub, tags = base["revision"] is not None, ["philens", *kinds, "interpretability"]
+    header: dict[str, Any] = {"library_name": "philens", "pipeline_tag": "text-generation", "tags": tags}
     if from_hub:
         header |= {"base_model": base["name_or_path"], "base_model_relation": "adapter"}
     name = base["name_or_path"] or f"a {base['class']}"
     points = ", ".join(f"`{path}`" for path in description["module_paths"])
     revision = f" at `{base['revision']}`" if from_hub else ""
     precision = base["quantization"] or base["dtype"]
-    layers = "layer" if len(description["module_paths"]) == 1 else "layers"
+    names = " and ".join(KINDS[kind].title for kind in kinds)
+    several = len(description.get("phi", {}).get("layers") or []) > 1
+    names = names.replace("layer", "layers") if several else names
     known = licence.get("license_name") or licence.get("license") or "not known here"
     parts = [
         f"---\n{yaml.safe_dump(header | dict(licence), sort_keys=False, allow_unicode=True)}---",
-        f"# PHi {layers} after {points} of {name}",
-        "A PHi layer measures, token by token, how much a language model's hidden state adds that its "
-        "earlier hidden states did not predict: the information gained, in nats (Herrmann, Csordas, "
-        'Schmidhuber, "Measuring In-Context Computation Complexity via Hidden State Prediction", ICML 2025, '
-        "arXiv 2503.13431). This repository holds the layer; the base model comes from where it always did.",
+        f"# {names[0].upper()}{names[1:]} after {points} of {name}",
+        f"{' '.join(_MEASURES[kind] for kind in kinds)} This repository holds the "
+        f"{names.replace('PHi ', '')}; the base model comes from where it always did.",
         "## Use",
         f"```python\n{_snippet(base, repo_id)}```",
         "## Where it goes",
         f"- base model: {name}{revision} ({base['class']}, {precision})\n"
         f"- licence of the base: {known}\n"
-        f"- insertion point: after {points}, hidden size {description['hidden_size']}\n"
-        f"- mode: {phi['mode']}; prior: {phi['prior']}; KL: {phi['kl']}\n"
-        f"- weights in the loss: phi {phi['phi_weight']:g}, contrastive {phi['contrastive_weight']:g}",
+        f"- insertion point: after {points}, hidden size {description['hidden_size']}"
+        + "".join(_OPTIONS[kind](description[kind]) for kind in kinds),
         "## Results",
         _table(training.get("metrics") or {}),
         "## Data",
@@ -62,6 +74,21 @@ def model_card(description: Mapping[str, Any], licence: Mapping[str, str], repo_
         _list([f"{package} {version}" for package, version in description["versions"].items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_phi(phi: Mapping[str, Any]) -> str:
+    return (
+        f"\n- mode: {phi['mode']}; prior: {phi['prior']}; KL: {phi['kl']}"
+        f"\n- weights in the loss: phi {phi['phi_weight']:g}, contrastive {phi['contrastive_weight']:g}"
+    )
+
+
+def _of_mtd(mtd: Mapping[str, Any]) -> str:
+    reads = "reads the newest token" if mtd["embedding"] else "does not read the newest token"
+    return f"\n- shallow head: {reads}; depth {mtd['depth']}"
+
+
+_OPTIONS = {"phi": _of_phi, "mtd": _of_mtd}
 
 
 def _snippet(base: Mapping[str, Any], repo_id: str | None) -> str:

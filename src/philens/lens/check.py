@@ -52,7 +52,7 @@ class Point:
     Attributes:
         path: its module path.
         width: D of the hidden states there.
-        latent_size: L.
+        latent_size: L; None of a shallow head.
         below: blocks up to and including it; None where blocks cannot be told.
         above: blocks after it; None where blocks cannot be told.
         sinks: attention sinks among the tokens tried: by place in the text, how many times as long as the
@@ -62,7 +62,7 @@ class Point:
 
     path: str
     width: int
-    latent_size: int
+    latent_size: int | None
     below: int | None
     above: int | None
     sinks: dict[int, float] = field(default_factory=dict)
@@ -116,7 +116,8 @@ class CheckReport:
         lines = []
         for point in self.points:
             blocks = "" if point.below is None else f"; {point.below} blocks below, {point.above} above"
-            lines.append(f"after {point.path}: width {point.width}, latent size {point.latent_size}{blocks}")
+            what = "shallow head" if point.latent_size is None else f"latent size {point.latent_size}"
+            lines.append(f"after {point.path}: width {point.width}, {what}{blocks}")
             for place, times in point.sinks.items():
                 advice = "" if point.knows_sinks else "; calibrate the layer, which does not know of them"
                 lines.append(
@@ -185,7 +186,7 @@ def _untouched(lens: "LensCore") -> Iterator[None]:
         logging.set_verbosity_error()
         make_deterministic(lens)
         lens.base.requires_grad_(False)
-        lens.phi.requires_grad_(True)
+        lens.attached.requires_grad_(True)
         lens.enable()
         with torch.random.fork_rng(devices), warnings.catch_warnings(), evaluating(lens):
             warnings.simplefilter("ignore")
@@ -218,7 +219,7 @@ def check(lens: "LensCore", compile: bool | str = False) -> CheckReport:
     trial = Trial(lens, token_ids(lens.base, 3, LENGTH), "inductor" if compile is True else compile or "")
     report = _plan(lens)
     with _untouched(lens):
-        outputs = lens(trial.ids, returns="phi").layer_outputs
+        outputs = lens(trial.ids, returns="phi").layer_outputs if lens.layers else []
         for number, (layer, output) in enumerate(zip(lens.layers, outputs, strict=True)):
             found, knows = sinks(output.observed), bool(layer.sink_norm > 0)
             report.points[number] = replace(report.points[number], sinks=found, knows_sinks=knows)
@@ -243,11 +244,12 @@ def _plan(lens: "LensCore") -> CheckReport:
     except InsertionError:
         path, blocks = "", ()
     points = []
-    for module_path, layer in zip(lens.module_paths, lens.layers, strict=True):
+    for module_path, part in zip(lens.module_paths, lens.instruments, strict=True):
         inside = [i for i in range(len(blocks)) if f"{module_path}.".startswith(f"{path}.{i}.")]
         below, above = (inside[0] + 1, len(blocks) - inside[0] - 1) if inside else (None, None)
-        points.append(Point(module_path, layer.hidden_size, layer.latent_size, below, above))
-    base, phi = list(lens.base.parameters()), list(lens.phi.parameters())
+        size = getattr(part, "latent_size", None)
+        points.append(Point(module_path, part.hidden_size, size, below, above))
+    base, phi = list(lens.base.parameters()), list(lens.attached.parameters())
     dtypes = {p.dtype for p in base if p.is_floating_point()}
     coarsest = max((torch.finfo(dtype).eps for dtype in {*dtypes, *(p.dtype for p in phi)}), default=0.0)
     return CheckReport(

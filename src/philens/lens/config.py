@@ -1,8 +1,8 @@
-"""What a PHi layer is, where it goes and how it is trained."""
+"""What an instrument is, where it goes and how it is trained: a PHi layer, a shallow head."""
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from philens.support.errors import ConfigError
 from philens.support.typed import convert
@@ -10,6 +10,40 @@ from philens.support.typed import convert
 # A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
 # models sinks' are 100 times as long, and the longest others 1.5 times.
 SINK = 4.0
+
+Pressure = Literal["next_token", "distill", "reconstruction"]
+Place = tuple[int | None, str | None]
+
+
+class InstrumentConfig(Protocol):
+    """What is asked of the configuration of any instrument.
+
+    Attributes:
+        kind: its name in recipes and files.
+        mode: `bottleneck` if it replaces hidden states, `observe` if it leaves them as they are.
+        pressure: what is asked of the next-token distributions that come of the states it makes.
+        pressure_share: of the rows of a training pass, the share for which that is asked.
+        inference: `sample` if its values in evaluation are drawn.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def mode(self) -> Literal["bottleneck", "observe"]: ...
+    @property
+    def pressure(self) -> Pressure: ...
+    @property
+    def pressure_share(self) -> float: ...
+    @property
+    def inference(self) -> Literal["mean", "sample"]: ...
+
+    def places(self) -> list[Place]:
+        """The number of a block or the path of a module after which each of its parts stands."""
+        ...
+
+    def weights(self) -> int:
+        """How many tensors its parts have at least: what is said in a file may be of any size."""
+        ...
 
 
 @dataclass
@@ -54,11 +88,13 @@ class PHiConfig:
         logvar_max: upper clamp of log-variances.
     """
 
+    kind: ClassVar[str] = "phi"
+
     layer: int | None = None
     module: str | None = None
     layers: list[int] | None = None
     mode: Literal["bottleneck", "observe"] = "bottleneck"
-    pressure: Literal["next_token", "distill", "reconstruction"] = "next_token"
+    pressure: Pressure = "next_token"
     pressure_share: float = 1.0
     reconstruction_weight: float = 1.0
     latent_size: int | None = None
@@ -111,6 +147,56 @@ class PHiConfig:
             if self.pressure == "reconstruction":
                 raise ConfigError('pressure="reconstruction" needs mode="observe".')
 
+    def places(self) -> list[Place]:
+        """See `InstrumentConfig`."""
+        return [(number, self.module) for number in self.layers or [self.layer]]
+
+    def weights(self) -> int:
+        """See `InstrumentConfig`."""
+        return len(self.layers or [0]) * self.prior_depth
+
     def latent_width(self, hidden_size: int) -> int:
         """L for a base model of this hidden size D."""
         return self.latent_size or hidden_size
+
+
+@dataclass
+class MTDConfig:
+    """A shallow head beside the base: what it predicts of the next token, and the base does not, is
+    multiple-token divergence (MTD).
+
+    It observes what leaves the last block, and is trained to predict what the base predicts.
+
+    Attributes:
+        embedding: the head reads the newest token, too; without it, it knows the tokens before that alone.
+        depth: Transformer blocks of the head.
+        heads: attention heads of a block; None means one for every 64 dimensions.
+        mlp_size: width of a block's SwiGLU MLP; None means 8/3 of the hidden size.
+    """
+
+    kind: ClassVar[str] = "mtd"
+    mode: ClassVar[Literal["bottleneck", "observe"]] = "observe"
+    pressure: ClassVar[Pressure] = "distill"
+    pressure_share: ClassVar[float] = 1.0
+    inference: ClassVar[Literal["mean", "sample"]] = "mean"
+
+    embedding: bool = True
+    depth: int = 1
+    heads: int | None = None
+    mlp_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, convert(getattr(self, field.name), field.type, field.name))
+        for name in ("depth", "heads", "mlp_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive, not {value!r}.")
+
+    def places(self) -> list[Place]:
+        """See `InstrumentConfig`."""
+        return [(-1, None)]
+
+    def weights(self) -> int:
+        """See `InstrumentConfig`."""
+        return self.depth

@@ -1,7 +1,8 @@
-"""A base model with PHi layers in it: the layers put in and taken out, and the forward pass."""
+"""A base model with instruments in it: they put in and taken out, and the forward pass."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -15,10 +16,11 @@ from philens.bases.facts import (
     cache_argument,
     find_cache,
     text_config,
+    token_embedding,
 )
 from philens.lens.attention import document_ids
 from philens.lens.cache import new_cache, prior_memories
-from philens.lens.config import SINK, PHiConfig
+from philens.lens.config import SINK, InstrumentConfig
 from philens.lens.insertion import (
     StopForward,
     find_blocks,
@@ -28,9 +30,11 @@ from philens.lens.insertion import (
     skipped,
     transform_output,
 )
+from philens.lens.instrument import KINDS, Instrument, make_parts
 from philens.lens.layer import PHiLayer
 from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
-from philens.lens.passing import Pass, Pressing, Rows, plan_pressing
+from philens.lens.mtd import MTDHead
+from philens.lens.passing import Pass, Pressing, Reading, Rows, plan_pressing
 from philens.support.errors import ConfigError, InputError, InsertionError
 
 
@@ -38,27 +42,21 @@ class LensCore(nn.Module):
     """What a `PHiModel` computes; its attributes are explained there."""
 
     weight_scale: Tensor
+    phi: Any
 
-    def __init__(self, base: nn.Module, config: PHiConfig) -> None:
+    def __init__(self, base: nn.Module, config: InstrumentConfig | Sequence[InstrumentConfig]) -> None:
         super().__init__()
         self.base = base
-        self.config = config
+        self.configs = in_order(config)
+        self.config: Any = self.configs[0]
         self.source: str | None = None
         self.record: dict[str, Any] | None = None
-        numbers: Sequence[int | None] = config.layers if config.layers is not None else [config.layer]
-        points = dict(find_insertion_point(base, number, config.module) for number in numbers)
-        if len(points) < len(numbers):
-            raise ConfigError(f"layers {config.layers} name the same block twice; name each once.")
-        self.module_paths = list(points)
-        self._modules_at = list(points.values())
-        layers = [PHiLayer(hidden_width(base, module), config) for module in self._modules_at]
-        self.phi = layers[0] if config.layers is None else nn.ModuleList(layers)
-        for layer, module in zip(layers, self._modules_at, strict=True):
-            parameter = next(iter(module.parameters()), next(iter(base.parameters()), None))
-            if parameter is not None:
-                layer.to(parameter.device)
+        self.module_paths: list[str] = []
+        self._modules_at: list[nn.Module] = []
+        for one in self.configs:
+            self._add(one)
         self.training = base.training  # a base that was loaded evaluates, and what is made anew trains
-        self.phi.train(base.training)
+        self.attached.train(base.training)
         self.register_buffer("weight_scale", torch.ones(()), persistent=False)
         self._arguments, self._takes_others = accepted_arguments(base)
         self._head_is_last: bool | None = None  # whether logits are the output head's output, untouched
@@ -71,27 +69,65 @@ class LensCore(nn.Module):
         self._trainable: list[nn.Parameter] = []  # parameters of the base that freeze_base() froze
         self._frozen = False
         self._handles: list[RemovableHandle] = []
-        self._observing = config.mode == "observe"
+        self._observing = self.config.mode == "observe"
         self._pass: Pass | None = None  # the one that runs
         self.enabled = False
         self.enable()
 
+    def _add(self, config: Any) -> None:
+        """Make an instrument, and note its places."""
+        places = config.places()
+        points = dict(find_insertion_point(self.base, *place) for place in places)
+        if len(points) < len(places):
+            raise ConfigError(f"layers {config.layers} name the same block twice; name each once.")
+        widths = [hidden_width(self.base, module) for module in points.values()]
+        setattr(self, config.kind, make_parts(config, widths))
+        for part, module in zip(self.parts_of(config.kind), points.values(), strict=True):
+            parameter = next(iter(module.parameters()), next(iter(self.base.parameters()), None))
+            if parameter is not None:
+                part.to(parameter.device)
+        self.module_paths += points
+        self._modules_at += points.values()
+
+    def parts_of(self, kind: str) -> list[Any]:
+        """The instruments of a kind; none where it is not attached."""
+        found: Any = getattr(self, kind, None)
+        return [] if found is None else list(found) if isinstance(found, nn.ModuleList) else [found]
+
+    @property
+    def instruments(self) -> list[Instrument]:
+        """All that is attached, one for each of `module_paths`; PHi layers come first."""
+        return [part for config in self.configs for part in self.parts_of(config.kind)]
+
+    @property
+    def attached(self) -> nn.Module:
+        """All that is attached, as one module."""
+        modules = {config.kind: getattr(self, config.kind) for config in self.configs}
+        return modules[self.config.kind] if len(modules) == 1 else nn.ModuleDict(modules)
+
     @property
     def layers(self) -> list[PHiLayer]:
-        """The PHi layers, one for each of `module_paths`."""
-        return [self.phi] if isinstance(self.phi, PHiLayer) else list(self.phi)  # pyright: ignore[reportReturnType]
+        """The PHi layers, one for each of the first of `module_paths`."""
+        return self.parts_of("phi")
 
     @property
     def column_points(self) -> list[str | None]:
-        """What the columns of each layer are named after: its insertion point where there may be several,
+        """What the columns of each PHi layer are named after: its insertion point where there may be several,
         else None."""
-        return [None] if self.config.layers is None else [*self.module_paths]
+        return self._points[: len(self.layers)]
+
+    @property
+    def _points(self) -> list[str | None]:
+        """What the columns of each instrument are named after."""
+        several = isinstance(getattr(self, "phi", None), nn.ModuleList)
+        layers = len(self.layers)
+        return [path if several and k < layers else None for k, path in enumerate(self.module_paths)]
 
     # What happens at the insertion points during one forward pass of the base.
 
     @contextlib.contextmanager
     def passing(self, current: Pass) -> Iterator[Pass]:
-        """Within this context the layers are in this pass; it ends with it, also where the base raises."""
+        """Within this context instruments are in this pass; it ends with it, also where the base raises."""
         before, self._pass = self._pass, current
         try:
             yield current
@@ -99,20 +135,21 @@ class LensCore(nn.Module):
             self._pass = before
 
     def _through_layer(self, number: int, hidden_states: Tensor) -> Tensor:
-        current = self._pass or Pass()  # without one, the base was called by itself
+        if self._pass is None and self._observing:  # the base was called by itself
+            return hidden_states
+        current, observe = self._pass or Pass(), self._observing
         if current.replaced is not None:
             return current.replaced[1] if current.replaced[0] == number else hidden_states
-        layer, observe = self.layers[number], self._observing
         memories = current.memories[number] if current.memories else ()
         states = hidden_states.detach() if observe else hidden_states
-        output = layer(states, current.attention_mask, current.documents, memories, current.contrastive)
+        output: Any = self.instruments[number].read(states, current, memories)
         current.outputs[number] = output
-        if current.stop and len(current.outputs) == len(self.layers):
+        if len(current.outputs) == current.stop:
             raise StopForward
         return hidden_states if observe else output.hidden_states
 
     def enable(self) -> None:
-        """Put the layers in."""
+        """Put the instruments in."""
         if not self.enabled:
             for number, module in enumerate(self._modules_at):
                 through = lambda states, number=number: self._through_layer(number, states)  # noqa: E731
@@ -120,7 +157,7 @@ class LensCore(nn.Module):
             self.enabled = True
 
     def disable(self) -> None:
-        """Take the layers out; the model is then exactly the base model."""
+        """Take the instruments out; the model is then exactly the base model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -139,7 +176,7 @@ class LensCore(nn.Module):
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        """Within this context the layers read hidden states and leave them as they are, as with
+        """Within this context the instruments read hidden states and leave them as they are, as with
         `mode="observe"`: phi is the same, and logits are the base's own."""
         was, self._observing = self._observing, True
         try:
@@ -148,7 +185,7 @@ class LensCore(nn.Module):
             self._observing = was
 
     def detach(self) -> nn.Module:
-        """Remove the layers for good and return the base model as it was."""
+        """Remove the instruments for good and return the base model as it was."""
         self.disable()
         self._watch_head(None)
         self.keep_activations()
@@ -163,7 +200,7 @@ class LensCore(nn.Module):
     # Training.
 
     def freeze_base(self) -> None:
-        """Train the layers only: no gradient for the base, which stays in evaluation mode until `detach`."""
+        """Train instruments only: no gradient for the base, which stays in evaluation mode until `detach`."""
         self._trainable += [parameter for parameter in self.base.parameters() if parameter.requires_grad]
         self.base.requires_grad_(False)
         self._frozen = True
@@ -171,7 +208,7 @@ class LensCore(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Fit fresh layers to the size of the base's hidden states; see `PHiLayer.calibrate`.
+        """Fit fresh PHi layers to the size of the base's hidden states; see `PHiLayer.calibrate`.
 
         Attention sinks, tokens whose hidden state is more than `SINK` times as long as the median, don't
         count: a handful of them would make some dimensions seem tens of times larger than they are elsewhere.
@@ -227,7 +264,7 @@ class LensCore(nn.Module):
         self._undo_recompute = []
 
     def _run_once(self) -> None:
-        """Take what holds a layer out of the base's own activation checkpointing: it would run twice."""
+        """Take what holds instruments out of the base's own activation checkpointing: they'd run twice."""
         for path in self.module_paths:
             names = path.split(".")
             for depth in range(len(names)):
@@ -290,53 +327,64 @@ class LensCore(nn.Module):
             arguments["attention_mask"] = attention_mask
         pressing = Pressing(Rows(None, input_ids.shape))
         if labels is not None and self.enabled:
-            pressing = plan_pressing(self.config, self._observing, self.training, returns, input_ids)
-        counts = [layer.memory_count for layer in self.layers] if self.enabled else []
+            pressing = plan_pressing(self.configs, self._observing, self.training, returns, input_ids)
+        instruments, embed = self.instruments if self.enabled else [], token_embedding(self.base)
+        counts = [one.memory_count for one in instruments]
+        wanted = len(self.layers) if returns == "phi" else len(instruments)
         current = Pass(
+            input_ids,
+            embed,
             attention_mask,
             documents,
             prior_memories(cache, counts) if cache is not None and counts else (),
-            stop=self.enabled and (returns == "phi" or pressing.part),
+            stop=wanted if returns == "phi" or pressing.part else 0,
             contrastive=labels is not None,
         )
+        shallow = next((k for k, one in enumerate(instruments) if isinstance(one, MTDHead)), None)
         forms: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
             if pressing.apart:
                 stack.enter_context(self.observing())
-            if pressing.again:
+            if pressing.again or shallow is not None:
                 stack.enter_context(recorded_forms(self.blocks_below, forms))
             stack.enter_context(self.passing(current))
             result = self._read(input_ids, arguments, returns)
         outputs, result.cache = current.outputs, cache
-        if self.enabled and len(outputs) < len(self.layers):
+        if self.enabled and len(outputs) < wanted:
             missing = next(p for number, p in enumerate(self.module_paths) if number not in outputs)
             raise InsertionError(
                 f"{missing} did not run in the forward pass; choose another insertion point."
             )
-        result.layer_outputs = [outputs[number] for number in sorted(outputs)]
-        if outputs:
+        found: list[Any] = [outputs[number] for number in sorted(outputs)]
+        result.layer_outputs = found[: len(self.layers)]
+        if result.layer_outputs:
             phis = [output.phi for output in result.layer_outputs]
             result.phi = phis[0] if self.config.layers is None else torch.stack(phis, -1)
+        if shallow in outputs:
+            states = outputs[shallow].hidden_states
+            result.shallow = partial(self.read_again, input_ids, {"use_cache": False}, shallow, states, forms)
+            result.attention_mask = attention_mask
         if labels is not None:
             counted, predicted = counted_tokens(labels, attention_mask, documents)
             passes: list[PHiModelOutput | None] = [result]
             untouched = None
             if pressing.apart or pressing.again:
-                passes = [None] * len(self.layers)
+                passes = [None] * len(instruments)
                 untouched = result if pressing.apart and not pressing.part else None
             if pressing.again:
-                passes, untouched = self._press(input_ids, arguments, result, forms, pressing.rows, untouched)
+                passes, untouched = self._press(input_ids, arguments, found, forms, pressing.rows, untouched)
                 labels, predicted = pressing.rows.take(labels), pressing.rows.take(predicted)
             add_losses(
                 result,
                 labels,  # pyright: ignore[reportArgumentType]
                 counted,
                 predicted,
+                found,
                 passes,
                 untouched,
-                self.config,
+                self.instruments,
                 self.weight_scale,
-                self.column_points,
+                self._points,
             )
             if pressing.again and not self._observing and (path := passes[0]) is not None:
                 # Who asks for logits asks for those with the layer in the path.
@@ -349,16 +397,16 @@ class LensCore(nn.Module):
         self,
         input_ids: Tensor,
         arguments: dict[str, Any],
-        result: PHiModelOutput,
+        outputs: Sequence[Reading],
         forms: dict[int, Any],
         rows: Rows,
         untouched: PHiModelOutput | None,
     ) -> tuple[list[PHiModelOutput | None], PHiModelOutput | None]:
-        """What presses on the latents: for each layer the pass with it in the path, and the untouched one.
+        """What presses on instruments: for each the pass with it in the path, and the untouched one.
 
         Args:
-            result: of the pass that all rows went through, at least up to the deepest layer.
-            untouched: the same, if it went on without a layer; None makes one if it is needed.
+            outputs: of the pass that all rows went through, at least up to the deepest instrument.
+            untouched: what that pass returned, if it went on without any; None makes one if it is needed.
         """
         # A compiler cannot follow how blocks are passed over.
         read_again = torch.compiler.disable(self.read_again)
@@ -368,17 +416,19 @@ class LensCore(nn.Module):
         def read(number: int, states: Tensor) -> PHiModelOutput:
             return read_again(inputs, given, number, rows.take(states), forms)  # pyright: ignore[reportCallIssue]
 
-        if untouched is None and self.config.pressure == "distill":
+        pressures = [one.config.pressure for one in self.instruments]
+        if untouched is None and "distill" in pressures:
             deepest = self._deepest()
             with torch.no_grad():
-                untouched = read(deepest, result.layer_outputs[deepest].observed)
-        pressed = torch.is_grad_enabled() and self.config.pressure != "reconstruction"
-        with torch.set_grad_enabled(pressed):
-            passes = [read(number, one.hidden_states) for number, one in enumerate(result.layer_outputs)]
-        return list(passes), untouched
+                untouched = read(deepest, outputs[deepest].observed)
+        passes: list[PHiModelOutput | None] = []
+        for number, (one, pressure) in enumerate(zip(outputs, pressures, strict=True)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and pressure != "reconstruction"):
+                passes.append(read(number, one.hidden_states))
+        return passes, untouched
 
     def _deepest(self) -> int:
-        """The layer of most blocks below it; any where an insertion point is no block."""
+        """The instrument of most blocks below it; any where an insertion point is no block."""
         places = [next((k for k, b in enumerate(self.blocks_below) if b is m), 0) for m in self._modules_at]
         return places.index(max(places))
 
@@ -408,10 +458,18 @@ class LensCore(nn.Module):
                 )
         if returns not in ("logits", "states", "phi"):
             raise InputError(f"returns must be logits, states or phi, not {returns!r}.")
+        if returns == "phi" and not self.layers:
+            raise InputError('returns="phi" needs a PHi layer, and there is none; ask for returns="states".')
         if returns == "phi" and not self.enabled:
             raise InputError('returns="phi" needs the PHi layer, which is disabled; enable() it first.')
         if labels is not None and (returns == "phi" or cache is not None):
             raise InputError('Losses need the whole text at once, and not returns="phi"; leave out labels.')
+        trains = labels is not None and self.enabled and torch.is_grad_enabled()
+        if trains and self.parts_of("mtd") and any(p.requires_grad for p in self.base.parameters()):
+            raise InputError(
+                "A shallow head learns what the base predicts, and must not train it; call freeze_base() "
+                "first, or leave out labels."
+            )
 
     def _call_base(self, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The base's logits (B, T, V); arguments that its forward does not take are left out."""
@@ -495,13 +553,13 @@ class LensCore(nn.Module):
         super().compile(*args, **kwargs)
 
     def _find_blocks_below(self) -> Sequence[nn.Module]:
-        """The blocks up to the deepest layer, where all insertion points are blocks."""
+        """The blocks up to the deepest instrument, where all insertion points are blocks."""
         try:
             _, blocks = find_blocks(self.base)
         except InsertionError:
             return ()
         numbers = [index for index, block in enumerate(blocks) if any(block is m for m in self._modules_at)]
-        return list(blocks)[: max(numbers) + 1] if len(numbers) == len(self.layers) else ()
+        return list(blocks)[: max(numbers) + 1] if len(numbers) == len({*map(id, self._modules_at)}) else ()
 
     def read_again(
         self,
@@ -511,12 +569,12 @@ class LensCore(nn.Module):
         decoded: Tensor,
         forms: dict[int, Any],
     ) -> PHiModelOutput:
-        """A pass with one layer in the path; blocks up to it do not run again.
+        """A pass with one instrument in the path; blocks up to it do not run again.
 
         Args:
             input_ids: (B, T), as read before.
             arguments: of the base's forward.
-            number: of the layer, in `layers`.
+            number: of the instrument, in `instruments`.
             decoded: (B, T, D) its `hidden_states`.
             forms: what `recorded_forms` noted of `blocks_below` in that pass.
 
@@ -535,6 +593,25 @@ def _first_tokens(states: Tensor) -> Tensor:
     """(B, T, D) -> (B, 1, D), with the strides of a tensor of its own: else torch copies the weights of a
     linear map in order to multiply them."""
     return states[:, :1].clone(memory_format=torch.contiguous_format)
+
+
+def in_order(config: InstrumentConfig | Sequence[InstrumentConfig]) -> list[Any]:
+    """Configurations of instruments in the order of `KINDS`.
+
+    Raises:
+        ConfigError: none, two of a kind, or one in the path of another.
+    """
+    configs: list[Any] = list(config) if isinstance(config, Sequence) else [config]
+    kinds = [getattr(one, "kind", None) for one in configs]
+    names = " and ".join(kind.config.__name__ for kind in KINDS.values())
+    if not configs or any(kind not in KINDS for kind in kinds):
+        found = ", ".join(type(one).__name__ for one in configs) or "an empty list"
+        raise ConfigError(f"attach needs {names}, one or several of them, not {found}.")
+    if len({*kinds}) < len(kinds):
+        raise ConfigError(f"Give each of {names} once; several PHi layers are one PHiConfig with layers.")
+    if len(configs) > 1 and any(one.mode != "observe" for one in configs):
+        raise ConfigError('A PHi layer in the path would disturb the other instrument; set mode="observe".')
+    return sorted(configs, key=lambda one: list(KINDS).index(one.kind))
 
 
 def is_pack(documents: Tensor, attention_mask: Tensor) -> bool:

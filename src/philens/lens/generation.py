@@ -1,4 +1,4 @@
-"""Generation with phi and surprisal of every token; `transformers`' own generate does the generating.
+"""Generation with phi, mtd and surprisal of every token; `transformers`' own generate does the generating.
 
 Shapes: B rows, T tokens.
 """
@@ -39,6 +39,7 @@ class PHiGeneration:
             other changes of it; NaN on each row's first token and on padding.
         prompt_length: tokens of the prompt, padding included.
         output: what `transformers` returned; more than sequences with `return_dict_in_generate`.
+        mtd: (B, T) multiple-token divergence in nats, NaN on padding; None without a shallow head.
     """
 
     sequences: Tensor
@@ -46,6 +47,7 @@ class PHiGeneration:
     surprisal: Tensor
     prompt_length: int
     output: Any
+    mtd: Tensor | None = None
 
 
 def generate(
@@ -102,13 +104,14 @@ def generate(
                 if on_token is not None:
                     count = input_ids.shape[1]
                     if not skip_prompt:
-                        hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(count))
+                        hand_on(input_ids, *_scores(lens, input_ids, mask, overflow)[:2], range(count))
                     read = stack.enter_context(_followed(lens, on_token, count, overflow))
                 # Beams change rows; a user's cache must not be read on; sampled latents are drawn once.
                 elif (
                     (_setting(generator, options, "num_beams") or 1) == 1
                     and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
                     and lens.config.inference == "mean"
+                    and not (lens.enabled and lens.parts_of("mtd"))  # which reads what goes into blocks, too
                 ):
                     record = _Record(lens, input_ids.shape[1])
                     stack.enter_context(record.recording())
@@ -119,11 +122,11 @@ def generate(
                 finished = record is not None and isinstance(output, Tensor) and record.finish(sequences)
             mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
             mask = _finished_mask(generator, sequences, mask, options)
-            phi, surprisal = _scores(lens, sequences, mask, overflow, record if finished else None)
+            phi, surprisal, mtd = _scores(lens, sequences, mask, overflow, record if finished else None)
             hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
         except Overflowed as error:
             raise overflow_error(lens, error.token_ids, "The text") from error
-    return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output)
+    return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output, mtd)
 
 
 class _Finite(LogitsProcessor):
@@ -269,8 +272,9 @@ def _finished_mask(base: Any, sequences: Tensor, prompt_mask: Tensor, options: d
 @torch.no_grad()
 def _scores(
     lens: LensCore, sequences: Tensor, mask: Tensor, overflow: Overflow, record: _Record | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """Phi and surprisal of rows whose padding may lie on either side, NaN there; from a record or a pass."""
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Phi, surprisal and mtd of rows whose padding may lie on either side, NaN there; from a record or a
+    pass."""
     place = torch.arange(mask.shape[1], device=mask.device)
     # Real tokens first: padding on the right changes nothing in any causal model, and needs no mask.
     order = torch.argsort(torch.where(mask != 0, place, place + mask.shape[1]), 1)
@@ -279,7 +283,8 @@ def _scores(
     result = lens(ids, returns="states") if record is None else record.result(order, real == 0)
     surprisal = token_surprisal(result, ids)
     later = (real != 0) & (place > 0)
-    for values in (surprisal, result.phi):
+    mtd = result.mtd
+    for values in (surprisal, result.phi, mtd):
         if values is not None:
             lost = ~values.isfinite() & (later if values.ndim == 2 else later[..., None])
             if overflow == "error" and lost.any():
@@ -292,7 +297,8 @@ def _scores(
         hidden = (mask == 0) if values.ndim == 2 else (mask == 0)[..., None]
         return torch.empty_like(values).scatter(1, spread, values).masked_fill(hidden, torch.nan)
 
-    return None if result.phi is None else back(result.phi), back(surprisal)
+    phi, mtd = (None if values is None else back(values) for values in (result.phi, mtd))
+    return phi, back(surprisal), mtd
 
 
 @contextlib.contextmanager
@@ -318,7 +324,7 @@ def _followed(lens: LensCore, on_token: OnToken, count: int, overflow: Overflow)
         if cache is None:
             raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
         memories = prior_memories(cache, [layer.memory_count for layer in lens.layers])
-        current[:] = [Pass(kwargs.get("attention_mask"), memories=memories)]
+        current[:] = [Pass(attention_mask=kwargs.get("attention_mask"), memories=memories)]
         stack.enter_context(lens.passing(current[0]))
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from philens.lens.attention import Documents
 from philens.lens.config import PHiConfig
 from philens.lens.latents import Gaussian, Latent, latent_kind
+from philens.lens.passing import Pass, Term
 from philens.lens.prior import Attend, Memory, Prior
 from philens.support.errors import ConfigError, InputError
 
@@ -52,7 +53,7 @@ class PHiOutput:
 
 
 class PHiLayer(nn.Module):
-    """Prediction of Hidden states: encoder, autoregressive prior, decoder.
+    """Prediction of Hidden states: encoder, autoregressive prior, decoder. An `Instrument`.
 
     Args:
         hidden_size: D of the base model.
@@ -73,6 +74,7 @@ class PHiLayer(nn.Module):
     shift: Tensor
     scale: Tensor
     sink_norm: Tensor
+    surprisal, divergence = "surprisal", "divergence"
 
     def __init__(self, hidden_size: int, config: PHiConfig | None = None) -> None:
         super().__init__()
@@ -245,6 +247,24 @@ class PHiLayer(nn.Module):
             phi_standard_error=error,
         )
 
+    def read(self, hidden_states: Tensor, current: Pass, memories: Sequence[Memory] = ()) -> PHiOutput:
+        """See `Instrument`."""
+        return self(hidden_states, current.attention_mask, current.documents, memories, current.contrastive)
+
+    def losses(self, output: PHiOutput, counted: Tensor, weight_scale: Tensor) -> list[Term]:
+        """See `Instrument`."""
+        config, weights, count = self.config, counted.float(), counted.sum().clamp(min=1)
+        scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
+        phi = (output.phi * weights).sum() / count
+        found = [Term("phi", phi, weight_scale * config.phi_weight * scale)]
+        if output.contrastive is not None:
+            contrastive = (output.contrastive * weights).sum() / count
+            found.append(Term("contrastive", contrastive, weight_scale * config.contrastive_weight))
+        if config.pressure == "reconstruction":
+            lost = lost_variance(output, counted)
+            found.append(Term("reconstruction", lost, config.reconstruction_weight))
+        return found
+
     def _check(
         self,
         hidden_states: Tensor,
@@ -272,6 +292,21 @@ class PHiLayer(nn.Module):
             raise InputError(f"The prior needs {self.memory_count} memories, not {len(memories)}.")
         if memories and (document_ids is not None or self.config.samples > 1):
             raise InputError("Going on from earlier tokens takes one document in a row and one sample.")
+
+
+def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:
+    """Share of the hidden states' variance that the decoded latents miss, averaged over dimensions.
+
+    Every dimension counts alike, however large a model lets a few of them grow; attention sinks, in which
+    almost all of the variance of some dimensions lies, don't count.
+    """
+    counted = counted & ~output.sinks
+    weights = counted[..., None] / counted.sum().clamp(min=1)
+    target = output.observed.float()
+    missed = ((output.hidden_states.float() - target).square() * weights).sum((0, 1))
+    mean = (target * weights).sum((0, 1))
+    variance = ((target - mean).square() * weights).sum((0, 1))
+    return (missed / variance.clamp(min=1e-8)).mean()
 
 
 def document_structure(

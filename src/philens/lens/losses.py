@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from philens.lens.config import PHiConfig
+from philens.lens.instrument import Instrument
 from philens.lens.layer import PHiOutput
+from philens.lens.passing import Reading
 from philens.support.columns import column_name
 from philens.support.errors import InputError
 
@@ -53,11 +56,28 @@ class PHiModelOutput:
     cache: Any = None
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     head_states: Tensor | None = field(default=None, repr=False)
+    shallow: Callable[[], "PHiModelOutput"] | None = field(default=None, repr=False)
+    attention_mask: Tensor | None = field(default=None, repr=False)
 
     @property
     def past_key_values(self) -> Any:
         """The cache, as transformers called it before 5.24."""
         return self.cache
+
+    @property
+    @torch.no_grad()
+    def mtd(self) -> Tensor | None:
+        """(B, T) multiple-token divergence in nats, float32, 0 on padding, made in parts when asked for; None
+        without a shallow head, whose own predictions are those of `shallow()`."""
+        if self.shallow is None:
+            return None
+        states = self.head_states if self.logits is None else self.logits
+        assert states is not None
+        rows, length = states.shape[:2]
+        places = torch.arange(rows * length, device=states.device)
+        found = divergence(self, self.shallow(), places).view(rows, length)
+        mask = self.attention_mask
+        return found if mask is None else found.masked_fill(mask[:, -length:] == 0, 0.0)
 
     def logits_at(self, positions: slice) -> Tensor:
         """(B, t, V) float32 logits of some positions of T, made when asked for.
@@ -316,19 +336,17 @@ def logits_in_parts(output: PHiModelOutput, places: Tensor) -> Iterator[tuple[sl
         start, size = start + size, max(size, LOGITS_READ_AT_ONCE // logits.shape[1])
 
 
-def lost_variance(output: PHiOutput, counted: Tensor) -> Tensor:
-    """Share of the hidden states' variance that the decoded latents miss, averaged over dimensions.
-
-    Every dimension counts alike, however large a model lets a few of them grow; attention sinks, in which
-    almost all of the variance of some dimensions lies, don't count.
-    """
-    counted = counted & ~output.sinks
-    weights = counted[..., None] / counted.sum().clamp(min=1)
-    target = output.observed.float()
-    missed = ((output.hidden_states.float() - target).square() * weights).sum((0, 1))
-    mean = (target * weights).sum((0, 1))
-    variance = ((target - mean).square() * weights).sum((0, 1))
-    return (missed / variance.clamp(min=1e-8)).mean()
+def divergence(final: PHiModelOutput, early: PHiModelOutput, places: Tensor) -> Tensor:
+    """(N,) KL(final || early) in nats of the distributions made at some of the B * T positions."""
+    parts = []
+    for (_, some), (_, others) in zip(
+        logits_in_parts(final, places), logits_in_parts(early, places), strict=True
+    ):
+        p, q = some.log_softmax(-1), others.log_softmax(-1)
+        probability = p.exp()
+        # A token that is impossible in both adds nothing.
+        parts.append((probability * (p - q)).masked_fill(probability == 0, 0).sum(-1).clamp(min=0))
+    return torch.cat(parts)
 
 
 def add_losses(
@@ -336,9 +354,10 @@ def add_losses(
     labels: Tensor,
     counted: Tensor,
     predicted: Tensor,
+    outputs: Sequence[Reading],
     passes: Sequence[PHiModelOutput | None],
     untouched: PHiModelOutput | None,
-    config: PHiConfig,
+    instruments: Sequence[Instrument],
     weight_scale: Tensor,
     points: Sequence[str | None],
 ) -> None:
@@ -347,57 +366,40 @@ def add_losses(
     Args:
         labels, predicted: (b, T) and (b, T - 1), as of `counted_tokens`; of the rows of `passes`.
         counted: (B, T), likewise, of all rows.
-        passes: for each layer the pass with it in the path, None where there is none; without any layer, the
+        outputs: of the instruments; none while they are disabled.
+        passes: for each instrument the pass with it in the path, None where there is none; without any, the
             base's.
         untouched: the base's own pass, if there was one beside these.
-        config: of the layers.
+        instruments: those of the lens.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
-        points: what the parts of each layer are named after.
+        points: what the parts of each instrument are named after.
     """
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
-    outputs = result.layer_outputs
-    for output, point in zip(outputs, points, strict=False):
-        total = total + _layer_loss(output, counted, point, parts, config, weight_scale)
-    points = points if outputs else [None]
-    through = {point: one for point, one in zip(points, passes, strict=True) if one is not None}
-    if config.pressure == "distill" and outputs:
+    for instrument, output, point in zip(instruments, outputs, points, strict=False):
+        terms = instrument.losses(output, counted, weight_scale)
+        parts |= {column_name(term.name, point): term.value for term in terms}
+        if terms:
+            total = total + reduce(add, (term.weight * term.value for term in terms))
+    through = [one for one in zip(instruments, points, passes, strict=False) if one[2] is not None]
+    compared = [one for one in through if outputs and one[0].config.pressure == "distill"]
+    if compared:
         assert untouched is not None
-        found = divergence_from(untouched, list(through.values()), labels, predicted)
+        found = divergence_from(untouched, [one for *_, one in compared], labels, predicted)  # pyright: ignore[reportArgumentType]
         parts["surprisal_base"] = found.surprisal_base
-        for number, point in enumerate(through):
-            parts[column_name("surprisal", point)] = found.surprisal[number].detach()
-            parts[column_name("divergence", point)] = found.divergence[number]
+        for number, (instrument, point, _) in enumerate(compared):
+            parts[column_name(instrument.surprisal, point)] = found.surprisal[number].detach()
+            parts[column_name(instrument.divergence, point)] = found.divergence[number]
             total = total + found.divergence[number]
-    else:
-        if untouched is not None:
-            with torch.no_grad():
-                parts["surprisal_base"] = mean_surprisal(untouched, labels, predicted)
-        for point, one in through.items():
-            surprisal = parts[column_name("surprisal", point)] = mean_surprisal(one, labels, predicted)
-            if config.pressure == "next_token":
-                total = total + surprisal
+    elif untouched is not None:
+        with torch.no_grad():
+            parts["surprisal_base"] = mean_surprisal(untouched, labels, predicted)
+    for instrument, point, one in through:
+        if outputs and instrument.config.pressure == "distill":
+            continue
+        name = column_name("surprisal", point if outputs else None)
+        surprisal = parts[name] = mean_surprisal(one, labels, predicted)  # pyright: ignore[reportArgumentType]
+        if instrument.config.pressure == "next_token":
+            total = total + surprisal
     result.loss = total
     result.losses = {name: value.detach() for name, value in parts.items()}
-
-
-def _layer_loss(
-    output: PHiOutput,
-    counted: Tensor,
-    point: str | None,
-    parts: dict[str, Tensor],
-    config: PHiConfig,
-    weight_scale: Tensor,
-) -> Tensor:
-    """What one layer adds to the loss; its parts are noted as columns of its point."""
-    weights, count = counted.float(), counted.sum().clamp(min=1)
-    phi = parts[column_name("phi", point)] = (output.phi * weights).sum() / count
-    scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
-    loss = weight_scale * config.phi_weight * scale * phi
-    if output.contrastive is not None:
-        contrastive = parts[column_name("contrastive", point)] = (output.contrastive * weights).sum() / count
-        loss = loss + weight_scale * config.contrastive_weight * contrastive
-    if config.pressure == "reconstruction":
-        lost = parts[column_name("reconstruction", point)] = lost_variance(output, counted)
-        loss = loss + config.reconstruction_weight * lost
-    return loss

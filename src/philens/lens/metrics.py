@@ -18,15 +18,20 @@ from torch import Tensor, nn
 
 from philens.lens.core import LensCore
 from philens.lens.insertion import find_blocks, recorded_forms, skipped, transform_output
+from philens.lens.instrument import KINDS, titles
 from philens.lens.layer import PHiLayer
-from philens.lens.losses import PHiModelOutput, logits_in_parts
+from philens.lens.losses import PHiModelOutput, divergence, logits_in_parts
 from philens.support.columns import column_name
 from philens.support.errors import InputError, InsertionError
 
 Columns = dict[str, NDArray[np.float32]]
 # What a metric takes from a lens: next-token predictions of the base, or those with the layer in the path;
-# the layers; the base's blocks, read through its output head.
-Need = Literal["predictions", "path", "layers", "blocks"]
+# the layers; a shallow head; the base's blocks, read through its output head.
+Need = Literal["predictions", "path", "layers", "head", "blocks"]
+
+
+# The kind of instrument that is needed.
+_KIND_OF: dict[Need, str] = {"layers": "phi", "path": "phi", "head": "mtd"}
 
 
 class Value(NamedTuple):
@@ -105,6 +110,17 @@ class OfLayer(Metric):
 @dataclass(frozen=True)
 class OfBlocks(Metric):
     """What the hidden states after every block say of a token.
+
+    Attributes:
+        function: from a batch to (N,).
+    """
+
+    function: Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class OfHead(Metric):
+    """What a shallow head says of a token.
 
     Attributes:
         function: from a batch to (N,).
@@ -201,6 +217,11 @@ def _settling_depth(batch: Batch) -> Tensor:
     return settling_depth(batch.logit_lens, batch.input_ids, batch.places)
 
 
+def _mtd(batch: Batch) -> Tensor:
+    assert batch.output.shallow is not None
+    return divergence(batch.output, batch.output.shallow(), batch.places)
+
+
 def _step(batch: Batch, number: int) -> dict[str, Tensor]:
     """The distance of each hidden state from the one before, NaN on the first, and its length."""
     h = batch.output.layer_outputs[number].observed.float()
@@ -232,6 +253,13 @@ METRICS: dict[str, Metric] = {
     for metric in (
         OfLayer(
             "phi", "nats", ("layers",), "what the hidden state adds that earlier ones did not foretell", _phi
+        ),
+        OfHead(
+            "mtd",
+            "nats",
+            ("head", "predictions"),
+            "KL of the prediction of the next token from that of a shallow head",
+            _mtd,
         ),
         OfPrediction("surprisal", "nats", ("predictions",), "-ln p of the token, by the base", surprisal),
         OfPrediction(
@@ -308,6 +336,16 @@ def readable_blocks(base: nn.Module) -> list[nn.Module]:
 def obstacle(lens: LensCore, name: str) -> InputError | None:
     """Why a lens cannot have a metric; None where it can. Nothing is read to know it."""
     for need in METRICS[name].needs:
+        if need in _KIND_OF and not lens.parts_of(_KIND_OF[need]):
+            title = KINDS[_KIND_OF[need]].title
+            return InputError(
+                f"{name} needs a {title}, and this model has a {titles(lens.configs)} alone; ask for other "
+                "metrics."
+            )
+        if need == "head" and not lens.enabled:
+            return InputError(
+                f"The shallow head is disabled and {name} needs it; enable() it or ask for other metrics."
+            )
         if need in ("layers", "path") and not lens.enabled:
             return InputError(
                 f"The PHi layer is disabled and {name} needs it; enable() it or ask for other metrics."
@@ -370,7 +408,7 @@ def read_batch(
     logit_lens, forms = None, {}
     with ExitStack() as stack:
         if of_base:
-            stack.enter_context(lens.observing() if needs & {"layers", "path"} else lens.disabled())
+            stack.enter_context(lens.observing() if needs & _KIND_OF.keys() else lens.disabled())
         if of_base and in_path:
             stack.enter_context(recorded_forms(lens.blocks_below, forms))
         if "blocks" in needs:
@@ -398,7 +436,7 @@ def read_batch(
             for number, point in enumerate(lens.column_points):
                 values = metric.function(batch, number)
                 found |= {Value(metric.name, name, point): value for name, value in values.items()}
-        elif isinstance(metric, OfBlocks):
+        elif isinstance(metric, OfBlocks | OfHead):
             found[Value(metric.name, metric.name)] = metric.function(batch)
     return found, likeliest
 
@@ -486,19 +524,6 @@ class LogitLens:
         """The output of the base for these (B, T, D) after its last block."""
         with self.lens.disabled(), skipped(self.blocks, self._forms, hidden_states):
             return self.lens(input_ids, returns="states")
-
-
-def divergence(final: PHiModelOutput, early: PHiModelOutput, places: Tensor) -> Tensor:
-    """(N,) KL(final || early) in nats of the distributions made at some of the B * T positions."""
-    parts = []
-    for (_, some), (_, others) in zip(
-        logits_in_parts(final, places), logits_in_parts(early, places), strict=True
-    ):
-        p, q = some.log_softmax(-1), others.log_softmax(-1)
-        probability = p.exp()
-        # A token that is impossible in both adds nothing.
-        parts.append((probability * (p - q)).masked_fill(probability == 0, 0).sum(-1).clamp(min=0))
-    return torch.cat(parts)
 
 
 def settling_depth(logit_lens: LogitLens, input_ids: Tensor, places: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """`PHiModel`, what people hold in their hands: a lens with its files, its checks and generation."""
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from philens.lens import adapter, metrics
-from philens.lens.config import PHiConfig
+from philens.lens.config import InstrumentConfig
 from philens.lens.core import LensCore
+from philens.lens.instrument import titles
 from philens.support.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,23 +17,27 @@ if TYPE_CHECKING:
 
 
 class PHiModel(LensCore):
-    """A base model and its PHi layers. Made by `philens.attach` and `philens.load`.
+    """A base model and its instruments: PHi layers, a shallow head. Made by `philens.attach` and
+    `philens.load`.
 
     Attributes:
         base: the base model; its weights are its own.
-        phi: the `PHiLayer`, or an `nn.ModuleList` of them where the config names several `layers`.
+        phi: the `PHiLayer`, or an `nn.ModuleList` of them where the config names several `layers`; missing
+            where there is none.
         layers: the same, always a list.
-        config: their `PHiConfig`.
-        blocks_below: the base's blocks up to the deepest layer; empty where an insertion point is no block.
+        mtd: the `MTDHead`; missing where there is none.
+        instruments: all of these; `attached` is all as one module.
+        config: the `PHiConfig`, or the `MTDConfig` of a shallow head alone; `configs` has all.
+        blocks_below: the base's blocks up to the deepest of them; empty where an insertion point is no block.
         module_paths: their insertion points.
-        enabled: whether the layers are there; `enable()`, `disable()` and `disabled()` change it.
+        enabled: whether they are there; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
-        source: where the layers were loaded from; None for fresh ones.
+        source: where they were loaded from; None for fresh ones.
         record: how they were trained (recipe, data, metrics), for the model card; None where not known.
     """
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the layers without their base model; `philens.load` puts them back.
+        """Write the instruments without their base model; `philens.load` puts them back.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -39,7 +45,7 @@ class PHiModel(LensCore):
         adapter.save_adapter(self, folder)
 
     def push_to_hub(self, repo_id: str, private: bool = False, **options: Any) -> str:
-        """Upload the layers with a model card to the Hub; `philens.load(base, repo_id)` fetches them.
+        """Upload the instruments with a model card to the Hub; `philens.load(base, repo_id)` fetches them.
 
         Returns:
             The address of the upload.
@@ -71,15 +77,16 @@ class PHiModel(LensCore):
         return generate(self, *args, **kwargs)
 
 
-def attach(base: nn.Module, config: PHiConfig) -> PHiModel:
-    """Insert PHi layers into a base model; nothing of the base is copied or changed.
+def attach(base: nn.Module, config: InstrumentConfig | Sequence[InstrumentConfig]) -> PHiModel:
+    """Insert PHi layers or a shallow head into a base model; nothing of the base is copied or changed.
 
     The layers are in the base's mode: in evaluation, where latents are not drawn, if the base is.
 
     Args:
         base: a causal language model: called with token ids (B, T), it returns logits (B, T, V) or an object
             that has them.
-        config: the layers' options, their insertion points among them.
+        config: a `PHiConfig` or `MTDConfig`; or both in a list: then both watch one pass, and the PHi layer
+            needs `mode="observe"`.
 
     Raises:
         InsertionError: an insertion point does not exist.
@@ -88,7 +95,7 @@ def attach(base: nn.Module, config: PHiConfig) -> PHiModel:
     if not isinstance(base, nn.Module):
         raise ConfigError(f"attach needs a torch.nn.Module, not {type(base).__name__}.")
     if isinstance(base, PHiModel):
-        raise ConfigError("This model already has a PHi layer; detach() it first.")
+        raise ConfigError(f"This model already has a {titles(base.configs)}; detach() it first.")
     return PHiModel(base, config)
 
 
@@ -99,7 +106,7 @@ def load(
     revision: str | None = None,
     mode: Literal["bottleneck", "observe"] | None = None,
 ) -> PHiModel:
-    """Insert saved PHi layers into the base model they were trained in.
+    """Insert saved PHi layers or a saved shallow head into the base model they were trained in.
 
     Args:
         base: the base model, with the weights it had; in another precision or quantized, it is still itself.
@@ -112,5 +119,5 @@ def load(
         ConfigError: a mode that these layers cannot be in.
     """
     if isinstance(base, PHiModel):
-        raise ConfigError("This model already has a PHi layer; detach() it first.")
+        raise ConfigError(f"This model already has a {titles(base.configs)}; detach() it first.")
     return adapter.load_as(PHiModel, base, folder, revision, mode)

@@ -43,6 +43,17 @@ class Memory(Protocol):
 Attend: TypeAlias = Tensor | Documents | None
 
 
+def one_before(z: Tensor, starts: Tensor, start: Tensor, memory: Memory | None = None) -> Tensor:
+    """(B, T, L) what the token before each has of z, and `start` (1, 1, L) where a document starts, (B, T);
+    a memory keeps z of the tokens before."""
+    before = torch.roll(z, 1, dims=1)
+    if memory is not None:
+        kept, _ = memory.update(z[:, None], z[:, None, :, :0])
+        if kept.shape[2] > z.shape[1]:
+            before = kept[:, 0, -z.shape[1] - 1 : -1]
+    return torch.where(starts[..., None], start.to(z.dtype), before)
+
+
 class PriorAttention(nn.Module):
     """Causal self-attention within documents, (B, T, L) -> (B, T, L)."""
 
@@ -133,13 +144,8 @@ class Prior(nn.Module):
 
         With `memories`, one for the latents and one for each attention layer, goes on from the tokens before.
         """
-        before = torch.roll(z, 1, dims=1)
         latents, *attentions = memories or (None,)
-        if latents is not None:
-            kept, _ = latents.update(z[:, None], z[:, None, :, :0])
-            if kept.shape[2] > z.shape[1]:
-                before = kept[:, 0, -z.shape[1] - 1 : -1]
-        x = torch.where(starts[..., None], self.start.to(z.dtype), before)
+        x = one_before(z, starts, self.start, latents)
         if self.attention is not None:
             x = F.rms_norm(x, x.shape[-1:], eps=1e-5)
             *inner, last = attentions or [None] * self.depth

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from philens.bases.facts import text_config
+from philens.bases.facts import text_config, token_embedding
 from philens.lens.adapter import load_as, save_adapter
 from philens.lens.core import LensCore
 from philens.lens.generation import generate
@@ -41,12 +41,12 @@ class Trial:
     backend: str = ""
 
     def values(self, output: PHiModelOutput, ids: Tensor) -> list[Tensor]:
-        """Phi, where enabled, and log-probabilities (B, T, V)."""
+        """Phi and mtd, where there are layers and a head, enabled, and log-probabilities (B, T, V)."""
         logprobs = output.logits_at(slice(0, ids.shape[1])).log_softmax(-1)
-        return [logprobs] if output.phi is None else [output.phi, logprobs]
+        return [value for value in (output.phi, output.mtd, logprobs) if value is not None]
 
     def read(self, ids: Tensor, **options: Any) -> list[Tensor]:
-        """Phi, where enabled, and log-probabilities of texts (B, T)."""
+        """The same of texts (B, T)."""
         return self.values(self.lens(ids, **options), ids)
 
     def documents(self) -> list[Tensor]:
@@ -55,7 +55,7 @@ class Trial:
         return [row[None, :cut] for row, cut in zip(self.ids, (length, length // 2, 1), strict=True)]
 
     def learn(self, model: Callable[..., Any] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Loss, phi and logits with labels and fixed noise; gradients of the layer, and of the embedded
+        """Loss, values and logits with labels and fixed noise; gradients of what is attached, and of embedded
         tokens where no other model (the compiled one) is given."""
         lens, embedded = self.lens, []
         torch.manual_seed(0)
@@ -64,17 +64,18 @@ class Trial:
             embedded.append(output.detach().requires_grad_(True))
             return embedded[-1]
 
-        embedding = _embedding(lens.base) if model is None else None
+        embedding = token_embedding(lens.base) if model is None else None
         handle = None if embedding is None else embedding.register_forward_hook(note)
         try:
             output = (lens if model is None else model)(self.ids, labels=self.ids)
         finally:
             if handle is not None:
                 handle.remove()
-        sources = [*lens.phi.parameters(), *embedded[:1]]
+        sources = [*lens.attached.parameters(), *embedded[:1]]
         found = torch.autograd.grad(output.loss, sources, allow_unused=True)
         gradients = [torch.zeros_like(s) if g is None else g for s, g in zip(sources, found, strict=True)]
-        return [output.loss, output.phi, output.logits.detach()], gradients
+        values = (output.loss, output.phi, output.mtd, output.logits.detach())
+        return [value for value in values if value is not None], gradients
 
 
 Attempt = Callable[[Trial], Pairs]
@@ -115,7 +116,7 @@ def _disabled(trial: Trial) -> Pairs:
 
 @_promise("gradient", "a frozen base gets no gradient, the layer does", of_base=False)
 def _gradient(trial: Trial) -> Pairs:
-    layer = list(trial.lens.phi.parameters())
+    layer = list(trial.lens.attached.parameters())
     with torch.enable_grad():
         loss = trial.lens(trial.ids, labels=trial.ids).loss
         reached = _leaves(loss)
@@ -130,7 +131,7 @@ def _gradient(trial: Trial) -> Pairs:
     yield from ()  # nothing to compare
 
 
-@_promise("causal", "phi does not depend on later tokens")
+@_promise("causal", "values do not depend on later tokens")
 def _causal(trial: Trial) -> Pairs:
     ids, cut = trial.ids, trial.ids.shape[1] // 2
     other = torch.cat((ids[:, :cut], ids[:, cut:].roll(1, 0)), 1)
@@ -194,6 +195,8 @@ def _cache(trial: Trial) -> Pairs:
 
 @_promise("early exit", 'stopped at the layer (returns="phi")', of_base=False)
 def _early_exit(trial: Trial) -> Pairs:
+    if not trial.lens.layers:
+        raise NotApplicable("there is no PHi layer")
     yield trial.lens(trial.ids, returns="phi").phi, trial.lens(trial.ids).phi
 
 
@@ -210,10 +213,14 @@ def _observing(trial: Trial) -> Pairs:
         plain = trial.lens(trial.ids).logits
     for lens in _alone(trial.lens, "observe"):
         yield lens(trial.ids).logits, plain
+    if trial.lens.parts_of("mtd"):
+        yield trial.lens(trial.ids).logits, plain
 
 
 @_promise("same phi", "observing and in the path, phi is the same", of_base=False)
 def _same_phi(trial: Trial) -> Pairs:
+    if not trial.lens.layers:
+        raise NotApplicable("there is no PHi layer")
     found = trial.lens(trial.ids).phi
     other = "bottleneck" if trial.lens.config.mode == "observe" else "observe"
     for number, lens in enumerate(_alone(trial.lens, other)):
@@ -236,8 +243,9 @@ def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
     for row, ids in enumerate(generated.sequences):
         output = lens(ids[None])
         yield generated.surprisal[row, 1:], token_surprisal(output, ids[None])[0, 1:]
-        if output.phi is not None and generated.phi is not None:
-            yield generated.phi[row], output.phi[0]
+        for one, expected in ((generated.phi, output.phi), (generated.mtd, output.mtd)):
+            if one is not None and expected is not None:
+                yield one[row], expected[0]
         if not options.get("do_sample") and options.get("num_beams", 1) == 1:
             # What was chosen is the likeliest by the finished text, with the layer in the path or not.
             start = generated.prompt_length
@@ -278,24 +286,25 @@ def _checkpointing(trial: Trial) -> Pairs:
         raise NotApplicable(str(error).split(";")[0].split("(")[0].strip()) from error
     recomputed = bool(lens._undo_recompute)
     # Before the forward pass: a recomputation ends within it, as soon as it has all that it needs.
-    handles = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in lens.layers]
+    parts: list[Any] = lens.instruments
+    handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in parts]
     try:
         with torch.enable_grad():
-            lens.phi.train()
+            lens.attached.train()
             lens.keep_activations()
             expected, gradients = trial.learn()
             lens.checkpoint_activations()
             calls.clear()
             found, gradients_again = trial.learn()
     finally:
-        lens.phi.eval()
+        lens.attached.eval()
         lens.keep_activations()
         if recomputed:
             lens.checkpoint_activations()
         for handle in handles:
             handle.remove()
-    if len(calls) != len(lens.layers):
-        raise Broken(f"{len(lens.layers)} layers ran {len(calls)} times")
+    if len(calls) != len(parts):
+        raise Broken(f"{len(parts)} layers ran {len(calls)} times")
     yield from zip(found, expected, strict=True)
     yield from _relative(gradients_again, gradients)
 
@@ -341,7 +350,7 @@ def _relative(found: list[Tensor], expected: list[Tensor]) -> Pairs:
 
 def _alone(lens: LensCore, mode: Literal["bottleneck", "observe"]) -> Iterator[LensCore]:
     """Each layer in turn in a model of its own, in another mode."""
-    for path, layer in zip(lens.module_paths, lens.layers, strict=True):
+    for path, layer in zip(lens.module_paths, lens.layers, strict=False):
         config = replace(lens.config, layer=None, layers=None, module=path, mode=mode, pressure="next_token")
         with lens.disabled():
             other = type(lens)(lens.base, config)
@@ -366,21 +375,13 @@ def _leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def _embedding(base: Any) -> nn.Module | None:
-    """The module that embeds tokens."""
-    try:
-        return base.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return next((m for m in base.modules() if isinstance(m, nn.Embedding)), None)
-
-
 def token_ids(base: nn.Module, rows: int, length: int) -> Tensor:
     """(rows, length) random ids of the base's vocabulary, without those of special meaning.
 
     Raises:
         InputError: its vocabulary is not known.
     """
-    embedding, config = _embedding(base), text_config(base)
+    embedding, config = token_embedding(base), text_config(base)
     size = getattr(config, "vocab_size", None) or getattr(embedding, "num_embeddings", None)
     if not isinstance(size, int):
         raise InputError(

@@ -139,7 +139,7 @@ class TransformersEngine:
             "revision": getattr(self.base.config, "_commit_hash", None),
             "fingerprint": fingerprint(self.base),
             "adapter": None if self.lens is None else self.lens.source,
-            "adapter_fingerprint": None if self.lens is None else fingerprint(self.lens.phi),
+            "adapter_fingerprint": None if self.lens is None else fingerprint(self.lens.attached),
             "layer_in_path": self.lens is not None and self.lens.config.mode != "observe",
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "ends": self.ends,

@@ -1,13 +1,15 @@
-"""Phi and surprisal of every token of a batch of documents."""
+"""Phi, mtd and surprisal of every token of a batch of documents."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from philens.bases.facts import evaluating
 from philens.lens import metrics
+from philens.lens.losses import divergence
 from philens.lens.model import PHiModel
 from philens.lens.overflow import Overflow, check_overflow, overflow_error
 from philens.support.errors import InputError
@@ -28,12 +30,14 @@ class TokenTable:
         surprisal: (N,) negative log-probability of the token given those before it, in nats; NaN on a
             document's first token.
         document: (N,) index of the token's document.
+        mtd: (N,) multiple-token divergence in nats; None without a shallow head.
     """
 
     docs: Documents
     phi: NDArray[np.float32]
     surprisal: NDArray[np.float32]
     document: NDArray[np.int64]
+    mtd: NDArray[np.float32] | None = None
 
 
 def score_documents(
@@ -58,8 +62,9 @@ def score_documents(
     if (docs.lengths < 1).any():
         raise InputError("There is an empty document; every document needs at least one token.")
     surprisal = np.full(len(docs.tokens), np.nan, np.float32)
-    several = () if lens.config.layers is None else (len(lens.layers),)
+    several = (len(lens.layers),) if isinstance(getattr(lens, "phi", None), nn.ModuleList) else ()
     phi = np.full((len(docs.tokens), *several), np.nan, np.float32)
+    mtd = np.full(len(docs.tokens), np.nan, np.float32) if lens.enabled and lens.parts_of("mtd") else None
     device = next(lens.base.parameters()).device
     order = np.argsort(docs.lengths, kind="stable")
     with evaluating(lens):
@@ -75,14 +80,17 @@ def score_documents(
             surprisal[place] = found.cpu().numpy()
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
-    table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths))
+            if mtd is not None and output.shallow is not None:
+                mtd[place] = divergence(output, output.shallow(), places).cpu().numpy()
+    table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths), mtd)
     _treat_overflow(lens, table, overflow, batch_size)
     return table
 
 
 def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch_size: int) -> None:
     """Raise an error where tokens with one before them have values that are not finite, or make those NaN."""
-    columns = [table.surprisal, table.phi] if lens.enabled else [table.surprisal]
+    columns = [table.surprisal, *([table.phi] if lens.enabled and lens.layers else [])]
+    columns += [] if table.mtd is None else [table.mtd]
     later = np.ones(len(table.surprisal), bool)
     later[table.docs.offsets[:-1]] = False
     lost = [~np.isfinite(values.T) & later for values in columns]
@@ -91,6 +99,8 @@ def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch
         if batch_size > 1:  # what fills a batch may overflow, too, and spoil what comes before it
             alone = score_documents(lens, table.docs.select([number]), 1, "nan")
             table.surprisal[place], table.phi[place] = alone.surprisal, alone.phi
+            if table.mtd is not None:
+                table.mtd[place] = alone.mtd
         elif overflow == "nan":
             for values, broken in zip(columns, lost, strict=True):
                 values.T[broken] = np.nan

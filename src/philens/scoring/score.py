@@ -180,9 +180,9 @@ def check_metrics(lens: PHiModel, metrics: Sequence[str] | None) -> list[str]:
     Raises:
         InputError: one that does not exist, or that this lens does not have.
     """
-    observes = lens.config.mode == "observe"
     if metrics is None:
-        metrics = ["phi", "surprisal"] if observes else ["phi", "surprisal", "surprisal_with_layer"]
+        kinds = [config.kind for config in lens.configs]
+        metrics = [*kinds, "surprisal", *(["surprisal_with_layer"] if lens.config.mode != "observe" else [])]
     chosen = {metrics} if isinstance(metrics, str) else set(metrics)
     if not chosen:
         raise InputError(f"No metric was asked for; choose among {', '.join(METRICS)}.")
@@ -212,7 +212,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         tokenizer: its tokenizer.
         context: tokens read at once at most; None means whole texts.
     """
-    config = getattr(lens.base, "config", None)
+    config, kinds = getattr(lens.base, "config", None), [one.kind for one in lens.configs]
     rule = "texts are read whole"
     if context is not None:
         rule = (
@@ -229,12 +229,15 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         **({} if (merged := merged_from(lens.base)) is None else {"merged_from": merged}),
         "tokenizer": getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__,
         "adapter": lens.source,
-        "adapter_fingerprint": fingerprint(lens.phi),
+        "adapter_fingerprint": fingerprint(lens.attached),
+        **({} if kinds == ["phi"] else {"instruments": kinds}),
         "module_paths": list(lens.module_paths),
         "mode": lens.config.mode,
-        "kl": lens.config.kl,
-        "inference": lens.config.inference,
-        "samples": lens.config.samples,
+        **(
+            {name: getattr(lens.config, name) for name in ("kl", "inference", "samples")}
+            if lens.layers
+            else {}
+        ),
         "dtype": str(next(p.dtype for p in lens.base.parameters() if p.is_floating_point()))[len("torch.") :],
         "window": context,
         "window_rule": rule,

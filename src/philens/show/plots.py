@@ -24,6 +24,7 @@ TASK_STYLES = {  # colour (Okabe-Ito; grey for random), marker
     "copy": ("#CC79A7", "v"),
 }
 PHI_LABEL = "PHi loss (nats per token)"
+MTD_LABEL = "multiple-token divergence (nats)"
 SURPRISAL_LABEL = "surprisal (nats per token)"
 FONT = 9
 

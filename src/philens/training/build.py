@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from philens.bases import hub
 from philens.bases.facts import text_config
 from philens.lens.attention import knows_packs, register_documents
 from philens.lens.config import PHiConfig
-from philens.lens.layer import PHiLayer
+from philens.lens.instrument import make_parts
 from philens.lens.model import PHiModel, attach
 from philens.support.errors import AdapterError, RecipeError, TrainingError
 from philens.support.files import not_finite
@@ -106,17 +105,22 @@ def build_model(recipe: Recipe) -> PHiModel:
 
 
 def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
-    """A base model with the recipe's PHi layer, fresh. For a recipe without one, the smallest there is, which
-    stays out of the path and is neither trained nor saved."""
-    if recipe.phi is None:
+    """A base model with the recipe's instruments, fresh. For a recipe without any, the smallest PHi layer
+    there is, which stays out of the path and is neither trained nor saved."""
+    if not recipe.instruments:
         lens = attach(base, PHiConfig(layer=0, latent_size=1, prior="unit", init="random"))
         lens.phi.requires_grad_(False)
         lens.disable()
         return lens
-    config, width = recipe.phi, getattr(text_config(base), "hidden_size", 1)
-    sizes = "phi.latent_size, phi.prior_mlp_size and phi.prior_depth"
-    check_weights(sizes, lambda: nn.ModuleList(PHiLayer(width, config) for _ in config.layers or [0]))
-    lens = attach(base, config)
+    width = getattr(text_config(base), "hidden_size", 1)
+    sizes = {
+        "phi": "phi.latent_size, phi.prior_mlp_size and phi.prior_depth",
+        "mtd": "mtd.mlp_size and mtd.depth",
+    }
+    for config in recipe.instruments:
+        widths = [width] * len(config.places())
+        check_weights(sizes[config.kind], lambda config=config, widths=widths: make_parts(config, widths))
+    lens = attach(base, recipe.instruments)
     if recipe.model.base is not None and recipe.model.frozen:
         lens.freeze_base()
     return lens

@@ -135,7 +135,7 @@ class Evaluation(TrainerCallback):
         with self.trainer.autocast():
             rows = evaluate(self.lens, self.recipe, self.held_out, state.global_step)
         record = record_of(rows)
-        if self.lens.enabled:
+        if self.lens.enabled and self.lens.layers:
             found = [self._collapsed(point, rows, state) for point in self.lens.column_points]
             record["collapsed"] = float(any(found))
         self.trainer.log(record)
@@ -224,7 +224,9 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        shown = [f"{key} {logs[key]:.3f}" for key in ("loss", "surprisal", "phi") if key in (logs or {})]
+        shown = [
+            f"{key} {logs[key]:.3f}" for key in ("loss", "surprisal", "phi", "mtd") if key in (logs or {})
+        ]
         if shown:
             self.bar.update(self.task, figures=" ".join(shown))
 

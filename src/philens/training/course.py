@@ -38,6 +38,7 @@ def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
     """
     from philens.show.plots import (
         FONT,
+        MTD_LABEL,
         PHI_LABEL,
         SURPRISAL_LABEL,
         draw_series,
@@ -50,11 +51,14 @@ def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
     if not history:
         raise InputError("There is no training history to draw; train for at least one logged step.")
     figure = new_figure(height=5.4)
-    (losses, train_phi), (left, right) = figure.subplots(2, 2, sharex=True)
+    (losses, train_value), (left, right) = figure.subplots(2, 2, sharex=True)
     keys = dict.fromkeys(key for record in history for key in record)
     points = list(dict.fromkeys(point for key in keys if (point := Column(key).point) is not None))
     rows = [row for record in history for row in rows_of(record)]
     parts = list(dict.fromkeys(row.part for row in rows if row.part is not None))
+    metrics = {Column(key).metric for key in keys} | {row.metric for row in rows}
+    has_phi = "phi" in metrics or "mtd" not in metrics
+    value, value_label = ("phi", PHI_LABEL) if has_phi else ("mtd", MTD_LABEL)
     draw_series(losses, history, "loss", color="#000000", label="loss")
     for point in points or [None]:
         of_base, of_phi, name = "#0072B2", "#D55E00", "surprisal"
@@ -62,15 +66,17 @@ def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
             of_base = of_phi = series_style(point, points)["color"]
             name = None
         draw_series(losses, history, column_name("surprisal", point), color=of_base, label=name)
-        draw_series(train_phi, history, column_name("phi", point), color=of_phi)
+        draw_series(train_value, history, column_name(value, point), color=of_phi)
     losses.set(ylabel="nats per token")
     losses.set_title("training loss", fontsize=FONT + 1, loc="left")
-    train_phi.set(ylabel=PHI_LABEL)
-    train_phi.set_title("training phi", fontsize=FONT + 1, loc="left")
+    train_value.set(ylabel=value_label)
+    train_value.set_title(f"training {value}", fontsize=FONT + 1, loc="left")
     quantity, label = "surprisal", SURPRISAL_LABEL
+    if any(row.metric == "surprisal_shallow" for row in rows):
+        quantity = "surprisal_shallow"
     if any(row.metric == "loss_gap" for row in rows):
         quantity, label = "loss_gap", "loss gap (nats per token)"
-    for axes, name, ylabel in ((left, quantity, label), (right, "phi", PHI_LABEL)):
+    for axes, name, ylabel in ((left, quantity, label), (right, value, value_label)):
         for series in points or parts:
             key = key_of(None, column_name(name, series)) if points else key_of(series, name)
             style = series_style(series, points or parts)
@@ -78,7 +84,7 @@ def figure_training(history: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set(xlabel="step", ylabel=ylabel)
         kind = "insertion point" if points else "task" if quantity == "surprisal" else "part"
         axes.set_title(f"{name.replace('_', ' ')} per {kind}", fontsize=FONT + 1, loc="left")
-    for axes in (train_phi, right):
+    for axes in (train_value, right):
         log_if_wide(axes)
     if losses.get_legend_handles_labels()[1]:
         losses.legend(fontsize=FONT - 1, frameon=False)

@@ -40,13 +40,15 @@ def evaluate(
 
 
 def evaluate_tasks(lens: PHiModel, recipe: Recipe, documents: int, step: int = 0) -> list[Evaluated]:
-    """Mean phi and surprisal of each formal language, documents cut to the length of a training row."""
+    """Mean phi, mtd and surprisal of each formal language, documents cut to the length of a training row."""
     rows = []
     for task in TASKS:
         docs = generate(recipe.data.tasks, EVALUATION_SEED, task, np.arange(documents))
         table = score_documents(lens, docs.cut(recipe.data.length))
         rows.append(Evaluated(step, task, "surprisal", None, float(np.nanmean(table.surprisal))))
-        if lens.enabled:
+        if table.mtd is not None:
+            rows.append(Evaluated(step, task, "mtd", None, float(table.mtd.mean())))
+        if lens.enabled and lens.layers:
             for point, phi in zip(lens.column_points, np.atleast_1d(table.phi.mean(0)), strict=True):
                 rows.append(Evaluated(step, task, "phi", point, float(phi)))
     return rows
@@ -85,7 +87,7 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
             sums[name] += float(value)
             counts[name] += float(count)
     means = {Column(name): value / max(counts[name], 1.0) for name, value in sums.items()}
-    for name in [name for name in means if name.metric == "surprisal" and lens.enabled]:
+    for name in [name for name in means if name.metric == "surprisal" and lens.enabled and lens.layers]:
         means[Column(name.of("loss_gap"))] = means[name] - means[Column("surprisal_base")]
     return means
 
@@ -101,7 +103,7 @@ def _batch_sums(lens: PHiModel, rows: dict[str, Tensor]) -> dict[str, tuple[Any,
     tokens = {True: predicted.sum(), False: counted.sum()}
     sums: dict[str, tuple[Any, Any]] = {}
     for name, value in losses.items():
-        count = tokens[name.startswith(("surprisal", "divergence"))]
+        count = tokens[name.startswith(("surprisal", "divergence", "mtd"))]
         sums[name] = value * count, count
     for point, layer in zip(lens.column_points, output.layer_outputs, strict=False):
         # A sink is one token of a text and not like any other.

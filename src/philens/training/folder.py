@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from philens.bases import hub
-from philens.lens.adapter import CONFIG_FILE, WEIGHTS_FILE, read_layers, save_adapter
+from philens.lens.adapter import CONFIG_FILE, load_instruments, save_adapter
 from philens.lens.model import PHiModel
 from philens.support.errors import AdapterError, OutputError, TrainingError
 from philens.support.files import (
@@ -53,7 +53,7 @@ class RunFolder:
         versions_file: the seed, and the versions of what decides numbers.
         picture: the course of the training.
         model: the base and its tokenizer, unless it is a frozen one from elsewhere.
-        adapter: the PHi layer.
+        adapter: the PHi layer, or another instrument.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -95,7 +95,7 @@ class RunFolder:
 
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether the run of this recipe is finished."""
-        return (self.model if recipe.phi is None else self.adapter).is_dir()
+        return (self.adapter if recipe.instruments else self.model).is_dir()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of the run; a half-written last line is left out.
@@ -148,9 +148,9 @@ class RunFolder:
         return {"recipe": record, "data": texts, "metrics": metrics}
 
     def save_model(self, lens: PHiModel, recipe: Recipe, tokenizer: Any) -> None:
-        """Write base with tokenizer, and layer, each into a folder of its own.
+        """Write base with tokenizer, and adapter, each into a folder of its own.
 
-        A frozen base that was loaded is left out, and so is the layer of a recipe without one.
+        A frozen base that was loaded is left out, and so is the adapter of a recipe without an instrument.
 
         Raises:
             OutputError: they cannot be written.
@@ -162,7 +162,7 @@ class RunFolder:
                     tokenizer.init_kwargs.pop(name, None)
                 tokenizer.save_pretrained(staging)
                 write_sums(staging)
-        if recipe.phi is not None:
+        if recipe.instruments:
             save_adapter(lens, self.adapter)
 
     def load_weights(self, lens: PHiModel, recipe: Recipe) -> None:
@@ -178,9 +178,8 @@ class RunFolder:
             stored = {name for name, _ in (*lens.base.named_parameters(), *lens.base.named_buffers())}
             tied = {name: value for name, value in lens.base.state_dict().items() if name not in stored}
             load_weights(lens.base, tied | weights, path)
-        if recipe.phi is not None:
-            path = self.adapter / WEIGHTS_FILE
-            load_weights(lens.phi, read_layers(path), path)
+        if recipe.instruments:
+            load_instruments(lens, self.adapter)
 
     def resume_from(self, recipe: Recipe, resume: bool) -> Path | None:
         """Whether a run may go into the folder; the checkpoint to go on from.

@@ -120,7 +120,7 @@ def load_run(folder: str | Path) -> tuple[PHiModel, Recipe]:
     recipe = run.recipe()
     if not run.is_finished(recipe):
         raise AdapterError(f"The run in {folder} is not finished; finish it with philens train --resume.")
-    if recipe.phi is None:
+    if not recipe.instruments:
         raise AdapterError(
             f"The run in {folder} has no PHi layer; give it one by training with --model.base {run.model}."
         )
@@ -132,6 +132,6 @@ def _load_finished(run: RunFolder, recipe: Recipe, base: Any = None) -> PHiModel
         base, _ = load_pretrained(run.model, tokenizer=False, local_only=True)
     elif base is None:
         base, _ = recipe.model.source().load_base(tokenizer=False)
-    if recipe.phi is None:
+    if not recipe.instruments:
         return attach_fresh(base, recipe).eval()
     return load(base, run.adapter)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from philens.bases.hub import reason
-from philens.lens.config import PHiConfig
+from philens.lens.config import MTDConfig, PHiConfig
 from philens.support.errors import AdapterError, ConfigError, RecipeError, TrainingError
 from philens.support.files import PACKAGE, read_text
 from philens.support.typed import convert, nearest, shown
@@ -192,7 +192,8 @@ class Recipe:
         name: name of the run.
         seed: seed of weights, noise and training documents.
         model: the base model.
-        phi: the PHi layer; null trains the base model alone.
+        phi: the PHi layer; null for none. With neither this nor `mtd` the base model is trained alone.
+        mtd: a shallow head in a trained, frozen base; given without `phi`, there is no PHi layer.
         phi_schedule: when the layer enters.
         data: what is read.
         optimizer: its options and schedule.
@@ -203,10 +204,16 @@ class Recipe:
     seed: int = 0
     model: ModelRecipe = field(default_factory=ModelRecipe)
     phi: PHiConfig | None = field(default_factory=lambda: PHiConfig(layer=0))
+    mtd: MTDConfig | None = None
     phi_schedule: PhiSchedule = field(default_factory=PhiSchedule)
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    @property
+    def instruments(self) -> list[PHiConfig | MTDConfig]:
+        """What goes into the base."""
+        return [one for one in (self.phi, self.mtd) if one is not None]
 
     @property
     def keeps_base(self) -> bool:
@@ -260,11 +267,11 @@ _ALTERNATIVES = {"phi.module", "phi.layer", "phi.layers"}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one with dotted keys; values that are dicts themselves stay whole."""
+    """A nested dict as one with dotted keys; values that are dicts themselves, and empty ones, stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in _DICTS:
+        if isinstance(value, dict) and value and name not in _DICTS:
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
@@ -341,11 +348,15 @@ def load_recipe(
             mixture = flat.get("data.mixture", {})
             if key.startswith("data.mixture.") and isinstance(mixture, dict):
                 key, single = "data.mixture", {**mixture, key.removeprefix("data.mixture."): single}
-            if flat.get("phi", 0) is None and key.startswith("phi."):
-                del flat["phi"]
+            section = key.split(".")[0]
+            if key != section and flat.get(section, 0) is None:
+                del flat[section]
             flat[key] = single
             if key in _ALTERNATIVES:
                 flat |= dict.fromkeys(_ALTERNATIVES - {key} - given.keys())
+    names = {key.split(".")[0] for key in flat}
+    if "mtd" in names and "phi" not in names and flat.get("mtd", 0) is not None:
+        flat["phi"] = None
     recipe: Recipe = _build(Recipe, Recipe(), _nested(flat))
     check_recipe(recipe)
     return recipe
@@ -452,9 +463,11 @@ def check_recipe(recipe: Recipe) -> None:
     if not 0 <= recipe.seed < 1 << 32:
         raise RecipeError(f"seed must be at least 0 and below {1 << 32}, not {shown(recipe.seed)}.")
     depth = 1 if recipe.phi is None else recipe.phi.prior_depth
+    blocks = 1 if recipe.mtd is None else recipe.mtd.depth
     for name, value, most in (
         ("model.layers", recipe.model.layers, 1000),
         ("phi.prior_depth", depth, 1000),
+        ("mtd.depth", blocks, 1000),
         ("data.workers", recipe.data.workers, 256),
     ):
         if value > most:
@@ -491,6 +504,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     model, parts = recipe.model, recipe.data.parts
+    if recipe.mtd is not None and (model.base is None or not model.frozen):
+        raise RecipeError(
+            "A shallow head (mtd) learns what a trained base predicts, and leaves it as it is; give "
+            "model.base, and leave model.frozen true."
+        )
+    if recipe.mtd is not None and recipe.phi is not None and recipe.phi.mode != "observe":
+        raise RecipeError("A PHi layer beside a shallow head only observes; set phi.mode to observe.")
     if model.base is None:
         if any(part.source == SELF for part in parts.values()):
             raise RecipeError("A source self is text that a trained base writes; give model.base.")
@@ -510,7 +530,7 @@ def _check_model(recipe: Recipe) -> None:
             raise RecipeError("model.tokenizer must be characters for formal languages, or give data.parts.")
         if model.tokenizer == "bpe" and model.vocab_size < 262:
             raise RecipeError(f"model.vocab_size must be at least 262 (all bytes), not {model.vocab_size}.")
-    elif recipe.phi is None and model.frozen:
+    elif not recipe.instruments and model.frozen:
         raise RecipeError("Nothing would be trained: give phi, or set model.frozen to false.")
     elif model.frozen and recipe.phi_schedule.start_step:
         raise RecipeError(

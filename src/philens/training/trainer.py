@@ -24,7 +24,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from philens.bases.facts import evaluating
 from philens.lens.insertion import find_blocks
-from philens.lens.layer import PHiLayer
 from philens.lens.model import PHiModel
 from philens.support.columns import column_name
 from philens.support.errors import InsertionError, OutputError, TrainingError
@@ -157,12 +156,12 @@ class PHiTrainer(Trainer):
             self._choose_shards(self.accelerator.state.fsdp_plugin)
 
     def _choose_shards(self, plugin: Any) -> None:
-        """Shard block by block, and each PHi layer, which may have another precision, by itself."""
+        """Shard block by block, and each instrument, which may have another precision, by itself."""
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
         # True of in-place operations on what the layers return; there are none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        units = {PHiLayer.__name__}
+        units = {type(one).__name__ for one in self.lens.instruments}
         with contextlib.suppress(InsertionError):
             units |= {type(block).__name__ for block in find_blocks(self.lens.base)[1]}
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
