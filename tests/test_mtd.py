@@ -275,6 +275,19 @@ def test_several_watch_one_pass_as_each_would_alone(tokens):
         torch.testing.assert_close(out.losses[name], value)
 
 
+def test_a_pass_that_stops_at_the_layer_leaves_the_head_out(tokens):
+    """Also where the layer stands after all blocks."""
+    for place in ({"layer": 0}, {"layer": -1}, {"module": "model.norm"}):
+        config = PHiConfig(mode="observe", contrastive_weight=0.0, **place)
+        lens = attach(make_llama(), [config, MTDConfig()]).eval()
+        runs = []
+        lens.mtd.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        phi = lens(tokens, returns="phi").phi
+        assert not runs
+        assert torch.equal(phi, lens(tokens).phi)
+        assert len(runs) == 1
+
+
 def test_several_are_saved_and_scored_together(tmp_path, tokens):
     base = make_llama()
     lens = attach(base, [WATCHING, MTDConfig()]).eval()

@@ -140,6 +140,8 @@ class LensCore(nn.Module):
         current, observe = self._pass or Pass(), self._observing
         if current.replaced is not None:
             return current.replaced[1] if current.replaced[0] == number else hidden_states
+        if 0 < current.stop <= number:  # the pass ends without it
+            return hidden_states
         memories = current.memories[number] if current.memories else ()
         states = hidden_states.detach() if observe else hidden_states
         output: Any = self.instruments[number].read(states, current, memories)

@@ -45,7 +45,7 @@ class Pass:
         attention_mask: (B, T), 0 on padding; with a cache (B, earlier + T).
         documents: (B, T) which document of a pack each token is of; None where each row is one.
         memories: for each instrument, what it kept of earlier tokens; empty without a cache.
-        stop: end the pass when so many instruments have run; 0 runs it to its end.
+        stop: end the pass when the first so many instruments have run; 0 runs it to its end.
         contrastive: compute the contrastive loss.
         replaced: an instrument's number and the states (B, T, D) that go on from its place: none runs.
         outputs: of the instruments that ran, by number.

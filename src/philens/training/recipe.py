@@ -348,9 +348,9 @@ def load_recipe(
             mixture = flat.get("data.mixture", {})
             if key.startswith("data.mixture.") and isinstance(mixture, dict):
                 key, single = "data.mixture", {**mixture, key.removeprefix("data.mixture."): single}
-            section = key.split(".")[0]
-            if key != section and flat.get(section, 0) is None:
-                del flat[section]
+            for section in ("phi", "mtd"):
+                if flat.get(section, 0) is None and key.startswith(f"{section}."):
+                    del flat[section]
             flat[key] = single
             if key in _ALTERNATIVES:
                 flat |= dict.fromkeys(_ALTERNATIVES - {key} - given.keys())
