@@ -13,9 +13,12 @@ import philens
 from conftest import make_gpt2, make_llama
 from philens import LSTMConfig, LSTMForCausalLM, MTDConfig, PHiConfig, attach, load, score
 from philens.cli import main
+from philens.explore.models import Explored
+from philens.findings import use_formula
 from philens.lens.adapter import CONFIG_FILE, _hash_of
 from philens.support.errors import AdapterError, ConfigError, InputError, RecipeError
 from philens.training.recipe import load_recipe, recipe_yaml
+from philens.training.source import ModelSource
 from philens.training.trainer import train
 from tiny import tiny_recipe, tiny_values
 
@@ -522,6 +525,20 @@ def test_embeddings_of_another_width(tokens):
     with pytest.raises(ConfigError, match="Embeddings have width 16 and hidden states 32"):
         attach(base, MTDConfig())(tokens)
     assert attach(make_llama(), MTDConfig(embedding=False))(tokens).mtd is not None
+
+
+def test_what_is_of_phi_layers_alone_says_so(tmp_path):
+    base = make_llama()
+    lens = make_lens(base)
+    with pytest.raises(
+        ConfigError, match="philens reproduce needs a PHi layer, and this model has a shallow"
+    ):
+        use_formula(lens, None)
+    base.save_pretrained(tmp_path / "model")
+    CHARACTERS.save_pretrained(tmp_path / "model")
+    lens.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="philens explore needs a PHi layer"):
+        Explored.open(ModelSource(str(tmp_path / "model"), str(tmp_path / "adapter")))
 
 
 def test_without_a_phi_layer_there_is_no_early_exit(tokens):

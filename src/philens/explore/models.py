@@ -106,7 +106,7 @@ class Explored:
         self.points = {
             f"{own} (after {path})": Point(lens, point)
             for own, lens in lenses.items()
-            for path, point in zip(lens.module_paths, lens.column_points, strict=True)
+            for path, point in zip(lens.module_paths, lens.column_points, strict=False)
         }
         self.base = next(iter(lenses.values())).base
         self.context = context_length(self.base)
@@ -145,11 +145,13 @@ class Explored:
         found = [one for given in adapters for one in (adapters_in(given) or [given])]
         found = found or adapters_in(source.model)
         first, tokenizer = open_lens(replace(source, adapter=found[0] if found else None), rendering)
+        first.need_layers("philens explore")
         lenses = {Path(found[0] if found else source.model).name: first}
         for one in found[1:]:
             next(reversed(lenses.values())).disable()
             label = Path(one).name
             lens = load(first.base, one).to(next(first.attached.parameters()).device)
+            lens.need_layers("philens explore")
             lenses[label if label not in lenses else one] = lens
         return cls(name or Path(source.model).name, tokenizer, lenses, _trained_together(source.model))
 

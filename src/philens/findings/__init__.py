@@ -46,7 +46,12 @@ class Results(dict[str, Any]):
 
 
 def use_formula(lens: "PHiModel", kl: Literal["exact", "official"] | None) -> None:
-    """Measure phi with this formula, whatever it was trained with; None changes nothing."""
+    """Measure phi with this formula, whatever it was trained with; None changes nothing.
+
+    Raises:
+        ConfigError: there is no PHi layer.
+    """
+    lens.need_layers("philens reproduce")
     if kl is not None:
         lens.config = replace(lens.config, kl=kl)
         for layer in lens.layers:

@@ -143,7 +143,7 @@ def score_places(
         names = [column for column in columns if column.point in (None, point)]
         return table.filter(items=names).set_axis([name.metric for name in names], axis=1)
 
-    points = zip(lens.module_paths, lens.column_points, strict=True)
+    points = zip(lens.module_paths, lens.column_points, strict=False)
     return {path: of_point(point) for path, point in points}
 
 

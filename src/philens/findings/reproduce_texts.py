@@ -94,7 +94,7 @@ def reproduce_texts(
             continue
         prepare(lens, kl)
         scores = _scored(lens, tokenizer, texts, window, scores)
-        for path, point in zip(lens.module_paths, lens.column_points, strict=True):
+        for path, point in zip(lens.module_paths, lens.column_points, strict=False):
             here = [one.at_point(point) for one in scores]
             where = {"adapter": adapter, "insertion_point": path, "step": _step(lens, adapter)}
             points.append({**where, **measure_texts(texts, here, seed=seed)})

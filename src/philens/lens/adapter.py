@@ -327,7 +327,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
     for kind, one in zip(kinds, options, strict=True):
         # Options that came later have their defaults in an older file.
-        if unknown := sorted(one.keys() - {field.name for field in fields(KINDS[kind].config)}):  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+        if unknown := sorted(one.keys() - {field.name for field in fields(KINDS[kind].config)}):  # pyright: ignore[reportOptionalMemberAccess]
             raise AdapterError(
                 f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
                 f"{newer}, or a newer one."

@@ -30,7 +30,7 @@ from philens.lens.insertion import (
     skipped,
     transform_output,
 )
-from philens.lens.instrument import KINDS, Instrument, make_parts
+from philens.lens.instrument import KINDS, Instrument, make_parts, titles
 from philens.lens.layer import PHiLayer
 from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
 from philens.lens.mtd import MTDHead
@@ -48,7 +48,6 @@ class LensCore(nn.Module):
         super().__init__()
         self.base = base
         self.configs = in_order(config)
-        self.config: Any = self.configs[0]
         self.source: str | None = None
         self.record: dict[str, Any] | None = None
         self.module_paths: list[str] = []
@@ -73,6 +72,15 @@ class LensCore(nn.Module):
         self._pass: Pass | None = None  # the one that runs
         self.enabled = False
         self.enable()
+
+    @property
+    def config(self) -> Any:
+        """The first of `configs`: of the PHi layers where there are any."""
+        return self.configs[0]
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.configs[0] = config
 
     def _add(self, config: Any) -> None:
         """Make an instrument, and note its places."""
@@ -109,6 +117,14 @@ class LensCore(nn.Module):
     def layers(self) -> list[PHiLayer]:
         """The PHi layers, one for each of the first of `module_paths`."""
         return self.parts_of("phi")
+
+    def need_layers(self, who: str) -> None:
+        """Raise a ConfigError unless there is a PHi layer, without which `who` can do nothing."""
+        if not self.layers:
+            raise ConfigError(
+                f"{who} needs a PHi layer, and this model has a {titles(self.configs)} alone; give another "
+                "model or adapter."
+            )
 
     @property
     def column_points(self) -> list[str | None]:
@@ -307,7 +323,7 @@ class LensCore(nn.Module):
             kwargs: passed to the base model.
 
         Raises:
-            InputError: shapes that do not fit.
+            InputError: shapes that do not fit; labels where a shallow head would train the base.
         """
         cache = find_cache({"cache": cache} | kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}

@@ -60,7 +60,7 @@ class Kind(NamedTuple):
         title: what people call it.
     """
 
-    config: type[InstrumentConfig]
+    config: type[Any]
     module: type[Any]
     file: str
     title: str

@@ -42,7 +42,8 @@ class PHiModelOutput:
         losses: means over labelled tokens, detached: `surprisal` (with the layer in the path),
             `surprisal_base` (observing, or with the pressure distill), `divergence` of the distribution with
             the layer in the path from the base's, `phi`, all in nats per token; `contrastive`,
-            `reconstruction`.
+            `reconstruction`; of a shallow head its divergence `mtd` and its next-token loss
+            `surprisal_shallow`.
             With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
         layer_outputs: everything each layer computed; empty while disabled.
         cache: where one was asked for; `past_key_values` is another name of it.
