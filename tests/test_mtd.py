@@ -538,7 +538,7 @@ def test_what_is_of_phi_layers_alone_says_so(tmp_path):
     CHARACTERS.save_pretrained(tmp_path / "model")
     lens.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="philens explore needs a PHi layer"):
-        Explored.open(ModelSource(str(tmp_path / "model"), str(tmp_path / "adapter")))
+        Explored.open(ModelSource(str(tmp_path / "model")), [str(tmp_path / "adapter")])
 
 
 def test_without_a_phi_layer_there_is_no_early_exit(tokens):

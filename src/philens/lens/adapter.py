@@ -302,12 +302,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     kinds, base = description.get("instruments", ["phi"]), description.get("base")
     if not _is_texts(kinds) or not kinds:
         kinds = ["phi"]
-    wrote = description.get("versions")
-    newer = f"install philens {wrote.get('philens') if isinstance(wrote, dict) else None}, which wrote it"
+    wrote = description["versions"].get("philens") if isinstance(description.get("versions"), dict) else None
     if unknown := sorted({*kinds} - KINDS.keys()):
         raise AdapterError(
             f"{path} is of an instrument {unknown[0]!r} that this philens {__version__} does not know; "
-            f"{newer}, or a newer one."
+            f"install philens {wrote}, which wrote it, or a newer one."
         )
     options = [description.get(kind) for kind in kinds]
     hashes = description.get("weights_sha256")
@@ -330,7 +329,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         if unknown := sorted(one.keys() - {field.name for field in fields(KINDS[kind].config)}):  # pyright: ignore[reportOptionalMemberAccess]
             raise AdapterError(
                 f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
-                f"{newer}, or a newer one."
+                f"install philens {wrote}, which wrote it, or a newer one."
             )
     return description
 
