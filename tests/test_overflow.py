@@ -10,7 +10,6 @@ import philens
 from conftest import OF_A_LAYER, make_llama
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.metrics import METRICS
 from philens.reasoning.engines import TransformersEngine
 from philens.scoring.documents import score_documents
 from philens.scoring.score import iter_scores, score

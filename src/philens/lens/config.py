@@ -175,10 +175,6 @@ class MTDConfig:
     """
 
     kind: ClassVar[str] = "mtd"
-    mode: ClassVar[Literal["bottleneck", "observe"]] = "observe"
-    pressure: ClassVar[Pressure] = "distill"
-    pressure_share: ClassVar[float] = 1.0
-    inference: ClassVar[Literal["mean", "sample"]] = "mean"
 
     embedding: bool = True
     depth: int = 1
@@ -192,6 +188,24 @@ class MTDConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value!r}.")
+
+    # What every instrument has to say; here there is no choice.
+
+    @property
+    def mode(self) -> Literal["bottleneck", "observe"]:
+        return "observe"
+
+    @property
+    def pressure(self) -> Pressure:
+        return "distill"
+
+    @property
+    def pressure_share(self) -> float:
+        return 1.0
+
+    @property
+    def inference(self) -> Literal["mean", "sample"]:
+        return "mean"
 
     def places(self) -> list[Place]:
         """See `InstrumentConfig`."""
