@@ -384,9 +384,9 @@ def test_a_marked_span(model: Explored) -> None:
 def test_what_is_not_to_be_had_is_named_with_its_reason(run: Path) -> None:
     opened = Explored.open(ModelSource(str(run)), [str(run / "both"), str(run / "layer-2")])
     found = [opened.lacking(point) for point in opened.points]
-    assert [list(reasons) for reasons in found] == [["surprisal_with_layer"]] * 2 + [[]]
+    assert [list(reasons) for reasons in found] == [["mtd", "surprisal_with_layer"]] * 2 + [["mtd"]]
     markup = view.lacking(found[0] | {"phi": "<script>"})
-    assert "<summary>Not to be had here: surprisal with layer, phi</summary>" in markup
+    assert "<summary>Not to be had here: mtd, surprisal with layer, phi</summary>" in markup
     assert "There is no surprisal_with_layer with mode=&quot;observe&quot;, where the layer" in markup
     assert "<script>" not in markup
     assert view.lacking({}) == ""

@@ -32,7 +32,7 @@ HOSTILE = (
     '<img src=x onerror="window.hit=1"><script>window.hit=1</script></div></span>'
     """&lt;b&gt; ${1+1} {{value}} "'"""
 )
-WAIT = 30_000
+WAIT = 60_000
 # The command, where another folder stands for SmolLM2.
 EXPLORE = """
 import os, sys

@@ -218,7 +218,7 @@ def test_installed_text():
     assert any(path.name == "METADATA" for path in kinds["documentation"])
     texts = " ".join(path.read_text("utf-8", "replace") for path in kinds["licences"][:50])
     assert "without warranty" in texts.lower()
-    with pytest.raises(ConfigError, match="there are code, documentation, licences, not 'poems'"):
+    with pytest.raises(ConfigError, match="the kinds code, documentation, licences, not 'poems'"):
         open_source(TextPart("installed", name="poems"))
 
 
