@@ -376,6 +376,23 @@ def test_what_is_planted_is_found() -> None:
     assert gain["sentences"]["ci95"][0] > 0
 
 
+def test_forms_of_sentences_are_told_apart() -> None:
+    """Phi is high where the model calculates: in equations, here."""
+    table = made(0.0)
+    worked, equation = table["role"] == "worked", table["template"].isin(("equation", "held-out equation"))
+    table.loc[worked & equation, "phi"] += 50
+    forms = measure_results(table, resamples=100)["forms"]
+    assert list(forms) == ["equation", "statement", "list"]
+    for form, sides in forms.items():
+        rows = table[table["template"].isin((form, f"held-out {form}"))]
+        for side in ("worked", "other"):
+            phi = rows[rows["role"] == side]["phi"]
+            assert sides[side]["places"] == len(phi) > 30
+            assert sides[side]["phi"]["mean"] == pytest.approx(phi.mean())
+        high = sides["worked"]["phi"]["ci95"][0] > sides["other"]["phi"]["ci95"][1] + 30
+        assert high == (form == "equation")
+
+
 def test_what_the_controls_explain_does_not_hold() -> None:
     results = measure_results(made(0.0), resamples=300)
     assert results["effects"]["nothing"]["nats"]["ci95"][0] > 3
@@ -483,7 +500,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "results"
     assert {path.name for path in folder.iterdir()} == {
         "results.json",
-        *(f"{name}.csv" for name in ("kinds", "contrasts", "effects", "places")),
+        *(f"{name}.csv" for name in ("kinds", "forms", "contrasts", "effects", "places")),
         *(f"{name}.{end}" for name in ("results", "results-2", "worked_sum") for end in ("png", "svg")),
         "examples.html",
     }

@@ -14,7 +14,7 @@ from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
 from philens.findings.language_tables import formal_tables
 from philens.findings.places import score_places, written
-from philens.findings.results import contrast_rows, effect_rows, kind_rows, measure_results
+from philens.findings.results import contrast_rows, effect_rows, form_rows, kind_rows, measure_results
 from philens.findings.results_tables import tables as results_tables
 from philens.findings.tasks import INTERESTING, measure_tasks, task_rows
 from philens.lens.model import PHiModel, load
@@ -275,7 +275,8 @@ def _write_results(
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), 1):
         places = {str(kind): rows["phi"].to_numpy() for kind, rows in table.groupby("kind")}
         figures["results" if number == 1 else f"results-{number}"] = figure_results(layer, places)  # pyright: ignore[reportArgumentType]
-    rows = {"kinds": kind_rows(layers), "contrasts": contrast_rows(layers), "effects": effect_rows(layers)}
+    rows = {"kinds": kind_rows(layers), "forms": form_rows(layers)}
+    rows |= {"contrasts": contrast_rows(layers), "effects": effect_rows(layers)}
     write_finding(folder, {"layers": layers}, rows | {"places": pd.concat(tables)}, figures, run)
     write_scores_page(folder / "examples.html", examples, title="Where a result is worked out")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from philens.findings import statistics
 from philens.findings.classify import fit_classifier
 from philens.support.errors import InputError
-from philens.tasks.results import KINDS
+from philens.tasks.results import HELD_OUT, KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,13 +70,15 @@ def measure_results(
     """What phi says of places where a result is worked out, of a table of `philens.findings.places`.
 
     `kinds`: means of each kind, with 95 % intervals over texts, in nats where they are of phi, surprisal and
-    entropy; `details` has those of carries and the like. `contrasts`: phi of what is worked out against that
-    of every other kind, and other pairs (`PAIRS`): difference, and Cohen's d of phi, of both controls and of
-    the surprisal of the number's first token. `effects`: how many nats more phi is where a result is worked
-    out than elsewhere, and the partial correlation, with others held fixed (`GIVEN`). `classifiers`: AUROC
-    of a logistic regression by some columns (`PREDICTORS`), fitted on some templates, on sentences of
-    others, and on the solutions of problems; `gains`: differences between two of them. `written`: right
-    results that the model wrote against wrong ones.
+    entropy; `details` has those of carries and the like. `forms`: those of numbers that are `worked` out and
+    of all `other` ones, for each form of sentence: a model may calculate in one and not in another.
+    `contrasts`: phi of what is worked out against that of every other kind, and other pairs (`PAIRS`):
+    difference, and Cohen's d of phi, of both controls and of the surprisal of the number's first token.
+    `effects`: how many nats more phi is where a result is worked out than elsewhere, and the partial
+    correlation, with others held fixed (`GIVEN`). `classifiers`: AUROC of a logistic regression by some
+    columns (`PREDICTORS`), fitted on some templates, on sentences of others, and on the solutions of
+    problems; `gains`: differences between two of them. `written`: right results that the model wrote
+    against wrong ones.
 
     `holds`: `above_every_other`, phi is higher than before every other kind of number; `beyond_controls`,
     also with all else held fixed; `beyond_baselines`, phi adds to a classifier that has all else. Each with
@@ -107,6 +109,15 @@ def measure_results(
         for first, second in pairs
     ]
     compared = table[worked | other]
+    form = table["template"].str.removeprefix(HELD_OUT)
+    found["forms"] = {
+        name: {
+            side: _describe(table[(form == name) & (role == side)], QUANTITIES, resamples, (seed, number))  # pyright: ignore[reportArgumentType]
+            for side in ("worked", "other")
+            if ((form == name) & (role == side)).any()
+        }
+        for number, name in enumerate(dict.fromkeys(form[worked | other]))
+    }
     found["worked"] = statistics.mean(table["phi"][worked], table["text"][worked], **options).as_dict()
     found["effects"] = {name: _effect(compared, given, **options) for name, given in GIVEN.items()}  # pyright: ignore[reportArgumentType]
     found |= _classify(table, **options)
@@ -236,6 +247,19 @@ def kind_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for detail, item in {"": found, **found.get("details", {})}.items():
                 row = {**_named(layer), "kind": name, "detail": detail, "role": item["role"]}
                 row |= {"places": item["places"], "texts": item["texts"]}
+                for key in QUANTITIES:
+                    row |= _flat(key, item.get(key), "mean")
+                rows.append(row)
+    return rows
+
+
+def form_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The forms of `measure_results` of each layer as rows for a CSV file."""
+    rows = []
+    for layer in layers:
+        for form, sides in layer["forms"].items():
+            for side, item in sides.items():
+                row = {**_named(layer), "form": form, "role": side, "places": item["places"]}
                 for key in QUANTITIES:
                     row |= _flat(key, item.get(key), "mean")
                 rows.append(row)

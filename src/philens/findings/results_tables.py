@@ -131,6 +131,25 @@ def effects_table(layer: Mapping[str, Any]) -> Table:
     return table
 
 
+def forms_table(layer: Mapping[str, Any]) -> Table:
+    """What is worked out and what is not, for each form of sentence."""
+    table = new_table(
+        f"By the form of the sentence ({layer_label(layer)})",
+        "Worked out: sum, difference and product. Nats, with 95 % intervals over texts. Where the\n"
+        "model calculates, it foretells the result: its surprisal is low.",
+    )
+    table.add_column("form", no_wrap=True)
+    for heading in ("phi", "untrained", "surprisal, next"):
+        table.add_column(heading, justify="right")
+    for form, sides in layer["forms"].items():
+        for side, item in sides.items():
+            cells = [_nats(item[name], "mean") for name in ("phi", "phi_untrained")]
+            name = "worked out" if side == "worked" else "other numbers"
+            places = count_of(item["places"], "place")
+            table.add_row(Text(f"{form}: {name}\n{places}"), *cells, _cell(item["surprisal_next"], 2, "mean"))
+    return table
+
+
 def pairs_table(layer: Mapping[str, Any]) -> Table:
     """Pairs of kinds that differ in one thing."""
     table = new_table(
@@ -173,7 +192,10 @@ def layers_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+MAKERS = (kinds_table, forms_table, effects_table, pairs_table)
+
+
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """All that is shown of a finding: each layer's tables, and one of all where there are several."""
-    found = [make(layer) for layer in results["layers"] for make in (kinds_table, effects_table, pairs_table)]
+    found = [make(layer) for layer in results["layers"] for make in MAKERS]
     return found + ([layers_table(results)] if len(results["layers"]) > 1 else [])

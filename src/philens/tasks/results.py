@@ -92,15 +92,19 @@ class _Template:
 
 
 _OPENING = "{one} has {p} {things} and {other} has {q}."
+HELD_OUT = "held-out "
+"""What the name of a template begins with that is like another and held out."""
 _HELD_OPENING = "There are {p} {things} in the bag of {one} and {q} in that of {other}."
 _TEMPLATES = (
     _Template("equation", _OPENING, "On the board stands {what}{sign}{number}.", " = ", False),
     _Template("statement", _OPENING, "{third} says that {what}{sign}{number}.", " is ", False),
     _Template("list", _OPENING, "Then comes the next line of the list, {what}{sign}{number}.", ": ", False),
-    _Template("held-out equation", _HELD_OPENING, "{third} now writes {what}{sign}{number}.", " = ", True),
-    _Template("held-out statement", _HELD_OPENING, "As everybody heard, {what}{sign}{number}.", " is ", True),
+    _Template(f"{HELD_OUT}equation", _HELD_OPENING, "{third} now writes {what}{sign}{number}.", " = ", True),
     _Template(
-        "held-out list", _HELD_OPENING, "From the notes on the desk, {what}{sign}{number}.", ": ", True
+        f"{HELD_OUT}statement", _HELD_OPENING, "As everybody heard, {what}{sign}{number}.", " is ", True
+    ),
+    _Template(
+        f"{HELD_OUT}list", _HELD_OPENING, "From the notes on the desk, {what}{sign}{number}.", ": ", True
     ),
 )
 _SUMS = (
