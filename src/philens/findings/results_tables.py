@@ -192,10 +192,8 @@ def layers_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-MAKERS = (kinds_table, forms_table, effects_table, pairs_table)
-
-
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """All that is shown of a finding: each layer's tables, and one of all where there are several."""
-    found = [make(layer) for layer in results["layers"] for make in MAKERS]
+    makers = (kinds_table, forms_table, effects_table, pairs_table)
+    found = [make(layer) for layer in results["layers"] for make in makers]
     return found + ([layers_table(results)] if len(results["layers"]) > 1 else [])

@@ -191,8 +191,9 @@ def untrained(layer: PHiLayer) -> PHiLayer:
     numbers go on as if none had been drawn.
     """
     if layer not in _UNTRAINED:
-        with torch.inference_mode(False), torch.random.fork_rng():
-            torch.manual_seed(0)
+        # Made on the CPU: the generators of other devices need not be touched, nor be kept.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             _UNTRAINED[layer] = PHiLayer(layer.hidden_size, layer.config).eval().requires_grad_(False)
     fresh = _UNTRAINED[layer].to(layer.shift.device)
     fresh.config = layer.config  # phi may be measured by another formula
