@@ -110,9 +110,10 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         return page
 
     yield open_tab
+    so_far = list(wrong)  # closing a tab breaks off what the server was sending it, which Gradio calls an error
     for context in contexts:
         context.close()
-    assert not wrong
+    assert not so_far
 
 
 def _from(server: str, url: str) -> bool:
