@@ -40,6 +40,7 @@ GROWS = "\n".join(
         (b"data: {workers: 100000}", "data.workers must be at most 256"),
         (b"seed: 1000000000000", "seed must be at least 0 and below 4294967296, not 1000000000000"),
         (b"seed: -1", "seed must be at least 0"),
+        (b"data: {seed: -1}", "data.seed must be at least 0"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, monkeypatch, content, message):

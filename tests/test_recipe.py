@@ -8,6 +8,7 @@ from philens.support.errors import ConfigError, RecipeError
 from philens.support.typed import convert, describe, nearest
 from philens.training.build import build_base, build_model
 from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys, recipe_yaml
+from philens.training.trainer import training_rows
 from tiny import tiny_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -258,6 +259,16 @@ def test_weights_depend_on_the_seed_alone():
     first, again, other = (build_base(tiny_recipe(seed=seed)).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_documents_by_a_seed_of_their_own():
+    recipe = tiny_recipe(seed=1)
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=0))
+    rows = [training_rows(one)[0]["input_ids"] for one in (tiny_recipe(seed=0), recipe, other)]
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0], rows[1])
+    first, second = (build_base(one).state_dict() for one in (recipe, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_model_that_transformers_refuses_is_a_recipe_error():

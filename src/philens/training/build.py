@@ -36,7 +36,7 @@ def open_sources(recipe: Recipe) -> Sources:
     """
     check_data_sizes(recipe)
     read = {name: part for name, part in recipe.data.parts.items() if part.weight and part.source != SELF}
-    return open_parts(read, recipe.data.tasks, recipe.seed) if read else {}
+    return open_parts(read, recipe.data.tasks, recipe.data_seed) if read else {}
 
 
 def start_model(
@@ -141,7 +141,7 @@ def _make_tokenizer(recipe: Recipe, sources: Sources) -> Any:
 def text_mixture(recipe: Recipe, tokenizer: Any, sources: Sources | None = None) -> TextMixture:
     """The stream of documents that a recipe with `data.parts` reads."""
     data = recipe.data
-    return TextMixture(data.parts, tokenizer, data.length, recipe.seed, data.tasks, sources)
+    return TextMixture(data.parts, tokenizer, data.length, recipe.data_seed, data.tasks, sources)
 
 
 def evaluation_documents(

@@ -62,7 +62,7 @@ def _write(recipe: Recipe, number: int, part: TextPart, base: Any, tokenizer: An
     lines = lines[: done * AT_ONCE]
     is_chat = part.name == "chat" or (part.name is None and bool(tokenizer.chat_template))
     for batch in shown(range(done, -(-count // AT_ONCE)), "writing text", -(-count // AT_ONCE) - done):
-        torch.manual_seed(int(derive(derive(derive(_OWN_TEXT, recipe.seed), number), batch)[0]))
+        torch.manual_seed(int(derive(derive(derive(_OWN_TEXT, recipe.data_seed), number), batch)[0]))
         rows = min(AT_ONCE, count - batch * AT_ONCE)
         write = _chats if is_chat else _texts
         lines += [f"{json.dumps(one)}\n" for one in write(base, tokenizer, rows, recipe.data.length)]

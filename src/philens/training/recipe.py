@@ -92,6 +92,7 @@ class DataRecipe:
         packing: several whole documents in a row; otherwise one, cut or padded.
         group: rows made together.
         workers: processes that make them ahead.
+        seed: seed of the documents; None takes the recipe's.
     """
 
     parts: dict[str, TextPart] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class DataRecipe:
     packing: bool = True
     group: int = 16
     workers: int = 0
+    seed: int | None = None
 
 
 @dataclass
@@ -190,7 +192,7 @@ class Recipe:
 
     Attributes:
         name: name of the run.
-        seed: seed of weights, noise and training documents.
+        seed: seed of weights, noise and, without `data.seed`, training documents.
         model: the base model.
         phi: the PHi layer; null for none. With neither this nor `mtd` the base model is trained alone.
         mtd: a shallow head in a trained, frozen base; given without `phi`, there is no PHi layer.
@@ -214,6 +216,11 @@ class Recipe:
     def instruments(self) -> list[PHiConfig | MTDConfig]:
         """What goes into the base."""
         return [one for one in (self.phi, self.mtd) if one is not None]
+
+    @property
+    def data_seed(self) -> int:
+        """The seed that training documents are made or drawn by."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @property
     def keeps_base(self) -> bool:
@@ -460,8 +467,9 @@ def check_recipe(recipe: Recipe) -> None:
                 value = getattr(getattr(recipe, section), name)
                 if not (value > 0 or (least and value == 0)) or value == math.inf:
                     raise RecipeError(f"{section}.{name} must be {word}, not {value}.")
-    if not 0 <= recipe.seed < 1 << 32:
-        raise RecipeError(f"seed must be at least 0 and below {1 << 32}, not {shown(recipe.seed)}.")
+    for key, seed in (("seed", recipe.seed), ("data.seed", recipe.data_seed)):
+        if not 0 <= seed < 1 << 32:
+            raise RecipeError(f"{key} must be at least 0 and below {1 << 32}, not {shown(seed)}.")
     depth = 1 if recipe.phi is None else recipe.phi.prior_depth
     blocks = 1 if recipe.mtd is None else recipe.mtd.depth
     for name, value, most in (

@@ -98,7 +98,7 @@ def training_rows(
         sources: what is open of the text already.
     """
     data, train = recipe.data, recipe.train
-    formal = Mixture(data.tasks, data.mixture, recipe.seed)
+    formal = Mixture(data.tasks, data.mixture, recipe.data_seed)
     documents = text_mixture(recipe, tokenizer, sources).documents if data.parts else formal.documents
     rows_per_step = train.batch_size * train.accumulate
     rows = train.steps * rows_per_step
