@@ -110,9 +110,8 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         return page
 
     yield open_tab
-    so_far = list(
-        wrong
-    )  # closing a tab breaks off what the server was sending it, which Gradio calls an error
+    # Closing a tab breaks off what the server was sending it, which Gradio calls an error.
+    so_far = list(wrong)
     for context in contexts:
         context.close()
     assert not so_far
