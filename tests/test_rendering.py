@@ -1,6 +1,8 @@
 """What a user chooses of how texts are put: variables of the chat template, what the system says, BOS."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from philens.support.errors import ConfigError, InputError
 from philens.support.typed import pairs
 from philens.tasks.chat import render
 from philens.tasks.rendering import Rendering, rendering_of, with_rendering
+from philens.training.build import start_model, text_mixture
+from philens.training.recipe import from_plain, load_recipe, plain
 from philens.training.source import ModelSource
 from test_chat import CHAT, many_parts
 from test_score import lens_of
@@ -33,6 +37,11 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}{% if effort is defined %}{{ effort }}{% endif %}"
+)
+GENERATION = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}\n"
+    "{% endfor %}"
 )
 WITHOUT_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}.{% endfor %}"
 QUESTION = CHAT[:1]
@@ -285,6 +294,89 @@ def test_a_model_writes_on_after_bos(lens: Any, tokenizer: Tokenizer) -> None:
     text = explored.write("abc", next(iter(explored.points)), 2, Job())
     lens.enable()
     assert text == tokenizer.decode(generation.sequences[0, 1:], skip_special_tokens=True)
+
+
+# Training.
+
+
+def trained_on(tmp_path: Path, model: Path, **options: Any) -> tuple[Any, Any]:
+    """The first document that a recipe with these options reads, as token ids and which count."""
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    (tmp_path / "text.txt").write_text("a text")
+    overrides = {"model.base": str(model / "model"), "phi.layer": 1, "data.length": 256}
+    parts = {"mine": {"source": str(tmp_path / options.pop("source", "chats.jsonl"))}}
+    keys = {f"data.rendering.{key}": value for key, value in options.items()}
+    recipe = load_recipe(None, overrides | {"data.parts": parts} | keys)
+    _, tokenizer = start_model(recipe)
+    documents = text_mixture(recipe, tokenizer).documents(np.array([0]))
+    return documents.tokens, documents.counted
+
+
+@pytest.mark.parametrize("template", [THINKING, GENERATION, None])
+def test_a_layer_is_trained_on_chats_as_they_are_scored(
+    template: str | None, model: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = template
+    folder = tmp_path / "model"
+    shutil.copytree(model / "model", folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder / "model")
+    chosen: dict[str, Any] = {"system": "Be brief.", "bos": "true"}
+    if template == THINKING:
+        chosen["chat_options.effort"] = "low"
+    plain, _ = trained_on(tmp_path, folder)
+    found, counted = trained_on(tmp_path, folder, **chosen)
+    text = tokenizer.decode(found)
+    assert text.startswith("<|endoftext|>")
+    assert text.count("Be brief.") == 1
+    assert "Be brief." not in tokenizer.decode(plain)
+    assert tokenizer.decode(found[counted]).startswith("It is 5.")
+    if template is not None:
+        kept = with_rendering(tokenizer, load_rendering(chosen))
+        np.testing.assert_array_equal(found, tokenize(kept, CHAT, "it").token_ids)
+
+
+def load_rendering(chosen: dict[str, str]) -> Rendering:
+    keys = {f"data.rendering.{key}": value for key, value in chosen.items()}
+    return load_recipe(None, {"data.parts": {"mine": {"source": "chats.jsonl"}}} | keys).data.rendering
+
+
+def test_what_training_takes_from_the_command_line() -> None:
+    chosen = {"chat_options": "{a: 1}", "chat_options.enable_thinking": "false", "system": "Be brief."}
+    assert load_rendering(chosen) == Rendering({"a": 1, "enable_thinking": False}, "Be brief.")
+    recipe = load_recipe(None, {"data.parts": {"a": {"source": "b"}}, "data.rendering.bos": "true"})
+    assert from_plain(plain(recipe), Path("run"), "0.1").data.rendering == Rendering(bos=True)
+
+
+def test_texts_are_trained_on_after_bos(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids, counted = trained_on(tmp_path, model, source="text.txt", bos=True)
+    assert ids.tolist() == [0, *tokenizer("a text").input_ids, 0]
+    assert counted.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"source": "text.txt", "system": "Be brief."},
+            "The text of data.parts is plain text, and system and",
+        ),
+        ({"chat_options": {"thinking": True}}, "The chat template has no variable 'thinking'; those that"),
+        ({"chat_options": "2024-07-26"}, "data.rendering.chat_options must be keys with a value each, what "),
+        (
+            {"chat_options": "{a: 2024-07-26}"},
+            "must be keys with a value each, what JSON can hold, not {'a': ",
+        ),
+    ],
+)
+def test_what_training_refuses(options: Any, sentence: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(philens.PhilensError, match=re.escape(sentence)):
+        trained_on(tmp_path, model, **options)
+
+
+def test_formal_languages_are_no_text() -> None:
+    with pytest.raises(philens.PhilensError, match=r"data\.rendering is for text, and formal languages are"):
+        load_recipe(None, {"data.rendering.system": "Be brief."})
 
 
 # Commands.

@@ -184,7 +184,7 @@ def prompt_ids(tokenizer: Any, chat: Messages) -> list[int]:
     """The tokens after which a model writes its reply to a chat; the tokenizer is left as it was.
 
     They are those that scoring the finished chat reads: by the chat template, ending where the reply begins;
-    without a template, as plain text after what the tokenizer puts first.
+    without a template, as plain text after what comes before texts.
 
     Raises:
         InputError: the template refuses the chat, or the tokenizer is no fast one.
@@ -193,8 +193,7 @@ def prompt_ids(tokenizer: Any, chat: Messages) -> list[int]:
     text = render_prompt(tokenizer, chat)
     with settings_kept(tokenizer.backend_tokenizer):
         begin, tokens, _ = encode_text(tokenizer, text)
-    tokens = tokens if tokenizer.chat_template else begin + tokens
-    return missing_bos(tokenizer, tokens) + tokens
+    return (missing_bos(tokenizer, tokens) if tokenizer.chat_template else begin) + tokens
 
 
 def read_rendering(path: str | Path) -> Rendering:

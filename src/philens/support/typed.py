@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from collections import abc
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -19,7 +20,9 @@ _WORDS: dict[Any, str] = {
     str: "text",
     Path: "a path",
     types.NoneType: "null",
+    Any: "what JSON can hold",
 }
+_MAPPINGS = (dict, abc.Mapping)
 
 
 def describe(kind: Any) -> str:
@@ -29,7 +32,7 @@ def describe(kind: Any) -> str:
         return " or ".join(map(describe, arguments))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is dict:
+    if origin in _MAPPINGS:
         return f"keys with a value each, {describe(arguments[1])}"
     if origin is list:
         return f"a list, each item {describe(arguments[0])}"
@@ -122,7 +125,7 @@ def _convert(value: Any, kind: Any) -> Any:
     elif origin is Literal:
         if value in arguments:
             return value
-    elif origin is dict:
+    elif origin in _MAPPINGS:
         if isinstance(value, Mapping):
             # JSON has only text as keys.
             key = int if arguments[0] is int else lambda name: _convert(name, arguments[0])
@@ -138,6 +141,9 @@ def _convert(value: Any, kind: Any) -> Any:
         # YAML reads 1e-3, without a point, as text.
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             return float(value)
+    elif kind is Any:
+        json.dumps(value, allow_nan=False)
+        return value
     elif kind is Path:
         return Path(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):

@@ -271,13 +271,10 @@ def end_marks(tokenizer: Any) -> re.Pattern[str]:
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """A text as tokens in three parts: what the tokenizer puts first (BOS, or nothing), the text's own, and
-    the token that ends a text (EOS, or nothing)."""
-    return (
-        begin_of_text(tokenizer),
-        tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
-        _end(tokenizer),
-    )
+    """A text as tokens in three parts: what comes first (`begin_of_text`), the text's own, and the token that
+    ends a text (EOS, or nothing)."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return begin_of_text(tokenizer, tokens), tokens, _end(tokenizer)
 
 
 def missing_bos(tokenizer: Any, token_ids: Sequence[int] | NDArray[np.int64]) -> list[int]:
@@ -329,14 +326,20 @@ def encode_chat(tokenizer: Any, messages: Any, where: str = "") -> Encoded:
         encoded = render(
             tokenizer, chat, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return np.array(encoded["input_ids"], np.int64), np.array(encoded["assistant_masks"], bool)
+        tokens = np.array(encoded["input_ids"], np.int64)
+        return _with_bos(tokenizer, tokens, np.array(encoded["assistant_masks"], bool))
     text = render(tokenizer, chat, where)
     spans = [
         _span(tokenizer, chat, number, text, where)
         for number, message in enumerate(chat)
         if message["role"] == "assistant"
     ]
-    return _tokenize(tokenizer, text, spans)
+    return _with_bos(tokenizer, *_tokenize(tokenizer, text, spans))
+
+
+def _with_bos(tokenizer: Any, tokens: NDArray[np.int64], counted: NDArray[np.bool_]) -> Encoded:
+    bos = np.array(missing_bos(tokenizer, tokens), np.int64)
+    return np.concatenate((bos, tokens)), np.concatenate((np.zeros(len(bos), bool), counted))
 
 
 def chat_prompt(tokenizer: Any, messages: Any, where: str = "a chat") -> str:
@@ -383,8 +386,8 @@ def _encode_plain(tokenizer: Any, messages: Messages, where: str) -> Encoded:
         if message["role"] == "assistant":
             spans.append((len(text), len(text) + len(message["content"])))
         text += message["content"]
-    begin, end = begin_of_text(tokenizer), _end(tokenizer)
     tokens, counted = _tokenize(tokenizer, text, spans)
+    begin, end = begin_of_text(tokenizer, tokens), _end(tokenizer)
     replied = messages[-1]["role"] == "assistant"
     return (
         np.concatenate((begin, tokens, end)).astype(np.int64),
@@ -400,11 +403,13 @@ def refuse_tool_calls(messages: Messages, where: str) -> None:
         )
 
 
-def begin_of_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text, if that is BOS; what it puts after one may be the same."""
+def begin_of_text(tokenizer: Any, token_ids: Sequence[int] | NDArray[np.int64] = ()) -> list[int]:
+    """What comes before the tokens of a text: BOS, where the tokenizer or its `Rendering` puts that in front
+    of texts, or nothing. What the tokenizer puts after one may be the same."""
     whole = tokenizer("a").input_ids
     own = tokenizer("a", add_special_tokens=False).input_ids
-    return whole[:1] if whole[:1] == [tokenizer.bos_token_id] and whole[: len(own)] != own else []
+    begins = whole[:1] == [tokenizer.bos_token_id] and whole[: len(own)] != own
+    return whole[:1] if begins else missing_bos(tokenizer, token_ids)
 
 
 def _end(tokenizer: Any) -> list[int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import TaskConfig
-from philens.tasks.chat import content_text, encode_chat, encode_text
+from philens.tasks.chat import content_text, encode_chat, encode_text, refuse_plain_text
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.random_streams import below, derive, uniform
 from philens.tasks.sources import Document, Source, TextPart, open_source
@@ -79,7 +79,7 @@ class TextMixture:
 
     Raises:
         ConfigError: no part has a weight above 0, or options that do not fit a source.
-        InputError: a source cannot be read.
+        InputError: a source cannot be read, or holds nothing that the tokenizer's `Rendering` is for.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class TextMixture:
             )
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.sources = open_parts(parts, tasks, seed, known)
+        if all(isinstance(source[0], str) for source in self.sources.values()):
+            refuse_plain_text(tokenizer, "The text of data.parts")
         self._edges = np.cumsum([parts[name].weight for name in self.sources])
         self._recent: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
 

@@ -16,6 +16,7 @@ from philens.lens.model import PHiModel, attach
 from philens.support.errors import AdapterError, RecipeError, TrainingError
 from philens.support.files import not_finite
 from philens.tasks.packing import TokenDocuments
+from philens.tasks.rendering import with_rendering
 from philens.tasks.sources import SELF, Source
 from philens.tasks.text import TextMixture, open_parts
 from philens.training.folder import RunFolder
@@ -62,7 +63,7 @@ def start_model(
             tokenizer = load_tokenizer(RunFolder(checkpoint).model)
         base = build_base(recipe, tokenizer)
         set_attention(base, recipe)
-        return attach_fresh(base, recipe), tokenizer
+        return attach_fresh(base, recipe), with_rendering(tokenizer, recipe.data.rendering)
     base, tokenizer = recipe.model.source().load_base()
     if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
         raise RecipeError(
@@ -70,7 +71,7 @@ def start_model(
         )
     set_attention(base, recipe)
     torch.manual_seed(recipe.seed)
-    return attach_fresh(base, recipe), tokenizer
+    return attach_fresh(base, recipe), with_rendering(tokenizer, recipe.data.rendering)
 
 
 def set_attention(base: Any, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from philens.support.files import PACKAGE, read_text
 from philens.support.typed import convert, nearest, shown
 from philens.support.versions import __version__
 from philens.tasks.automata import TaskConfig, task_index
+from philens.tasks.rendering import Rendering
 from philens.tasks.sources import SELF, TextPart
 from philens.training.source import ModelSource
 
@@ -84,6 +85,7 @@ class DataRecipe:
 
     Attributes:
         parts: parts of a training text by name (docs/data.md); if there are any, they are all that is read.
+        rendering: how their texts and chats are put.
         mixture: weight of each task of formal languages among the documents.
         tasks: sizes of the tasks.
         length: T, tokens in a row.
@@ -96,6 +98,7 @@ class DataRecipe:
     """
 
     parts: dict[str, TextPart] = field(default_factory=dict)
+    rendering: Rendering = field(default_factory=Rendering)
     mixture: dict[str, float] = field(default_factory=lambda: {"in_context_language": 1.0})
     tasks: TaskConfig = field(default_factory=TaskConfig)
     length: int = 2048
@@ -265,8 +268,9 @@ def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-# Keys whose values are dicts, not sections.
-_DICTS = ("data.mixture", "data.document_lengths")
+# Keys whose values are dicts, not sections; of the first, a name may follow the key.
+_NAMED = ("data.mixture", "data.rendering.chat_options")
+_DICTS = (*_NAMED, "data.document_lengths")
 
 
 # An insertion point given on the command line takes the place of a recipe's.
@@ -288,7 +292,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check_key(key: str, source: str, wrote: str | None = None) -> None:
     keys = recipe_keys()
     pattern = re.sub(r"^data\.parts\.[^.]+", "data.parts.NAME", key)
-    if pattern not in keys and not key.startswith("data.mixture."):
+    if pattern not in keys and key.rpartition(".")[0] not in _NAMED:
         if wrote is not None:
             raise RecipeError(
                 f"{source} has a key {key!r} that this philens {__version__} does not know; install philens "
@@ -352,9 +356,9 @@ def load_recipe(
             flat = {key: old for key, old in flat.items() if not key.startswith(f"{name}.")}
         for key, single in flatten({name: value}).items():
             _check_key(key, "The command line")
-            mixture = flat.get("data.mixture", {})
-            if key.startswith("data.mixture.") and isinstance(mixture, dict):
-                key, single = "data.mixture", {**mixture, key.removeprefix("data.mixture."): single}
+            above, _, last = key.rpartition(".")
+            if above in _NAMED and isinstance(named := flat.get(above, {}), dict):
+                key, single = above, {**named, last: single}
             for section in ("phi", "mtd"):
                 if flat.get(section, 0) is None and key.startswith(f"{section}."):
                     del flat[section]
@@ -553,6 +557,8 @@ def _check_model(recipe: Recipe) -> None:
         raise RecipeError("phi_schedule is for a PHi layer, and phi is null; leave it out.")
     if parts and not sum(part.weight for part in parts.values()) > 0:
         raise RecipeError("data.parts needs at least one part with a weight above 0.")
+    if not parts and recipe.data.rendering.record():
+        raise RecipeError("data.rendering is for text, and formal languages are none; give data.parts.")
     if parts and recipe.data.mixture != DataRecipe().mixture:
         raise RecipeError("Give data.mixture (formal languages) or data.parts (text), not both.")
 
