@@ -16,6 +16,7 @@ from philens.cli import main
 from philens.explore.models import Explored
 from philens.findings import use_formula
 from philens.lens.adapter import CONFIG_FILE, _hash_of
+from philens.lens.metrics import METRICS
 from philens.support.errors import AdapterError, ConfigError, InputError, RecipeError
 from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.source import ModelSource
@@ -387,10 +388,7 @@ def test_what_a_lens_has_is_said(tokens):
     said = head.supports()
     assert {name for name, reason in said.items() if reason is None} == {
         "mtd",
-        "surprisal",
-        "entropy",
-        "margin",
-        "settling_depth",
+        *(name for name, metric in METRICS.items() if not {"head", "layers", "path"} & set(metric.needs)),
     }
     for lens, name, reason in (
         (

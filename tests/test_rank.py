@@ -14,9 +14,11 @@ from rich.console import Console
 
 from conftest import make_llama
 from philens.bases.tokenizer import byte_tokenizer, character_tokenizer
+from philens.lens.config import MetricOptions
 from philens.reasoning.ranking import CandidatesFile, rank, rank_file
 from philens.reasoning.solutions import METRICS, measure_replies
 from philens.reasoning.tables import ranking_table
+from philens.scoring.score import score
 from philens.support.errors import ConfigError, InputError, OutputError
 from test_score import lens_of
 
@@ -88,6 +90,29 @@ def test_one_prompt_as_text_or_chat(lens):
     chat = rank(lens, BYTES, CHAT, ["5", "6"])
     pd.testing.assert_frame_equal(chat, rank(lens, BYTES, [CHAT], [["5", "6"]]))
     assert (abs(one["score"] - chat["score"]) > 1e-4).all()
+
+
+def test_groups_of_an_answer_are_of_its_own_tokens(small):
+    small.metric_options = MetricOptions(group=4)
+    prompt, answers = "2 + 3 = ", ["6, I think so", "it is five", "5"]
+    tables = {
+        rule: rank(small, CHARACTERS, prompt, answers, rule=rule)
+        for rule in ("highest_confidence_lowest_group", "lowest_confidence_tail")
+    }
+    small.metric_options = MetricOptions()
+    for number, answer in enumerate(answers):
+        values = score(small, CHARACTERS, prompt + answer, metrics=["confidence"])[0].columns["confidence"]
+        own = values[len(prompt) :]
+        groups = [own[k : k + 4].mean() for k in range(max(1, len(own) - 3))]
+        for table in tables.values():
+            row = table[table["candidate"] == number].iloc[0]
+            assert row["confidence_lowest_group"] == pytest.approx(min(groups), rel=1e-4)
+            assert row["confidence_tail"] == pytest.approx(groups[-1], rel=1e-4)
+    first, second = tables.values()
+    assert (first["score"] == first["confidence_lowest_group"]).all()
+    assert (second["score"] == -second["confidence_tail"]).all()
+    with pytest.raises(InputError, match="needs a column phi_tail and there is none"):
+        rank(small, CHARACTERS, prompt, answers, rule="highest_phi_tail")
 
 
 def test_columns_of_a_table(small):

@@ -1,6 +1,7 @@
 """Texts in, scores out: equal to a direct forward pass however they are batched, ordered and cut."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from itertools import count, islice
@@ -19,13 +20,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from conftest import OF_A_LAYER, make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
-from philens.lens.config import PHiConfig
-from philens.lens.metrics import METRICS, entropy, margin, surprisal
+from philens.lens.config import MetricOptions, PHiConfig
+from philens.lens.metrics import METRICS, confidence, entropy, margin, self_certainty, surprisal, varentropy
 from philens.lens.model import attach
 from philens.scoring.score import check_metrics, iter_scores, score
+from philens.scoring.scores import TokenScores
 from philens.scoring.texts import render_chat, tokenize
 from philens.scoring.windows import find_windows
-from philens.support.errors import InputError
+from philens.support.errors import ConfigError, InputError
 from test_scores import byte_level
 
 TEXTS = ["the cat sat on the mat", "a", "x y", "hello world, hello cat: " * 4, "(1 + 2) * 3 = 9\n"]
@@ -238,7 +240,7 @@ class OwnModel(nn.Module):
 
 def test_a_model_of_ones_own():
     lens = lens_of(OwnModel(), layer=None, module="lstm")
-    wanted = [name for name in OF_A_LAYER if name not in ("logit_lens_divergence", "settling_depth")]
+    wanted = [name for name in OF_A_LAYER if "blocks" not in METRICS[name].needs]
     alone = [score(lens, CHARACTERS, text, metrics=wanted)[0] for text in TEXTS]
     same(score(lens, CHARACTERS, TEXTS, metrics=wanted), alone)
     with pytest.raises(InputError, match=r"need the model's blocks.*OwnModel.*leave these metrics out"):
@@ -264,6 +266,65 @@ def test_entropy_of_an_impossible_token():
     assert entropy(logits, torch.tensor([2])).item() == pytest.approx(np.log(2))
     assert surprisal(logits, torch.tensor([2])).item() == np.inf
     assert margin(logits, torch.tensor([2])).item() == 0
+
+
+def test_confidence_certainty_and_varentropy_are_of_the_distribution_before_the_token(lens):
+    names = ("varentropy", "self_certainty", "confidence")
+    item = score(lens, CHARACTERS, TEXTS[0], metrics=names)[0]
+    p = distributions(lens, item.token_ids.tolist())[:-1]
+    mean = (p.exp() * p).sum(-1, keepdim=True)
+    close(item.columns["varentropy"][1:], (p.exp() * (p - mean) ** 2).sum(-1))
+    close(item.columns["self_certainty"][1:], -(p.exp().shape[-1] * p.exp()).log().mean(-1))
+    close(item.columns["confidence"][1:], -p.sort(descending=True).values[:, :20].mean(-1))
+    assert all(np.isnan(item.columns[name][0]) for name in names)
+    assert item.units["varentropy"] == "nats²"
+
+
+@pytest.mark.parametrize("function", [varentropy, self_certainty, confidence])
+def test_impossible_tokens_have_no_part_in_them(function):
+    logits, targets = torch.randn(2, 30), torch.zeros(2, dtype=torch.long)
+    masked = torch.cat([logits, torch.full((2, 5), -torch.inf)], 1)
+    close(function(masked, targets), function(logits, targets))
+    few = torch.full((2, 30), -torch.inf)
+    few[:, :3] = logits[:, :3]
+    close(function(few, targets), function(logits[:, :3], targets))
+    assert function(torch.full((1, 4), torch.nan), targets).isnan().all()
+
+
+def test_lowest_and_last_group_of_confidence(lens):
+    lens.metric_options = MetricOptions(group=5)
+    item = score(lens, CHARACTERS, TEXTS[0], metrics=["confidence"], steps="lines")[0]
+    values = item.columns["confidence"][1:].astype(float)
+    groups = [values[k : k + 5].mean() for k in range(len(values) - 4)]
+    found = item.means()
+    assert list(found) == ["confidence", "confidence_lowest_group", "confidence_tail"]
+    assert found["confidence_lowest_group"] == pytest.approx(min(groups))
+    assert found["confidence_tail"] == pytest.approx(groups[-1])
+    assert min(groups) < found["confidence"] < max(groups)
+    assert item.units["confidence_tail"] == "nats"
+    # The same of a span, of its own tokens alone; of one shorter than a group, of all there are.
+    table = item.spans([("middle", 4, 14), ("short", 4, 7), ("nothing", 4, 4)]).set_index("name")
+    assert table.loc["middle", "confidence_lowest_group"] == pytest.approx(min(groups[3:9]))
+    assert table.loc["middle", "confidence_tail"] == pytest.approx(groups[8])
+    assert table.loc["short", "confidence_tail"] == pytest.approx(table.loc["short", "confidence_mean"])
+    assert np.isnan(table.loc["nothing", "confidence_lowest_group"])
+    again = TokenScores.from_json(item.to_json())
+    assert again.means() == found
+    assert [one.means for one in again.span_means()] == [one.means for one in item.span_means()]
+    assert not {"confidence_tail"} & set(item.words())
+
+
+def test_metric_options_that_are_none():
+    for options, sentence in (
+        ({"settled_at": 1.0}, "settled_at must be 0 or more and below 1 bit"),
+        ({"deep_from": 0}, "deep_from must be above 0"),
+        ({"group": 0}, "group must be at least 1"),
+        ({"group": 2.5}, "group must be a whole number"),
+        ({"settle_at": 0.3}, "did you mean 'settled_at'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            MetricOptions.of(options)
+    assert MetricOptions.of({"deep_from": 1}) == MetricOptions(deep_from=1.0)
 
 
 def block_states(lens, ids):
@@ -297,7 +358,9 @@ def gemma2():
 def test_logit_lens(make):
     lens = lens_of(make(), layer=0)
     base = lens.base
-    item = score(lens, CHARACTERS, TEXTS[0], metrics=("logit_lens_divergence", "settling_depth"))[0]
+    lens.metric_options = MetricOptions(settled_at=0.1, deep_from=0.6)
+    names = ("logit_lens_divergence", "settling_depth", "settling_depth_jsd", "deep_thinking")
+    item = score(lens, CHARACTERS, TEXTS[0], metrics=names)[0]
     ids = item.token_ids.tolist()
     norm = base.transformer.ln_f if make is make_gpt2 else base.model.norm
 
@@ -319,6 +382,21 @@ def test_logit_lens(make):
     ]
     assert item.columns["settling_depth"].tolist() == depths
     assert len(set(depths)) > 1
+
+    def jsd(p, q):
+        m = (p.exp() + q.exp()).log() - math.log(2)
+        return ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2 / math.log(2)
+
+    # The running minimum is at most what it is to be where a value first is.
+    apart = torch.stack([jsd(final, p) for p in early]).cummin(0).values
+    depths = [next(k for k in range(len(early)) if apart[k, t] <= 0.1) for t in range(len(ids))]
+    assert item.columns["settling_depth_jsd"].tolist() == depths
+    assert len(set(depths)) > 1
+    deep = [depth + 1 >= math.ceil(0.6 * len(early)) for depth in depths]
+    assert item.columns["deep_thinking"].tolist() == deep
+    assert item.means()["deep_thinking"] == pytest.approx(np.mean(deep))
+    assert 0 < np.mean(deep) < 1
+    assert item.provenance["metric_options"] == {"settled_at": 0.1, "deep_from": 0.6}
     # The hooks are gone and the base is as it was.
     close(distributions(lens, ids), final, 1e-6)
 
@@ -731,15 +809,17 @@ MODELS = {
     "own": lambda: lens_of(OwnModel(), layer=None, module="lstm"),
     "headless": lambda: lens_of(make_llama().model),
 }
+OF_BLOCKS = [name for name in OF_A_LAYER if "blocks" in METRICS[name].needs]
 WITHOUT = {
     "all": {},
     "observe": {"surprisal_with_layer": "not in the path"},
     "several": {"surprisal_with_layer": "not in the path"},
-    "own": {"logit_lens_divergence": "told apart", "settling_depth": "told apart"},
-    "headless": dict.fromkeys(
-        ("surprisal", "surprisal_with_layer", "entropy", "margin", "logit_lens_divergence", "settling_depth"),
-        "LlamaModel has no output head",
-    ),
+    "own": {name: "told apart" for name in OF_BLOCKS},
+    "headless": {
+        name: "LlamaModel has no output head"
+        for name in OF_A_LAYER
+        if {"predictions", "path"} & set(METRICS[name].needs)
+    },
 }
 
 
@@ -779,6 +859,7 @@ def test_a_disabled_layer_has_no_phi(small):
             with pytest.raises(InputError, match="layer is disabled"):
                 score(small, CHARACTERS, "abc", metrics=metrics)
         assert {name for name, reason in small.supports().items() if reason is None} == {
-            *("surprisal", "entropy", "margin", "settling_depth")
+            *("surprisal", "entropy", "margin", "varentropy", "self_certainty", "confidence"),
+            *("settling_depth", "settling_depth_jsd", "deep_thinking"),
         }
         assert not small.enabled

@@ -128,6 +128,42 @@ def test_metrics_and_windows(written: Any) -> None:
     assert records[0]["provenance"]["window"] == 50
 
 
+def test_groups_and_depths_by_options_are_in_every_form(run: Any, written: Any, model: Path) -> None:
+    lens, tokenizer = load_lens(str(model))
+    lens.metric_options = philens.MetricOptions(settled_at=0.1, deep_from=0.9, group=3)
+    metrics = ["confidence", "deep_thinking"]
+    expected = [one.means() for one in score(lens, tokenizer, TEXTS, metrics=metrics)]
+    assert expected[0]["confidence_lowest_group"] < expected[0]["confidence"]
+    assert 0 < expected[0]["deep_thinking"] < 1
+    options = ["--metrics", ",".join(metrics), "--steps", "lines"]
+    for option in ("settled_at=0.1", "deep_from=0.9", "group=3"):
+        options += ["--metric-option", option]
+    records = written(*FILES, *options)
+    for form in ("jsonl", "parquet"):
+        assert run(*FILES, *options, "--format", form, "--output", form)[0] == 0
+    lines = [json.loads(line) for line in Path("jsonl/part-00000.jsonl").read_text().splitlines()]
+    frame = pd.read_parquet("parquet")
+    columns = [name if "_" in name[10:] else f"{name}_mean" for name in expected[0]]
+    assert columns[0] == "confidence_mean"
+    for number, means in enumerate(expected):
+        for record in (records[number], lines[number]):
+            found = {name: np.nan if mean is None else mean for name, mean in record["means"].items()}
+            assert found == pytest.approx(means, rel=1e-5, nan_ok=True)
+            again = TokenScores.from_json(json.dumps(record))
+            assert again.means() == pytest.approx(means, rel=1e-5, nan_ok=True)
+        assert [*frame.loc[number, columns]] == pytest.approx([*means.values()], rel=1e-5, nan_ok=True)
+    assert set(lines[1]["span_means"][0]["means"]) == set(expected[0])
+    assert set(columns) < set(frame["spans"][1][0])
+    shown = f"{expected[0]['confidence_lowest_group']:.3f}"
+    assert f"confidence lowest group {shown}" in run(*FILES, *options, "--format", "table")[1]
+    assert run(*FILES, *options, "--format", "html", "--output", "page.html")[0] == 0
+    page = Path("page.html").read_text()
+    assert re.search(rf"<th>confidence lowest group[^<]*nats.*<td>{shown}</td>", page, re.DOTALL)
+    # The folder was begun with these options.
+    again = run(*FILES, *options[:-1], "group=4", "--format", "jsonl", "--output", "jsonl")
+    assert (again[0], "metric_option" in again[2]) == (2, True)
+
+
 def test_all_inputs(written: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.jsonl").write_text(f'{{"body": "one"}}\n{{"body": ""}}\n{json.dumps({"body": CHAT})}\n')
     records = written("a.jsonl", "--field", "body")

@@ -13,6 +13,7 @@ from philens.support.versions import __version__ as __version__
 _HOME = {
     "PHiConfig": "lens.config",
     "MTDConfig": "lens.config",
+    "MetricOptions": "lens.config",
     "PHiLayer": "lens.layer",
     "MTDHead": "lens.mtd",
     "PHiModel": "lens.model",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from philens.bases.lstm import LSTMConfig as LSTMConfig
     from philens.bases.lstm import LSTMForCausalLM as LSTMForCausalLM
     from philens.bases.tokenizer import character_tokenizer as character_tokenizer
+    from philens.lens.config import MetricOptions as MetricOptions
     from philens.lens.config import MTDConfig as MTDConfig
     from philens.lens.config import PHiConfig as PHiConfig
     from philens.lens.layer import PHiLayer as PHiLayer

@@ -99,6 +99,7 @@ def score(
     overflow: Literal["error", "nan"] = "error",
     alternatives: bool = False,
     steps: Literal["lines", "sentences", "equations"] | None = None,
+    metric_option: dict[str, Any] | None = None,
     chat_option: dict[str, Any] | None = None,
     system: str | None = None,
     bos: bool = False,
@@ -137,6 +138,8 @@ def score(
         alternatives: also the likeliest tokens in each token's place, and the rank of its own.
         steps: also the means of each of these in thoughts and answers, in what the assistant says, or in the
             text: lines, sentences or equations.
+        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
+            blocks), group (32 tokens); may be given several times.
         chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
             YAML; may be given several times.
         system: what the system says at the beginning of chats in which it says nothing.
@@ -153,6 +156,7 @@ def score(
         sample: draw the tokens, instead of taking the likeliest.
         temperature: temperature of drawing.
     """
+    from philens.lens.config import MetricOptions
     from philens.scoring.corpus import Corpus
     from philens.scoring.run import score_corpus
     from philens.support.processes import rank
@@ -162,7 +166,7 @@ def score(
 
     process = rank()
     source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
-    rendering = Rendering(chat_option or {}, system, bos)
+    rendering, measured_by = Rendering(chat_option or {}, system, bos), MetricOptions.of(metric_option or {})
     if generate is not None:
         if files:
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
@@ -191,7 +195,7 @@ def score(
     try:
         summary = score_corpus(
             corpus,
-            partial(open_lens, source, rendering),
+            partial(open_lens, source, rendering, measured_by),
             format,
             output,
             metrics=_names(metrics),
@@ -207,6 +211,7 @@ def score(
                 "revision": revision,
                 "dtype": dtype,
                 **rendering.record(),
+                **({"metric_option": metric_option} if metric_option else {}),
             },
             rank=process,
             schedule=schedule,

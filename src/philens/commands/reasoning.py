@@ -127,6 +127,7 @@ def rank(
     output: Path | None = None,
     window: int | None = None,
     batch_tokens: int = 4096,
+    metric_option: dict[str, Any] | None = None,
     chat_option: dict[str, Any] | None = None,
     system: str | None = None,
     bos: bool = False,
@@ -148,6 +149,8 @@ def rank(
         output: file for jsonl or csv.
         window: tokens read at once in longer texts; by default the model's context.
         batch_tokens: tokens in a batch.
+        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
+            blocks), group (32 tokens); may be given several times.
         chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
             YAML; may be given several times.
         system: what the system says at the beginning of chats in which it says nothing.
@@ -157,6 +160,7 @@ def rank(
         dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
+    from philens.lens.config import MetricOptions
     from philens.reasoning.ranking import rank_file
     from philens.tasks.rendering import Rendering
     from philens.training.opening import open_lens
@@ -165,7 +169,12 @@ def rank(
     source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
     count = rank_file(
         candidates,
-        partial(open_lens, source, Rendering(chat_option or {}, system, bos)),
+        partial(
+            open_lens,
+            source,
+            Rendering(chat_option or {}, system, bos),
+            MetricOptions.of(metric_option or {}),
+        ),
         format,
         output,
         rule=rule,

@@ -5,7 +5,7 @@ Texts come into it only through `show.page.clean` and `shown_piece`.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from itertools import takewhile
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from philens.lens.metrics import METRICS
-from philens.scoring.scores import TokenScores, unit
+from philens.scoring.scores import TokenScores, group_names, of_groups, unit
 from philens.show.colours import DARK, LIGHT, Scale, plain_label
 from philens.show.page import (
     PageDocument,
@@ -25,6 +25,7 @@ from philens.show.page import (
     colour_variables,
     label,
     legend,
+    mean_of,
     means_table,
     shown_piece,
 )
@@ -96,12 +97,7 @@ def result(texts: Sequence[TokenScores], look: Look, exports: str | None, link: 
         InputError: a fixed range that ends before it begins.
     """
     sections = [_section(number, scores, texts, look) for number, scores in enumerate(texts)]
-    means = means_table(
-        [
-            PageDocument(_name(one), "", one.pieces(), one.columns, units=one.units, parts=one.span_means())
-            for one in texts
-        ]
-    )
+    means = means_table([replace(PageDocument.of(one, 0), name=_name(one)) for one in texts])
     kept = "" if exports is None else _exports(texts, exports, link)
     return (
         f'<div class="ph {look.palette}"><div class="panel">{means}</div>'
@@ -268,10 +264,14 @@ def marked(scores: TokenScores, number: int, first: int, last: int) -> str:
         )
     span = slice(first, last + 1)
     whole = scores.means()
+    marked: dict[str, float] = {}
+    for column, values in scores.without_sinks().items():
+        marked |= {column: mean_of(values[span])}
+        marked |= zip(group_names(column), of_groups(values[span], scores.group), strict=False)
     means = "".join(
-        f"<div><dt>{_label(column)}</dt><dd><b>{_mean(values[span])}</b> "
+        f"<div><dt>{_label(column)}</dt><dd><b>{_number(mean)}</b> "
         f"<small>(whole text {_number(whole[column])})</small></dd></div>"
-        for column, values in scores.without_sinks().items()
+        for column, mean in marked.items()
     )
     count = last - first + 1
     piece = "".join(scores.pieces()[span])
@@ -307,9 +307,3 @@ def _numbers(values: ArrayLike) -> list[float | None]:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if np.isfinite(value) else "none"
-
-
-def _mean(values: ArrayLike) -> str:
-    present = np.asarray(values, np.float64)
-    present = present[~np.isnan(present)]
-    return _number(float(present.mean())) if len(present) else "none"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.lens.metrics import CONTROLS
 from philens.reasoning.solutions import after_prompt, joining
 from philens.support.columns import Column
 from philens.support.errors import InputError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # first.
 _OF_PREDICTION = ("surprisal", "surprisal_with_layer", "entropy", "margin")
 _OF_BASE = ("surprisal", "entropy", "margin", "settling_depth")
+_OF_LAYER = ("phi", "surprisal_with_layer", "logit_lens_divergence", "step_length", *CONTROLS)
 # Tokens that a model may write after a question: a space and three digits in bytes, and one more.
 _REPLY_TOKENS, _ROWS = 5, 64
 
@@ -148,11 +150,10 @@ def score_places(
 
 
 def _metrics(lens: "PHiModel", with_base: bool, quick: bool) -> list[str]:
-    """All that this lens has, or those of them that cost little."""
-    left_out = set() if with_base else set(_OF_BASE)
-    if quick:
-        left_out |= {"logit_lens_divergence", "settling_depth"}
-    return [name for name, reason in lens.supports().items() if reason is None and name not in left_out]
+    """Those that this lens has, or of them those that cost little."""
+    wanted, supported = [*_OF_LAYER, *(_OF_BASE if with_base else ())], lens.supports()
+    left_out = {"logit_lens_divergence", "settling_depth"} if quick else set()
+    return [name for name in wanted if supported[name] is None and name not in left_out]
 
 
 def _rows(text: MarkedText, start: int, scores: "TokenScores") -> Iterator[dict[str, Any]]:

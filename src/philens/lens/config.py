@@ -1,17 +1,65 @@
-"""What an instrument is, where it goes and how it is trained: a PHi layer, a shallow head."""
+"""What instruments are, where they go and how they are trained: PHi layers, a shallow head; and what metrics
+leave open."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from philens.support.errors import ConfigError
-from philens.support.typed import convert
+from philens.support.typed import convert, nearest
 
 # A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
 # models sinks' are 100 times as long, and the longest others 1.5 times.
 SINK = 4.0
 
 Pressure = Literal["next_token", "distill", "reconstruction"]
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """What metrics leave to whoever measures; what suits one model need not suit another.
+
+    Attributes:
+        settled_at: bits, the Jensen-Shannon divergence from the last block's distribution at which a block's
+            has settled; g of arXiv 2602.13517.
+        deep_from: share of the blocks after which settling is late; rho there.
+        group: tokens in a group of confidence, of which the lowest and the last are told; 2,048 in arXiv
+            2508.15260, for replies of tens of thousands.
+
+    Raises:
+        ConfigError: one that is out of range.
+    """
+
+    settled_at: float = 0.5
+    deep_from: float = 0.85
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.settled_at < 1:
+            raise ConfigError(f"settled_at must be 0 or more and below 1 bit, not {self.settled_at}.")
+        if not 0 < self.deep_from <= 1:
+            raise ConfigError(f"deep_from must be above 0 and at most 1, not {self.deep_from}.")
+        if self.group < 1:
+            raise ConfigError(f"group must be at least 1, not {self.group}.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "MetricOptions":
+        """Those named, the others as they are by default.
+
+        Raises:
+            ConfigError: there is no such option, or it is of another type.
+        """
+        kinds = {"settled_at": float, "deep_from": float, "group": int}
+        for name in options:
+            if name not in kinds:
+                raise ConfigError(
+                    f"There is no metric option {name!r}; did you mean {nearest(name, list(kinds))!r} "
+                    f"(there are {', '.join(kinds)})?"
+                )
+        return cls(**{name: convert(value, kinds[name], name) for name, value in options.items()})
+
+
 Place = tuple[int | None, str | None]
 
 

@@ -20,7 +20,7 @@ from philens.bases.facts import (
 )
 from philens.lens.attention import document_ids
 from philens.lens.cache import new_cache, prior_memories
-from philens.lens.config import SINK, InstrumentConfig
+from philens.lens.config import SINK, InstrumentConfig, MetricOptions
 from philens.lens.insertion import (
     StopForward,
     find_blocks,
@@ -50,6 +50,7 @@ class LensCore(nn.Module):
         self.configs = in_order(config)
         self.source: str | None = None
         self.record: dict[str, Any] | None = None
+        self.metric_options = MetricOptions()
         self.module_paths: list[str] = []
         self._modules_at: list[nn.Module] = []
         for one in self.configs:

@@ -3,10 +3,11 @@
 `METRICS` is the one table of them. Whoever adds one adds an entry there.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,13 @@ class Batch:
         """(B, T) -> (N,)."""
         return values.flatten()[self.places]
 
+    @cached_property
+    def depth_by_divergence(self) -> Tensor:
+        """(N,) of `depth_by_divergence`, which two metrics read."""
+        assert self.logit_lens is not None
+        most = self.lens.metric_options.settled_at
+        return depth_by_divergence(self.logit_lens, self.output, self.input_ids, self.places, most)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -75,12 +83,15 @@ class Metric:
         unit: empty for a plain number.
         needs: what a lens must have for it.
         meaning: in a line.
+        options: those of `MetricOptions` that it depends on; where `group` is one, the lowest and the last
+            group of tokens of a text or span are told beside its mean.
     """
 
     name: str
     unit: str
     needs: tuple[Need, ...]
     meaning: str
+    options: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,31 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
     return best[..., 0] - best[..., -1]
 
 
+def varentropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) variance of -ln p under the distributions of logits (n, V), in nats²."""
+    probability, log = logits.softmax(-1), logits.log_softmax(-1)
+    spread = (log + torch.special.entr(probability).sum(-1, keepdim=True)).square() * probability
+    return spread.masked_fill(probability == 0, 0).sum(-1)
+
+
+def self_certainty(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) KL(uniform || p) in nats by logits (n, V), over tokens that are possible (arXiv 2502.18581)."""
+    possible = logits != -torch.inf
+    count = possible.sum(-1)
+    return logits.logsumexp(-1) - logits.masked_fill(~possible, 0).sum(-1) / count - count.log()
+
+
+# Of the tokens that confidence is of, as in arXiv 2508.15260.
+_LIKELIEST = 20
+
+
+def confidence(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) mean of -ln p over the 20 likeliest tokens that are possible, in nats, by logits (n, V)."""
+    best = logits.topk(min(_LIKELIEST, logits.shape[-1]), dim=-1).values
+    possible = best != -torch.inf
+    return logits.logsumexp(-1) - best.masked_fill(~possible, 0).sum(-1) / possible.sum(-1)
+
+
 SINKS = "sinks"  # beside phi, no column
 _LENGTH = "length"  # beside step_length, likewise
 # What phi is compared with, so that a finding is one of the trained layer and not of the base alone.
@@ -216,6 +252,17 @@ def _divergence(batch: Batch, number: int) -> dict[str, Tensor]:
 def _settling_depth(batch: Batch) -> Tensor:
     assert batch.logit_lens is not None
     return settling_depth(batch.logit_lens, batch.input_ids, batch.places)
+
+
+def _deep_thinking(batch: Batch) -> Tensor:
+    """Blocks count from 1 here, as in the paper: of 30 those from the 26th on are late at a share of 0.85."""
+    assert batch.logit_lens is not None
+    depth, first = (
+        batch.depth_by_divergence,
+        batch.lens.metric_options.deep_from * len(batch.logit_lens.blocks),
+    )
+    late = (depth + 1 >= first).float()
+    return late.masked_fill(depth.isnan(), torch.nan)
 
 
 def _mtd(batch: Batch) -> Tensor:
@@ -276,6 +323,24 @@ METRICS: dict[str, Metric] = {
             "ln p of the likeliest token there minus that of the second",
             margin,
         ),
+        OfPrediction(
+            "varentropy", "nats²", ("predictions",), "variance of -ln p in that distribution", varentropy
+        ),
+        OfPrediction(
+            "self_certainty",
+            "nats",
+            ("predictions",),
+            "KL of that distribution from the uniform one",
+            self_certainty,
+        ),
+        OfPrediction(
+            "confidence",
+            "nats",
+            ("predictions",),
+            "mean of -ln p over the 20 likeliest tokens there: high where one is far likelier than others",
+            confidence,
+            options=("group",),
+        ),
         OfLayer(
             "logit_lens_divergence",
             "nats",
@@ -289,6 +354,22 @@ METRICS: dict[str, Metric] = {
             ("blocks", "predictions"),
             "the first block from which on the logit lens' likeliest next token stays the last block's",
             _settling_depth,
+        ),
+        OfBlocks(
+            "settling_depth_jsd",
+            "blocks",
+            ("blocks", "predictions"),
+            "the first block whose logit lens is near the last block's, by Jensen-Shannon divergence",
+            lambda batch: batch.depth_by_divergence,
+            options=("settled_at",),
+        ),
+        OfBlocks(
+            "deep_thinking",
+            "",
+            ("blocks", "predictions"),
+            "1 where that block is among the last, else 0: its mean is the deep-thinking ratio",
+            _deep_thinking,
+            options=("settled_at", "deep_from"),
         ),
         OfLayer(
             "step_length",
@@ -542,4 +623,34 @@ def settling_depth(logit_lens: LogitLens, input_ids: Tensor, places: Tensor) -> 
         last = likeliest if last is None else last
         settled = settled & (likeliest == last)
         depth = torch.where(settled, block, depth)
+    return depth.float().masked_fill(broken, torch.nan)
+
+
+def depth_by_divergence(
+    logit_lens: LogitLens, final: PHiModelOutput, input_ids: Tensor, places: Tensor, most: float
+) -> Tensor:
+    """(N,) the first block, from 0, whose prediction of the next token has a Jensen-Shannon divergence of at
+    most `most` bits from the last one's (arXiv 2602.13517); NaN where a block's predictions are no numbers.
+
+    Args:
+        final: the base's own predictions.
+    """
+    last = len(logit_lens.states) - 1
+    depth = torch.full_like(places, last)
+    broken = torch.zeros_like(places, dtype=torch.bool)
+    # Heads are run in parts, so all blocks can be read side by side; logits that come whole are read in turn.
+    for blocks in [range(last)] if final.logits is None else [[block] for block in range(last)]:
+        early = [logit_lens.read(logit_lens.states[block], input_ids) for block in blocks]
+        parts = [logits_in_parts(one, places) for one in early]
+        for part, logits in logits_in_parts(final, places):
+            own = logits.softmax(-1)
+            entropy_of_own = torch.special.entr(own).sum(-1)
+            broken[part] |= entropy_of_own.isnan()
+            for block, others in zip(blocks, parts, strict=True):
+                other = next(others)[1].softmax(-1)
+                both = torch.special.entr((own + other) / 2).sum(-1)
+                apart = (both - (entropy_of_own + torch.special.entr(other).sum(-1)) / 2) / math.log(2)
+                broken[part] |= apart.isnan()
+                found = depth[part]
+                depth[part] = torch.where(apart <= most, found.clamp(max=block), found)
     return depth.float().masked_fill(broken, torch.nan)

@@ -33,6 +33,7 @@ class PHiModel(LensCore):
         enabled: whether they are there; `enable()`, `disable()` and `disabled()` change it.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss; schedules set it.
         source: where they were loaded from; None for fresh ones.
+        metric_options: `MetricOptions`, by which depths of settling and confidence are measured.
         record: how they were trained (recipe, data, metrics), for the model card; None where not known.
     """
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.scoring.scores import OF_GROUPS
 from philens.support.columns import Column, column_name
 from philens.support.errors import ConfigError, InputError
 from philens.support.typed import nearest
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # How a metric of the tokens becomes a number of the answer; the first is meant where none is named.
 AGGREGATES = ("mean", "sum", "max", "last_fifth")
+STATISTICS = (*AGGREGATES, *OF_GROUPS)  # those of groups where the metric has them
 ALIASES = {"shortest": "lowest_tokens"}
 _SIGNS: dict[str, Literal[1, -1]] = {"highest": 1, "lowest": -1}
 
@@ -50,7 +52,7 @@ class Rule:
                 f"There is no rule {text!r}; write highest_COLUMN or lowest_COLUMN, such as highest_phi or "
                 f"lowest_surprisal, or {' or '.join(ALIASES)}."
             )
-        read = Column(column, AGGREGATES)
+        read = Column(column, STATISTICS)
         if read.statistic is None and _is_metric(read.metric):
             column = column_name(column, statistic=AGGREGATES[0])
         return cls(text, column, _SIGNS[direction])
@@ -58,7 +60,7 @@ class Rule:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metric of the tokens that the column is made from, as `philens.score` takes it; or none."""
-        metric = Column(self.column, AGGREGATES).metric
+        metric = Column(self.column, STATISTICS).metric
         return (metric,) if _is_metric(metric) else ()
 
     def scores(self, table: "pd.DataFrame") -> NDArray[np.float64]:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.reasoning.problems import plain_text
-from philens.reasoning.rules import AGGREGATES
+from philens.reasoning.rules import AGGREGATES, STATISTICS
+from philens.scoring.scores import group_names, of_groups
 from philens.scoring.texts import Text, as_texts, check_tokenizer
 from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
@@ -98,7 +99,8 @@ def measure_replies(
 
     Returns:
         A row for each reply, in order: `tokens`, and for each metric m over these n tokens `m_mean`, `m_sum`,
-        `m_max` and `m_last_fifth`, the mean over the last ⌈n/5⌉. Where a lens observes with several layers,
+        `m_max` and `m_last_fifth`, the mean over the last ⌈n/5⌉; of confidence also `m_lowest_group` and
+        `m_tail`, as `TokenScores.means` has them. Where a lens observes with several layers,
         the columns of the layer carry the insertion point, as in `phi@model.layers.8_mean`.
 
     Raises:
@@ -226,7 +228,7 @@ def by_insertion_point(table: "pd.DataFrame") -> "dict[str, pd.DataFrame]":
     """
     layers: dict[str, dict[str, str]] = {}
     for name in table:
-        column = Column(name, AGGREGATES)
+        column = Column(name, STATISTICS)
         if column.point is not None and column.statistic is not None:
             plain = column_name(column.metric, statistic=column.statistic)
             layers.setdefault(column.point, {})[name] = plain
@@ -356,4 +358,6 @@ def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[
             column_name(name, statistic=kind): float(value)
             for kind, value in zip(AGGREGATES, found, strict=True)
         }
+        if names := group_names(name):
+            row |= zip(names, of_groups(values, scores.group), strict=True)
     return row

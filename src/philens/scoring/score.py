@@ -1,6 +1,7 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -139,7 +140,7 @@ def iter_scores(
     check_steps(steps)
     wanted, following = check_metrics(lens, metrics), as_texts(texts)
     context = context_length(lens.base, window)
-    origin = provenance(lens, tokenizer, context)
+    origin = provenance(lens, tokenizer, context) | _options_of(lens, wanted)
     others = alternatives_of(wanted) if alternatives else None
     token_texts: Any = TokenTexts(tokenizer) if alternatives else {}
 
@@ -245,6 +246,13 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
         **rendering_of(tokenizer).record(),
         "versions": versions("torch", "transformers", "tokenizers"),
     }
+
+
+def _options_of(lens: PHiModel, metrics: Sequence[str]) -> dict[str, Any]:
+    """The options by which these metrics are measured, for the provenance."""
+    names = {name for metric in metrics for name in METRICS[metric].options}
+    chosen = {name: value for name, value in asdict(lens.metric_options).items() if name in names}
+    return {"metric_options": chosen} if chosen else {}
 
 
 def _tokenized(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.lens.config import MetricOptions
 from philens.scoring.alternatives import Alternatives
 from philens.show.colours import plain_label
 from philens.show.notebook import texts_markup
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from philens.lens.metrics import Metric
+
 FORMAT = 1
 # Columns whose means and sums leave out attention sinks, whose hidden states are like no other token's.
 _WITHOUT_SINKS = {"phi", "phi_standard_error"}
+# What is told of a text or span beside its mean, where the metric is also one of groups of tokens.
+OF_GROUPS = ("lowest_group", "tail")
 # A longer text's figure has token numbers, not tokens, below it.
 _TOKENS_NAMED = 80
 
@@ -43,7 +48,7 @@ class Span(NamedTuple):
 
 
 class SpanMeans(NamedTuple):
-    """The mean of each column over a span's tokens, as `TokenScores.means` takes it."""
+    """What `TokenScores.means` says, over a span's tokens."""
 
     name: str
     tokens: int
@@ -58,7 +63,8 @@ class Spans(list[Span]):
         self._table = table
 
     def __call__(self, spans: Iterable[Any] | None = None) -> "pd.DataFrame":
-        """One row per span, with name, start, end, tokens, and sum and mean of every column.
+        """One row per span, with name, start, end, tokens, and sum and mean of every column; of confidence
+        also of its lowest and its last group of tokens, as `TokenScores.means` has them.
 
         Args:
             spans: `Span`s, (name, start, end) or matches of a regular expression (their name is the group
@@ -117,7 +123,7 @@ class TokenScores:
                 raise InputError(f"{name} must have shape ({count},) like the tokens, not {values.shape}.")
         if self.alternatives is not None and len(self.alternatives) != count:
             raise InputError(f"There must be alternatives for {count} tokens, not {len(self.alternatives)}.")
-        table = partial(_span_table, self.text, self.offsets, self.without_sinks())
+        table = partial(_span_table, self.text, self.offsets, self.without_sinks(), self.group)
         object.__setattr__(self, "spans", Spans(map(_as_span, self.spans), table))
 
     def __len__(self) -> int:
@@ -130,8 +136,13 @@ class TokenScores:
 
     @property
     def units(self) -> dict[str, str]:
-        """The unit of each column, empty where it is a plain number."""
-        return {name: unit(name) for name in self.columns}
+        """The unit of each column, and of what else `means` has; empty where it is a plain number."""
+        return {name: unit(name) for column in self.columns for name in (column, *group_names(column))}
+
+    @property
+    def group(self) -> int:
+        """Tokens in a group of confidence."""
+        return MetricOptions(**self.provenance.get("metric_options", {})).group
 
     @property
     def phi(self) -> NDArray[np.float32]:
@@ -187,6 +198,7 @@ class TokenScores:
             for first, last in zip([start, *inner], [*inner, end], strict=True):
                 words.append(Span(self.text[first:last], first, last))
         table = self.spans(words).rename(columns={"name": "word"})
+        table = table.drop(columns=[one for name in self.columns for one in group_names(name)])
         if self.spans:
             names = np.full(len(table), None, object)
             for span in reversed(self.spans):
@@ -207,22 +219,28 @@ class TokenScores:
 
     def means(self) -> dict[str, float]:
         """The mean of each column over the tokens that have a value, of phi without attention sinks; NaN if
-        none has."""
-        return {
-            name: float(np.mean(present, dtype=np.float64)) if len(present) else np.nan
-            for name, values in self.without_sinks().items()
-            for present in [values[~np.isnan(values)]]
-        }
+        none has. Of confidence also the mean of its lowest group of tokens, `confidence_lowest_group`, and of
+        its last, `confidence_tail` (`of_groups`)."""
+        found = {}
+        for name, values in self.without_sinks().items():
+            present = values[~np.isnan(values)]
+            found[name] = float(np.mean(present, dtype=np.float64)) if len(present) else np.nan
+            if names := group_names(name):
+                found |= zip(names, of_groups(values, self.group), strict=True)
+        return found
 
     def span_means(self) -> list[SpanMeans]:
         """The means of each of the text's spans, in order."""
         if not self.spans:
             return []
-        _, _, tokens, totals = _span_totals(self.text, self.offsets, self.without_sinks(), self.spans)
-        means = {name: (total / np.maximum(count, 1)).tolist() for name, (total, count) in totals.items()}
+        found = _span_totals(self.text, self.offsets, self.without_sinks(), self.group, self.spans)
+        means = {}
+        for name, (total, count) in found.sums.items():
+            means[name] = (total / np.maximum(count, 1)).tolist()
+            means |= {one: found.groups[one].tolist() for one in group_names(name)}
         return [
             SpanMeans(
-                span.name, int(tokens[number]), {name: values[number] for name, values in means.items()}
+                span.name, int(found.tokens[number]), {name: values[number] for name, values in means.items()}
             )
             for number, span in enumerate(self.spans)
         ]
@@ -397,11 +415,15 @@ class TokenScores:
 
 
 def unit(column: str) -> str:
-    """The unit of a column; empty where it is a plain number."""
+    """The unit of a column, or of a statistic of it; empty where it is a plain number."""
+    metric = _metric(Column(column, OF_GROUPS).metric)
+    return "nats" if metric is None else metric.unit
+
+
+def _metric(column: str) -> "Metric | None":
     from philens.lens.metrics import METRICS  # which takes torch, and reading scores does not
 
-    metric = METRICS.get(Column(column).metric)
-    return "nats" if metric is None else metric.unit
+    return METRICS.get(Column(column).metric)
 
 
 class ScoredTexts(list[TokenScores]):
@@ -437,19 +459,29 @@ def _token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     )
 
 
+class _SpanTotals(NamedTuple):
+    """Of S spans, (S,) each.
+
+    Attributes:
+        starts, ends, tokens: characters, and how many tokens.
+        sums: of each column the sum over the tokens that have a value, NaN where none has, and their number.
+        groups: what `of_groups` says of the columns that have it.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    sums: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]
+    groups: dict[str, NDArray[np.float64]]
+
+
 def _span_totals(
     text: str,
     offsets: NDArray[np.int64],
     columns: Mapping[str, NDArray[np.float32]],
+    group: int,
     spans: Sequence[Span],
-) -> tuple[
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]],
-]:
-    """Of each span its start, its end and how many tokens it has; and of each column the sum over those that
-    have a value, NaN where none has, and how many they are."""
+) -> _SpanTotals:
     places = _token_places(text, offsets)
     order = np.argsort(places, kind="stable")
     places = places[order]
@@ -464,31 +496,57 @@ def _span_totals(
         sums = np.add.reduceat(np.append(values, values.dtype.type(0)), np.stack([first, last], 1).ravel())
         return np.where(last > first, sums[::2], 0)
 
-    found = {}
+    found, groups = {}, {}
     for name, values in columns.items():
         values = values[order].astype(np.float64)
         present = ~np.isnan(values)
         count = totals(present.astype(np.int64)) if len(spans) else np.zeros(0, np.int64)
         total = totals(np.where(present, values, 0.0)) if len(spans) else np.zeros(0)
         found[name] = np.where(count > 0, total, np.nan), count
-    return starts, ends, last - first, found
+        if names := group_names(name):
+            of_spans = [of_groups(values[start:stop], group) for start, stop in zip(first, last, strict=True)]
+            groups |= zip(names, np.reshape(of_spans, (-1, len(names))).T, strict=True)
+    return _SpanTotals(starts, ends, last - first, found, groups)
 
 
 def _span_table(
     text: str,
     offsets: NDArray[np.int64],
     columns: Mapping[str, NDArray[np.float32]],
+    group: int,
     spans: Sequence[Span],
 ) -> "pd.DataFrame":
     import pandas as pd
 
-    starts, ends, tokens, totals = _span_totals(text, offsets, columns, spans)
+    found = _span_totals(text, offsets, columns, group, spans)
     names = [span.name for span in spans]
-    table = pd.DataFrame({"name": names, "start": starts, "end": ends, "tokens": tokens})
-    for name, (total, count) in totals.items():
+    facts = {"name": names, "start": found.starts, "end": found.ends, "tokens": found.tokens}
+    table = pd.DataFrame(facts)
+    for name, (total, count) in found.sums.items():
         table[column_name(name, statistic="sum")] = total
         table[column_name(name, statistic="mean")] = total / np.maximum(count, 1)
+        for one in group_names(name):
+            table[one] = found.groups[one]
     return table
+
+
+def group_names(column: str) -> list[str]:
+    """What `of_groups` of a column is called; nothing where it is not told."""
+    metric = _metric(column)
+    grouped = metric is not None and "group" in metric.options
+    return [column_name(column, statistic=one) for one in OF_GROUPS] if grouped else []
+
+
+def of_groups(values: NDArray[np.floating], size: int) -> tuple[float, float]:
+    """The lowest mean over `size` tokens in a row that have a value, and the mean of the last so many; of
+    fewer, of all there are, and NaN of none (arXiv 2508.15260: lowest group and tail confidence)."""
+    present = values[~np.isnan(values)].astype(np.float64)
+    if not len(present):
+        return np.nan, np.nan
+    size = min(size, len(present))
+    totals = np.append(0.0, present.cumsum())
+    groups = (totals[size:] - totals[:-size]) / size
+    return float(groups.min()), float(groups[-1])
 
 
 def _json_numbers(values: NDArray[np.float32]) -> list[Any]:

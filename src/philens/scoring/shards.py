@@ -20,19 +20,17 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from philens.scoring.corpus import Document
-from philens.support.columns import column_name
+from philens.scoring.scores import OF_GROUPS, TokenScores
+from philens.support.columns import Column, column_name
 from philens.support.errors import InputError, OutputError
 from philens.support.files import locked, write_atomically
 from philens.support.processes import ALONE, Rank
 from philens.tasks.chat import content_text
-
-if TYPE_CHECKING:
-    from philens.scoring.scores import TokenScores
 
 FORMAT = 1
 MANIFEST_FILE = "_manifest.json"  # readers of Parquet folders pass over what begins with an underscore
@@ -41,8 +39,8 @@ _MANIFEST_LOCK = ".lock-manifest"
 _ROW_GROUP_TOKENS = 1 << 18
 
 Form = Literal["jsonl", "parquet"]
-Scored = tuple[Document, "TokenScores"]
-ScoreShard = Callable[[Sequence[Document]], Iterator["TokenScores"]]
+Scored = tuple[Document, TokenScores]
+ScoreShard = Callable[[Sequence[Document]], Iterator[TokenScores]]
 # Called with documents and tokens scored, and bytes of the input read.
 Done = Callable[[int, int, int], None]
 
@@ -446,7 +444,7 @@ def _write_json(path: Path, content: _Manifest | Record) -> None:
     write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
 
 
-def json_line(document: Document, scores: "TokenScores") -> str:
+def json_line(document: Document, scores: TokenScores) -> str:
     """One line of JSON: id, means, also of spans, and what `to_json` gives and `from_json` reads."""
     first: dict[str, Any] = {"id": document.id, "means": _numbers(scores.means())}
     if scores.spans:
@@ -462,7 +460,8 @@ def _numbers(means: dict[str, float]) -> dict[str, float | None]:
 def _write_jsonl(file: BinaryIO, scored: Iterable[Scored]) -> None:
     for document, scores in scored:
         # The manifest says the rest once, instead of every line again.
-        own = {key: scores.provenance[key] for key in ("overflowed",) if key in scores.provenance}
+        kept = ("overflowed", "metric_options")
+        own = {key: scores.provenance[key] for key in kept if key in scores.provenance}
         brief = replace(scores, name=document.id, provenance=own)
         file.write(f"{json_line(document, brief)}\n".encode())
 
@@ -488,7 +487,7 @@ def _write_parquet(file: BinaryIO, scored: Iterable[Scored]) -> None:
             writer.close()
 
 
-def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
+def _row(document: Document, scores: TokenScores) -> dict[str, Any]:
     others = {} if scores.alternatives is None else scores.alternatives.to_lists()
     return {
         "id": document.id,
@@ -508,7 +507,10 @@ def _row(document: Document, scores: "TokenScores") -> dict[str, Any]:
 
 
 def _mean_columns(means: dict[str, float]) -> dict[str, float]:
-    return {column_name(name, statistic="mean"): mean for name, mean in means.items()}
+    return {
+        name if Column(name, OF_GROUPS).statistic else column_name(name, statistic="mean"): mean
+        for name, mean in means.items()
+    }
 
 
 # What a row calls the lists of `Alternatives.to_lists`, which have an entry for each token.
@@ -520,7 +522,7 @@ _OF_ALTERNATIVES = {
 }
 
 
-def _parquet_writer(file: BinaryIO, scores: "TokenScores") -> Any:
+def _parquet_writer(file: BinaryIO, scores: TokenScores) -> Any:
     """A writer of rows with the columns of these scores."""
     import pyarrow as pa
     from pyarrow import parquet

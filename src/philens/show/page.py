@@ -36,7 +36,8 @@ class PageDocument:
     pieces: Sequence[str]  # (T,)
     columns: Mapping[str, ArrayLike]  # (T,) each, NaN where there is no value
     spans: Sequence[str] = ()  # (T,) name of the span each piece is in, "" for none; or nothing
-    means: Mapping[str, float] | None = None  # of the columns; None takes all pieces that have a value
+    # Of the columns, perhaps with other statistics of them; None takes the means of all pieces with a value.
+    means: Mapping[str, float] | None = None
     units: Mapping[str, str] = field(default_factory=dict)  # of columns, nats where nothing is said
     notes: Sequence[str] = ()  # (T,) what else is read on hover, "" for nothing; or nothing
     parts: Sequence[PartMeans] = ()  # spans with means of their own
@@ -229,7 +230,7 @@ def means_table(documents: Sequence[PageDocument]) -> str:
 def mean_heads(documents: Sequence[PageDocument]) -> list[str]:
     """What stands above `mean_rows`."""
     units = _units(documents)
-    return ["", "tokens", *(plain_heading(name, units[name]) for name in _columns(documents))]
+    return ["", "tokens", *(plain_heading(name, units[name]) for name in _mean_names(documents))]
 
 
 def mean_rows(documents: Sequence[PageDocument]) -> list[list[str]]:
@@ -239,11 +240,11 @@ def mean_rows(documents: Sequence[PageDocument]) -> list[list[str]]:
 
 def _numbered_means(documents: Sequence[PageDocument]) -> Iterable[tuple[int, list[str]]]:
     """The rows of `mean_rows`, each with the number of its document, from 1; 0 for a span."""
-    names = _columns(documents)
+    names = _mean_names(documents)
     for number, document in enumerate(documents, 1):
         means = document.means
         if means is None:
-            means = {name: _mean_of(array) for name, array in document.columns.items()}
+            means = {name: mean_of(array) for name, array in document.columns.items()}
         yield number, _mean_row(document.name, len(document.pieces), means, names)
         for part in document.parts[:MAX_PARTS]:
             yield 0, _mean_row(f"· {part.name}", part.tokens, part.means, names)
@@ -254,6 +255,10 @@ def _numbered_means(documents: Sequence[PageDocument]) -> Iterable[tuple[int, li
 def _mean_row(name: str, tokens: int, means: Mapping[str, float], columns: Iterable[str]) -> list[str]:
     found = (means.get(column, np.nan) for column in columns)
     return [name, f"{tokens:,}", *("none" if np.isnan(mean) else f"{mean:.3f}" for mean in found)]
+
+
+def _mean_names(documents: Sequence[PageDocument]) -> list[str]:
+    return list(dict.fromkeys(name for one in documents for name in (*(one.means or ()), *one.columns)))
 
 
 def _columns(documents: Sequence[PageDocument]) -> list[str]:
@@ -371,7 +376,8 @@ def _reading(column: str, unit: str, value: float) -> str:
     return f"{plain_label(column)} {number}"
 
 
-def _mean_of(values: ArrayLike) -> float:
+def mean_of(values: ArrayLike) -> float:
+    """The mean of those that are numbers; NaN where none is."""
     present = np.asarray(values, np.float64)
     present = present[~np.isnan(present)]
     return float(present.mean()) if len(present) else np.nan

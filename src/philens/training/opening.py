@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from philens.bases.hub import is_folder, load_pretrained
 from philens.bases.wheels import WHEELS
+from philens.lens.config import MetricOptions
 from philens.lens.model import PHiModel, load
 from philens.support.errors import AdapterError, ConfigError
 from philens.support.files import PACKAGE, not_finite
@@ -51,8 +52,11 @@ def load_lens(
     return open_lens(ModelSource(model, adapter, revision, dtype, trust_remote_code))
 
 
-def open_lens(source: ModelSource, rendering: Rendering = AS_IS) -> Opened:
-    """What `load_lens` returns, of a source; texts and chats are put by its tokenizer as chosen."""
+def open_lens(
+    source: ModelSource, rendering: Rendering = AS_IS, options: MetricOptions | None = None
+) -> Opened:
+    """What `load_lens` returns, of a source; texts and chats are put by its tokenizer as chosen, and metrics
+    measured by these options."""
     run = RunFolder(source.model)
     if source.adapter is None and not has_layer(source.model):
         if run.exists:
@@ -75,6 +79,7 @@ def open_lens(source: ModelSource, rendering: Rendering = AS_IS) -> Opened:
     if (name := not_finite(loaded)) is not None:
         raise AdapterError(f"{base.model} holds a weight that is not finite ({name}); give another model.")
     lens = load(loaded, source.adapter or source.model)
+    lens.metric_options = options or lens.metric_options
     if (accelerator := device()) is not None:
         lens.to(accelerator)
     return Opened(lens, with_rendering(tokenizer, rendering))
