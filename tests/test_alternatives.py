@@ -223,7 +223,7 @@ def test_the_command_line_has_them_in_every_form(model: Path, tmp_path: Path, ca
     for some, expected in zip(row["alternative_probabilities"], lists["probabilities"], strict=True):
         np.testing.assert_array_equal(some, np.float32(expected))
     rows = run("--format", "table").splitlines()
-    assert rows[1].endswith("surprisal    rank  likeliest")
+    assert rows[1].endswith("surprisal with layer    rank  likeliest")
     assert rows[2].endswith("none")
     rank, first = lists["ranks"][3], percent(lists["probabilities"][3][0])
     assert re.search(rf" {rank}  \S+ {first}, ", rows[5])

@@ -24,7 +24,7 @@ from philens.training.folder import RunFolder
 from philens.training.opening import load_run
 from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.trainer import train, training_rows
-from tiny import tiny_recipe
+from tiny import tiny_recipe, tiny_values
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
@@ -75,7 +75,8 @@ def cut(folder, to, step):
 
 
 def weights_of(folder):
-    files = [f for f in ("model/model.safetensors", "adapter/phi_layer.safetensors") if (folder / f).exists()]
+    names = ("model/model.safetensors", "adapter/phi_layer.safetensors", "adapter/mtd_head.safetensors")
+    files = [name for name in names if (folder / name).exists()]
     return {f"{file} {name}": value for file in files for name, value in load_file(folder / file).items()}
 
 
@@ -341,3 +342,19 @@ def test_a_process_that_is_killed(tmp_path):
     assert said.count("philens: error: Another process of this training ended without a word") == 1, said
     checkpoint = RunFolder(folder).checkpoints()[-1]
     assert json.loads((checkpoint / "recipe.json").read_text())["train"]["steps"] == 100_000
+
+
+def test_a_shallow_head_in_two_processes(base, tmp_path):
+    values = tiny_values(**FROZEN | {"model__base": str(base), "mtd__heads": 2})
+    kept = {k: v for k, v in values.items() if not k.startswith(("phi", "model.")) or k == "model.base"}
+    recipe = load_recipe(None, kept)
+    assert recipe.phi is None
+    train(recipe, tmp_path / "one")
+    done = launch(
+        [scenario(tmp_path, "two", recipe), scenario(tmp_path, "sharded", recipe, shard=True)], tmp_path
+    )
+    for run in ("two", "sharded"):
+        codes = (tmp_path / f"{run}.codes").read_text().split()
+        assert codes == ["0", "0"], done.stdout + done.stderr
+        assert_same_run(tmp_path / run, tmp_path / "one")
+    assert any("mtd_head" in name for name in weights_of(tmp_path / "two"))

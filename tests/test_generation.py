@@ -440,7 +440,7 @@ def test_what_cannot_be_streamed(lens):
     refused(lens, "not with beams", prompts(1, 3).repeat(1, 2), prompt_lookup_num_tokens=2, **follow)
     refused(lens, "without a cache", use_cache=False, **follow)
     with lens.disabled():
-        refused(lens, "with one PHi layer, enabled", **follow)
+        refused(lens, "with one PHi layer or a shallow head, enabled", **follow)
     several = shaken(make("llama"), layer=None, layers=[0, 1], mode="observe")
     refused(several, "with one PHi layer", **follow)
     # All is as before after an error.

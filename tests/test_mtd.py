@@ -415,8 +415,6 @@ def test_generated_text_is_scored(tokens):
     found = lens.generate(tokens[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert found.phi is None
     torch.testing.assert_close(found.mtd, lens(found.sequences).mtd, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="one PHi layer"):
-        lens.generate(tokens[:1], on_token=print)
 
 
 # Trained by a recipe.
@@ -553,5 +551,26 @@ def test_on_the_command_line(base, tmp_path, capsys):
     call = ["score", str(tmp_path / "a.txt"), "--model", str(tmp_path / "run")]
     assert main([*call, "--metrics", "mtd"]) == 0
     assert "mtd" in capsys.readouterr().out
-    assert main(call) == 2
+    assert main(call) == 0
+    assert "token                   mtd  surprisal\n" in capsys.readouterr().out
+    assert main([*call, "--metrics", "phi"]) == 2
     assert "phi needs a PHi layer" in capsys.readouterr().err
+
+
+def test_written_on_the_command_line(base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(load_recipe(None, options(base, **{"train.steps": 3})), folder)
+    call = ["score", "--generate", "abc", "--model", str(folder), "--max-new-tokens", "20"]
+    texts = {}
+    for alpha in ("0", "0.9", "-0.9"):
+        capsys.readouterr()
+        assert main([*call, "--steer", alpha]) == 0
+        head, *rows = capsys.readouterr().out.splitlines()
+        assert head.split() == ["token", "mtd", "surprisal"]
+        texts[alpha] = [row.split()[1] for row in rows]
+        assert len(rows) == 23
+    assert main(call) == 0
+    assert [row.split()[1] for row in capsys.readouterr().out.splitlines()[1:]] == texts["0"]
+    assert len({*map("".join, texts.values())}) > 1
+    assert main([*call, "--steer", "2"]) == 2
+    assert "steer must be from -1 to 1, not 2.0." in capsys.readouterr().err

@@ -193,11 +193,12 @@ def test_the_command_writes_them(tmp_path: Path, monkeypatch: Any, capsys: Any) 
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert [one["name"] for one in first["span_means"]][:3] == ["think", "answer", "sentence 1"]
     assert [one["name"] for one in second["span_means"]] == ["sentence 1"]
-    assert first["span_means"][0]["means"].keys() == {"phi", "surprisal"}
+    names = {"phi", "surprisal", "surprisal_with_layer"}
+    assert first["span_means"][0]["means"].keys() == names
     assert len(first["spans"]) == len(first["span_means"])
     assert cli.main(["score", *options, "--format", "parquet", "--output", "scores"]) == 0
     row = pd.read_parquet("scores").iloc[0]
-    assert row["spans"][0].keys() == {"name", "start", "end", "tokens", "phi_mean", "surprisal_mean"}
+    assert row["spans"][0].keys() == {"name", "start", "end", "tokens", *(f"{name}_mean" for name in names)}
     assert row["spans"][0]["phi_mean"] == first["span_means"][0]["means"]["phi"]
     assert cli.main(["score", *options[:4], "--format", "parquet", "--output", "scores"]) == 2
     assert "was begun with another steps ('sentences', now None)" in capsys.readouterr().err

@@ -103,14 +103,15 @@ def test_every_form_has_the_same_scores(run: Any, written: Any, model: Path) -> 
     code, _, _ = run(*FILES, "--format", "html", "--output", "page.html")
     assert code == 0
     titles = re.findall(
-        r'title="[^"]*: phi (\S+) nats, surprisal (\S+?)(?: nats)?"', Path("page.html").read_text()
+        r'title="[^"]*: phi (\S+) nats, surprisal (\S+?)(?: nats)?, surprisal with layer',
+        Path("page.html").read_text(),
     )
     values = [
         (f"{phi:.3f}", "none" if np.isnan(s) else f"{s:.3f}")
         for e in expected
         for phi, s in zip(e.phi, e.surprisal, strict=True)
     ]
-    assert [tuple(row[-2:]) for row in rows] == values
+    assert [tuple(row[-3:-1]) for row in rows] == values  # and with the layer, which is in the path
     shown = [pair for scores in expected for pair in [values.pop(0) for _ in range(len(scores))] * 2]
     assert titles == shown
     for record, row, wanted in zip(records, frame.itertuples(), expected, strict=True):
@@ -259,8 +260,10 @@ def test_float_types(written: Any) -> None:
         (["0.txt", "--generate", "a"], "--generate writes a text of its own; leave out 0.txt."),
         (
             ["--generate", "a", "--metrics", "phi,margin"],
-            "--generate shows phi and surprisal; leave out --me",
+            "--generate shows phi, or mtd, and surprisal; leave out --metrics.",
         ),
+        (["0.txt", "--steer", "0.5"], "--steer is for a text that the model writes; give --generate, or"),
+        (["--generate", "a", "--steer", "0.5"], "Steering needs a shallow head, and this model has a PHi"),
         (["empty.txt"], "There is nothing to score: the input has no text; give a file with text."),
     ],
 )

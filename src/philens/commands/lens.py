@@ -87,7 +87,7 @@ def score(
     files: list[str],
     model: str = "smollm2",
     adapter: str | None = None,
-    metrics: str = "phi,surprisal",
+    metrics: str | None = None,
     field: str | None = None,
     by: Literal["file", "line"] = "file",
     split: str = "train",
@@ -113,6 +113,7 @@ def score(
     max_new_tokens: int = 100,
     sample: bool = False,
     temperature: float = 1.0,
+    steer: float = 0.0,
 ) -> int:
     """Score texts token by token: show them coloured by phi, or write JSON Lines, Parquet or a page.
 
@@ -125,7 +126,8 @@ def score(
         model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
             for which philens brings one.
         adapter: the PHi layer, a folder or Hub id.
-        metrics: columns, separated by commas: phi, surprisal, surprisal_with_layer, entropy, ...
+        metrics: columns, separated by commas: phi, mtd, surprisal, surprisal_with_layer, entropy, ...; by
+            default what the adapter measures, and surprisal.
         field: field of records that holds the text or a chat's messages; by default text, else messages.
         by: what is a document in a text file.
         split: split of data sets of the Hub.
@@ -155,6 +157,7 @@ def score(
         max_new_tokens: how many to generate.
         sample: draw the tokens, instead of taking the likeliest.
         temperature: temperature of drawing.
+        steer: with a shallow head, write more of what it foretells (up to 1) or less (down to -1).
     """
     from philens.lens.config import MetricOptions
     from philens.scoring.corpus import Corpus
@@ -172,16 +175,20 @@ def score(
             raise ConfigError(f"--generate writes a text of its own; leave out {files[0]}.")
         if process.of > 1:
             raise ConfigError("--generate writes one text; start it as one process.")
-        if not {*_names(metrics)} <= {"phi", "surprisal"}:
-            raise ConfigError("--generate shows phi and surprisal; leave out --metrics.")
+        if metrics is not None:
+            raise ConfigError("--generate shows phi, or mtd, and surprisal; leave out --metrics.")
         if max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
         if sample and not 0 < temperature < math.inf:
             raise ConfigError(f"--temperature must be above 0, not {temperature:g}.")
         if chat_option or system is not None:
             raise ConfigError("--generate goes on from plain text; leave out --chat-option and --system.")
-        _generate(open_lens(source, rendering), generate, max_new_tokens, sample, temperature, overflow)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+        options |= {"temperature": temperature} if sample else {}
+        _generate(open_lens(source, rendering), generate, options | {"overflow": overflow, "steer": steer})
         return 0
+    if steer:
+        raise ConfigError("--steer is for a text that the model writes; give --generate, or leave it out.")
     schedule = None
     if engine == "ray":
         from philens.scoring.ray import RaySchedule
@@ -198,7 +205,7 @@ def score(
             partial(open_lens, source, rendering, measured_by),
             format,
             output,
-            metrics=_names(metrics),
+            metrics=None if metrics is None else _names(metrics),
             batch_tokens=batch_tokens,
             window=window,
             overflow=overflow,
@@ -233,18 +240,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _generate(
-    loaded: Any, prompt: str, max_new_tokens: int, sample: bool, temperature: float, overflow: str
-) -> None:
+def _generate(loaded: Any, prompt: str, options: dict[str, Any]) -> None:
     """Show a text as a model writes it."""
     from philens.scoring.streaming import stream
     from philens.show.tokens import LiveTokens
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "overflow": overflow}
-    if sample:
-        options["temperature"] = temperature
     lens, tokenizer = loaded
-    view = LiveTokens(console())
+    view = LiveTokens(console(), lens.config.kind)
     stream(lens, tokenizer, prompt, view.write, **options)
     view.close()
 

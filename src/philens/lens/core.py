@@ -33,7 +33,6 @@ from philens.lens.insertion import (
 from philens.lens.instrument import KINDS, Instrument, make_parts, titles
 from philens.lens.layer import PHiLayer
 from philens.lens.losses import PHiModelOutput, add_losses, counted_tokens
-from philens.lens.mtd import MTDHead
 from philens.lens.passing import Pass, Pressing, Reading, Rows, plan_pressing
 from philens.support.errors import ConfigError, InputError, InsertionError
 
@@ -359,12 +358,11 @@ class LensCore(nn.Module):
             stop=wanted if returns == "phi" or pressing.part else 0,
             contrastive=labels is not None,
         )
-        shallow = next((k for k, one in enumerate(instruments) if isinstance(one, MTDHead)), None)
         forms: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
             if pressing.apart:
                 stack.enter_context(self.observing())
-            if pressing.again or shallow is not None:
+            if pressing.again or any(one.compared for one in instruments):
                 stack.enter_context(recorded_forms(self.blocks_below, forms))
             stack.enter_context(self.passing(current))
             result = self._read(input_ids, arguments, returns)
@@ -379,10 +377,7 @@ class LensCore(nn.Module):
         if result.layer_outputs:
             phis = [output.phi for output in result.layer_outputs]
             result.phi = phis[0] if self.config.layers is None else torch.stack(phis, -1)
-        if shallow in outputs:
-            states = outputs[shallow].hidden_states
-            result.shallow = partial(self.read_again, input_ids, {"use_cache": False}, shallow, states, forms)
-            result.attention_mask = attention_mask
+        result.shallow, result.attention_mask = self.shallow_pass(input_ids, current, forms), attention_mask
         if labels is not None:
             counted, predicted = counted_tokens(labels, attention_mask, documents)
             passes: list[PHiModelOutput | None] = [result]
@@ -411,6 +406,21 @@ class LensCore(nn.Module):
                 if returns == "logits" and path.logits is None and path.head is not None:
                     result.logits = path.head(path.head_states)  # pyright: ignore[reportArgumentType]
         return result
+
+    def shallow_pass(
+        self, input_ids: Tensor, current: Pass, forms: dict[int, Any]
+    ) -> Callable[[], PHiModelOutput] | None:
+        """Makes the predictions that the base's are compared with; None where no instrument of a pass is.
+
+        Args:
+            input_ids: (B, T), of that pass.
+            forms: what `recorded_forms` noted of `blocks_below` in it.
+        """
+        for number, output in current.outputs.items():
+            if self.instruments[number].compared:
+                states = output.hidden_states
+                return partial(self.read_again, input_ids, {"use_cache": False}, number, states, forms)
+        return None
 
     def _press(
         self,

@@ -16,15 +16,15 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from philens.bases.facts import CACHE_NAMES, evaluating, find_cache, unwrapped
-from philens.lens.cache import prior_memories
+from philens.lens.calls import Call, followed
 from philens.lens.core import LensCore
 from philens.lens.insertion import transform_output
 from philens.lens.losses import PHiModelOutput, token_surprisal
 from philens.lens.overflow import Overflow, Overflowed, check_overflow, first_row, overflow_error
-from philens.lens.passing import Pass
+from philens.lens.steering import Steering
 from philens.support.errors import InputError
 
-# Called with each token's id, phi and surprisal.
+# Called with each token's id, phi (or mtd) and surprisal.
 OnToken = Callable[[int, float, float], None]
 
 
@@ -57,6 +57,7 @@ def generate(
     on_token: OnToken | None = None,
     skip_prompt: bool = True,
     overflow: Overflow = "error",
+    steer: float = 0.0,
     **options: Any,
 ) -> PHiGeneration:
     """Generate with the base's own `generate` (greedy, sampling, beams, assisted) and score what comes out.
@@ -69,15 +70,19 @@ def generate(
     Args:
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 0 on padding, which is on the left.
-        on_token: called with id, phi and surprisal of every new token as soon as the model has read it; for
-            one row without padding, token by token, and one PHi layer.
+        on_token: called with id, phi (mtd where there is no PHi layer) and surprisal of every new token as
+            soon as the model has read it; for one row without padding, token by token, and one PHi layer at
+            most.
         skip_prompt: False calls it with the prompt's tokens first.
         overflow: what becomes of tokens whose phi or surprisal the model cannot hold, as in `philens.score`;
             what has no finite predictions cannot be drawn from either way.
+        steer: how far what is drawn from lies from the model's predictions (0) towards those of a shallow
+            head (1) or, below 0, away from them, at the same entropy; see `steered`. `top_k` comes before
+            it, also in greedy generation, and temperature and `top_p` after it. Scores stay the model's.
         options: of the base's `generate`.
 
     Raises:
-        InputError: the base cannot generate, or overflows, or tokens cannot be streamed.
+        InputError: the base cannot generate, or overflows, or tokens cannot be streamed or steered.
     """
     check_overflow(overflow)
     generator: Any = unwrapped(lens.base)
@@ -86,32 +91,49 @@ def generate(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if on_token is not None and (len(input_ids) > 1 or not mask.all()):
         raise InputError("Tokens can be followed in one row without padding; leave out on_token.")
-    if on_token is not None and len(lens.layers) * lens.enabled != 1:
-        raise InputError("Tokens can be followed with one PHi layer, enabled; leave out on_token.")
+    if on_token is not None and not (lens.enabled and len(lens.layers or lens.instruments) == 1):
+        raise InputError(
+            "Tokens can be followed with one PHi layer or a shallow head, enabled; leave out on_token."
+        )
+    own: list[Any] = []
     if overflow == "error" or _setting(generator, options, "do_sample"):
-        own = LogitsProcessorList([_Finite(mask), *(options.get("logits_processor") or ())])
-        options = options | {"logits_processor": own}
+        own.append(_Finite(mask))
+    own += options.get("logits_processor") or ()
+    hear: list[Callable[[Call], None]] = []
+    if steer:
+        steering = Steering(lens, steer, _setting(generator, options, "top_k"))
+        own.append(steering)
+        hear.append(steering.hear)
+    # What is compared reads what goes into blocks, too, of which no record is kept.
+    compared = lens.enabled and any(one.compared for one in lens.instruments)
+    follower = None if on_token is None else _Follower(lens, on_token, input_ids.shape[1], overflow)
+    if follower is not None:
+        hear.append(follower.hear)
+    if own:
+        options = options | {"logits_processor": LogitsProcessorList(own)}
 
-    def hand_on(ids: Tensor, phi: Tensor | None, surprisal: Tensor, places: range) -> None:
+    def hand_on(
+        ids: Tensor, phi: Tensor | None, surprisal: Tensor, mtd: Tensor | None, places: range
+    ) -> None:
+        values = mtd if phi is None else phi
         for place in places:
-            if on_token is not None and phi is not None:
-                on_token(int(ids[0, place]), float(phi[0, place]), float(surprisal[0, place]))
+            if on_token is not None and values is not None:
+                on_token(int(ids[0, place]), float(values[0, place]), float(surprisal[0, place]))
 
     with evaluating(lens):
         try:
             with contextlib.ExitStack() as stack:
-                record, read = None, [0]
-                if on_token is not None:
-                    count = input_ids.shape[1]
-                    if not skip_prompt:
-                        hand_on(input_ids, *_scores(lens, input_ids, mask, overflow)[:2], range(count))
-                    read = stack.enter_context(_followed(lens, on_token, count, overflow))
+                record = None
+                if on_token is not None and not skip_prompt:
+                    hand_on(input_ids, *_scores(lens, input_ids, mask, overflow), range(input_ids.shape[1]))
+                if hear:
+                    stack.enter_context(followed(lens, hear))
                 # Beams change rows; a user's cache must not be read on; sampled latents are drawn once.
                 elif (
                     (_setting(generator, options, "num_beams") or 1) == 1
                     and not {*CACHE_NAMES, "return_dict_in_generate"} & options.keys()
                     and lens.config.inference == "mean"
-                    and not (lens.enabled and lens.parts_of("mtd"))  # which reads what goes into blocks, too
+                    and not compared
                 ):
                     record = _Record(lens, input_ids.shape[1])
                     stack.enter_context(record.recording())
@@ -123,7 +145,8 @@ def generate(
             mask = mask.repeat_interleave(len(sequences) // len(input_ids), 0)
             mask = _finished_mask(generator, sequences, mask, options)
             phi, surprisal, mtd = _scores(lens, sequences, mask, overflow, record if finished else None)
-            hand_on(sequences, phi, surprisal, range(read[0], int(mask[0].sum())))
+            if follower is not None:
+                hand_on(sequences, phi, surprisal, mtd, range(follower.read, int(mask[0].sum())))
         except Overflowed as error:
             raise overflow_error(lens, error.token_ids, "The text") from error
     return PHiGeneration(sequences, phi, surprisal, input_ids.shape[1], output, mtd)
@@ -301,52 +324,34 @@ def _scores(
     return phi, back(surprisal), mtd
 
 
-@contextlib.contextmanager
-def _followed(lens: LensCore, on_token: OnToken, count: int, overflow: Overflow) -> Iterator[list[int]]:
-    """Hand on every token that the base reads after its first `count`, with the prior going on in its cache.
+class _Follower:
+    """Hands on every token that the base reads after its first `count`."""
 
-    Yields a list whose only item is the number of tokens read.
-    """
-    read = [0]
-    ids: list[Tensor] = []
-    current: list[Pass] = []
-    stack = contextlib.ExitStack()  # of the pass that runs
-    expected: list[Tensor] = []  # what the model expects next, (V,) log-probabilities
+    def __init__(self, lens: LensCore, on_token: OnToken, count: int, overflow: Overflow) -> None:
+        self.lens, self.on_token, self.count, self.overflow = lens, on_token, count, overflow
+        self.ids: list[Tensor] = []
+        self.expected: Tensor | None = None  # what the model expects next, (V,) log-probabilities
 
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        rows, length = kwargs["input_ids"].shape
-        if rows > 1 or (length > 1 and read[0] + length > count):
+    @property
+    def read(self) -> int:
+        """Tokens read so far."""
+        return sum(map(len, self.ids))
+
+    def hear(self, call: Call) -> None:
+        rows, length = call.input_ids.shape
+        if rows > 1 or (length > 1 and self.read + length > self.count):
             raise InputError(
                 "Tokens can be followed in one row and token by token: not with beams, several sequences or "
                 "assistance; leave out on_token."
             )
-        cache = find_cache(kwargs)
-        if cache is None:
-            raise InputError(f"{type(lens.base).__name__} generates without a cache; leave out on_token.")
-        memories = prior_memories(cache, [layer.memory_count for layer in lens.layers])
-        current[:] = [Pass(attention_mask=kwargs.get("attention_mask"), memories=memories)]
-        stack.enter_context(lens.passing(current[0]))
-
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        stack.close()
-        token, phi = kwargs["input_ids"][0, -1], current[0].outputs[0].phi[0, -1]
-        read[0] += kwargs["input_ids"].shape[1]
-        ids.append(kwargs["input_ids"][0])
-        if read[0] > count:
-            values = (float(phi), -float(expected.pop()[token]))
-            if overflow == "error" and not all(map(math.isfinite, values)):
-                raise Overflowed(torch.cat(ids))
-            on_token(int(token), *(value if math.isfinite(value) else math.nan for value in values))
-        expected[:] = [output.logits[0, -1].float().log_softmax(-1)]
-
-    base = unwrapped(lens.base)
-    handles = (
-        base.register_forward_pre_hook(before, with_kwargs=True),
-        base.register_forward_hook(after, with_kwargs=True),
-    )
-    try:
-        yield read
-    finally:
-        stack.close()
-        for handle in handles:
-            handle.remove()
+        if not call.cached:
+            name = type(self.lens.base).__name__
+            raise InputError(f"{name} generates without a cache; leave out on_token.")
+        self.ids.append(call.input_ids[0])
+        if self.read > self.count and self.expected is not None:
+            token = int(call.input_ids[0, -1])
+            values = (call.value(), -float(self.expected[token]))
+            if self.overflow == "error" and not all(map(math.isfinite, values)):
+                raise Overflowed(torch.cat(self.ids))
+            self.on_token(token, *(value if math.isfinite(value) else math.nan for value in values))
+        self.expected = call.logits[0, -1].float().log_softmax(-1)

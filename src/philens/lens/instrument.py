@@ -23,12 +23,15 @@ class Instrument(Protocol):
         config: its options.
         hidden_size: D.
         memory_count: how many `Memory` objects going on from earlier tokens takes.
+        compared: what the base predicts from the states that it makes is a shallow prediction, from which the
+            base's own diverges (`PHiModelOutput.shallow`).
         surprisal: what the next-token loss of the states that it makes is called.
         divergence: what the divergence of those predictions from the base's own is called.
     """
 
     config: Any
     hidden_size: int
+    compared: bool
     surprisal: str
     divergence: str
 

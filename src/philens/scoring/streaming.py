@@ -18,8 +18,8 @@ def stream(
     write: Callable[[str, float, float], None],
     **options: Any,
 ) -> PHiGeneration:
-    """Generate after a prompt and call `write` with the text, phi and surprisal of every token as it comes,
-    those of the prompt first.
+    """Generate after a prompt and call `write` with the text, phi (mtd where there is no PHi layer) and
+    surprisal of every token as it comes, those of the prompt first.
 
     Tokens that end within a character are held back until it is whole; their values are summed.
 
@@ -37,14 +37,14 @@ def stream(
     held: list[tuple[float, float]] = []
     shown = ""
 
-    def on_token(token: int, phi: float, surprisal: float) -> None:
+    def on_token(token: int, value: float, surprisal: float) -> None:
         nonlocal shown
         ids.append(token)
-        held.append((phi, surprisal))
+        held.append((value, surprisal))
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return
-        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+        write(text[len(shown) :], sum(value for value, _ in held), sum(surprisal for _, surprisal in held))
         held.clear()
         shown = text
 
@@ -52,5 +52,5 @@ def stream(
     generation = generate(lens, input_ids, on_token=on_token, skip_prompt=False, **options)
     if held:  # it ended within a character
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        write(text[len(shown) :], sum(phi for phi, _ in held), sum(surprisal for _, surprisal in held))
+        write(text[len(shown) :], sum(value for value, _ in held), sum(surprisal for _, surprisal in held))
     return generation

@@ -138,27 +138,31 @@ class LiveTokens:
     """Tokens printed one by one, as they come: in colours where there are any, else in rows.
 
     The colour scale follows the tokens so far.
+
+    Args:
+        console: where to.
+        column: what the first of the two values of a token is called; it gives the colour.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, column: str = "phi") -> None:
+        self.console, self.column = console, column
         self.colour = has_colour(console)
         self.seen: list[float] = []
-        if not self.colour:
-            console.file.write(_heads(["phi", "surprisal"]))
 
-    def write(self, piece: str, phi: float, surprisal: float) -> None:
-        """Print a token with its phi and surprisal in nats."""
-        self.seen.append(phi)
+    def write(self, piece: str, value: float, surprisal: float) -> None:
+        """Print a token with its value and surprisal in nats."""
+        self.seen.append(value)
         if self.colour:
-            level = Scale.of([self.seen]).levels([phi])[0]
+            level = Scale.of([self.seen]).levels([value])[0]
             self.console.print(coloured(piece, level), end="", soft_wrap=True)
         else:
-            self.console.file.write(_row(len(self.seen) - 1, piece, (phi, surprisal), (9, 9)))
+            if len(self.seen) == 1:
+                self.console.file.write(_heads([self.column, "surprisal"]))
+            self.console.file.write(_row(len(self.seen) - 1, piece, (value, surprisal), (9, 9)))
         self.console.file.flush()
 
     def close(self) -> None:
         """End the text; in colours, with what they meant at last."""
         if self.colour:
             self.console.print()
-            self.console.print(legend("phi", Scale.of([self.seen]), "nats"))
+            self.console.print(legend(self.column, Scale.of([self.seen]), "nats"))
