@@ -286,23 +286,25 @@ class CodeLatent(nn.Module):
     def losses(self, latent: Tensor, posterior: Codes, padding: Tensor | None) -> dict[str, Tensor]:
         """See `Latent`: the squared length of what codes miss, as the encoder's fault and as theirs."""
         rest, chosen = posterior.rest, posterior.chosen
-        commitment = (rest - chosen.detach()).square().sum((-1, -2))
+        commitment = (rest - chosen.detach()).square().sum(-1)
         codebook = (rest.detach() - chosen).square().sum((-1, -2))
-        return {"commitment": commitment, "codebook": codebook + self._idle(posterior, padding)}
+        idle = self._idle(commitment.detach(), posterior.index, padding)
+        return {"commitment": commitment.sum(-1), "codebook": codebook + idle}
 
-    def _idle(self, posterior: Codes, padding: Tensor | None) -> Tensor:
-        """Mean squared distance of codes that no token has from what was left of the nearest one."""
-        vectors, rest = self.vectors.float(), posterior.rest.detach().flatten(0, 1).transpose(0, 1)
+    def _idle(self, missed: Tensor, index: Tensor, padding: Tensor | None) -> Tensor:
+        """Mean squared distance of codes that no token has from those that miss most of theirs, each from
+        another: they come to share its tokens. `missed` (B, T, Q) of codes (B, T, Q)."""
+        vectors, index = self.vectors.float(), index.flatten(0, 1).T
         with torch.no_grad():
-            far = vectors.square().sum(-1)[:, :, None] - 2 * vectors @ rest.mT
-            far = far + rest.square().sum(-1)[:, None]
-            index = posterior.index.flatten(0, 1).T
-            read = torch.ones_like(index, dtype=far.dtype)
-            if padding is not None:
-                far, read = (x.masked_fill(padding.flatten(), y) for x, y in ((far, math.inf), (read, 0.0)))
-            nearest = rest.gather(1, far.argmin(-1, keepdim=True).expand_as(vectors))
-            idle = torch.zeros_like(vectors[..., 0]).scatter_add(1, index, read) == 0
-        return ((vectors - nearest).square().sum(-1) * idle).mean()
+            read = (
+                torch.ones_like(missed) if padding is None else ~padding[..., None] * torch.ones_like(missed)
+            )
+            none = torch.zeros_like(vectors[..., 0])
+            idle = none.scatter_add(1, index, read.flatten(0, 1).T) == 0
+            most = none.scatter_add(1, index, (missed * read).flatten(0, 1).T).argsort(1, descending=True)
+            rank = (idle.cumsum(1) - 1).clamp(min=0) % (~idle).sum(1, keepdim=True).clamp(min=1)
+            to = vectors.gather(1, most.gather(1, rank)[..., None].expand_as(vectors))
+        return ((vectors - to).square().sum(-1) * idle).mean()
 
     def untold(self, posterior: Codes) -> Tensor:
         """See `Latent`: all codes are as likely."""
