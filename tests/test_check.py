@@ -153,6 +153,8 @@ def test_the_report(lens):
         {"bottleneck": False, "latent_size": 20, "init": "random"},
         {"prior_depth": 2, "kl": "official", "reduction": "sum", "detach_input": True},
         {"phi_weight": 0.0},
+        {"codebooks": 2, "codes": 16},
+        {"codebooks": 1, "codes": 16, "layer": None, "layers": [0, 2], "mode": "observe"},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from philens.lens.config import PHiConfig
 from philens.lens.divergence import contrastive_loss, gaussian_kl, official_kl
+from philens.lens.latents import Gaussian
 from philens.lens.layer import PHiLayer
 from philens.support.errors import ConfigError, InputError, PhilensError
 
@@ -37,6 +38,8 @@ PRIORS = {
     "unit": PHiConfig(init="random", prior="unit"),
     "no_bottleneck": PHiConfig(init="random", prior_heads=2, bottleneck=False),
     "official": PHiConfig(init="random", prior_heads=2, kl="official"),
+    "codes": PHiConfig(init="random", prior_heads=2, codebooks=3, codes=8),
+    "one_codebook": PHiConfig(init="random", prior="mlp", codebooks=1, codes=8),
 }
 
 
@@ -51,6 +54,11 @@ def make_layer(config, size=D):
         for parameter in layer.parameters():
             parameter.normal_(std=2 / math.sqrt(size))
     return layer
+
+
+def foretold(out):
+    """(B, T, numbers) that the prior has of each token before it comes."""
+    return out.prior[0][..., 0, :] if out.prior[0].ndim == 4 else out.prior[0]
 
 
 @pytest.fixture(params=sorted(PRIORS))
@@ -250,6 +258,9 @@ def test_state_dict_keys():
     assert keys["attention"] == keys["official"] == keys["no_bottleneck"] == WITH_ATTENTION
     assert keys["mlp"] == WITH_PRIOR
     assert keys["unit"] == ALWAYS
+    code = {"codes.vectors", "codes.outputs", "codes.bias"}
+    assert keys["one_codebook"] == WITH_PRIOR | code
+    assert keys["codes"] == WITH_ATTENTION | code | {"codes.before"}
     assert keys["deep"] > WITH_ATTENTION
     assert all(key.startswith("prior.blocks.0.") for key in keys["deep"] - WITH_ATTENTION)
     deeper = PHiLayer(D, replace(PRIORS["deep"], prior_depth=4))
@@ -351,17 +362,20 @@ def test_later_tokens_change_nothing(layer):
     changed[:, 4:] = torch.randn(2, 2, D)
     before, after = layer(rows), layer(changed)
     close(before.phi[:, :4], after.phi[:, :4])
-    close(before.prior_mean[:, :5], after.prior_mean[:, :5])
+    close(foretold(before)[:, :5], foretold(after)[:, :5])
     assert not torch.allclose(before.phi[:, 4:], after.phi[:, 4:])
 
 
-@pytest.mark.parametrize(("name", "reach"), [("attention", 5), ("deep", 5), ("mlp", 1), ("unit", 0)])
+REACH = {"attention": 5, "deep": 5, "mlp": 1, "unit": 0, "codes": 5, "one_codebook": 1}
+
+
+@pytest.mark.parametrize(("name", "reach"), REACH.items())
 def test_the_prior_sees_as_far_back_as_it_says(name, reach):
     layer = make_layer(PRIORS[name])
     hidden_states = torch.randn(1, 6, D, requires_grad=True)
     # The decoder's output, at weight 0, makes the input part of the graph whatever the prior reads.
     out = layer(hidden_states)
-    (out.prior_mean[0, 5].sum() + 0 * out.hidden_states.sum()).backward()
+    (foretold(out)[0, 5].square().sum() + 0 * out.hidden_states.sum()).backward()
     seen = hidden_states.grad[0].abs().sum(-1) > 0
     assert seen.tolist() == [5 - reach <= place < 5 for place in range(6)]
 
@@ -417,6 +431,16 @@ def test_no_bottleneck_is_half_the_squared_error():
     assert out.contrastive is None
 
 
+def test_what_gaussian_latents_can_tell():
+    latents, counted = PHiLayer(2, PHiConfig()).latents, torch.ones(3, 50, dtype=torch.bool)
+    logvar = torch.zeros(3, 50, 2)
+    assert latents.carried(Gaussian(torch.ones(3, 50, 2), logvar), counted) == 0
+    told = Gaussian(torch.randn(3, 50, 2), logvar)
+    expected = 0.5 * (1 + told.mean.flatten(0, 1).var(0, correction=0)).log().sum()
+    close(latents.carried(told, counted), expected)
+    close(latents.untold(told), kl_divergence(Normal(told.mean, 1.0), Normal(0.0, 1.0)).sum(-1))
+
+
 def test_log_variances_are_clamped():
     layer = make_layer(replace(PRIORS["attention"], logvar_min=-0.5, logvar_max=0.25))
     out = layer(torch.randn(4, 8, D))
@@ -442,9 +466,10 @@ def test_detached_input_gives_no_gradient_below():
         assert layer.encoder.weight.grad.abs().max() > 0
 
 
-def test_detached_targets_give_phi_no_gradient_to_what_it_predicts():
+@pytest.mark.parametrize("name", ["attention", "codes"])
+def test_detached_targets_give_phi_no_gradient_to_what_it_predicts(name):
     for detached in (False, True):
-        layer = make_layer(replace(PRIORS["attention"], detach_targets=detached)).train()
+        layer = make_layer(replace(PRIORS[name], detach_targets=detached)).train()
         out = layer(torch.randn(2, 1, D))  # one token: nothing but the target leads back to the encoder
         assert (encoder_gradient(layer, out.phi.sum()) == 0) == detached
         assert encoder_gradient(layer, out.hidden_states.sum()) > 0
@@ -596,6 +621,11 @@ def test_autocast_keeps_the_divergence_in_float32():
         ({"logvar_max": 1e308}, "both between -100 and 100, not -5 and 1e+308"),
         ({"samples": 4}, 'samples above 1 need inference="sample"'),
         ({"layer": 1, "module": "model.layers.1"}, "one of layer, module and layers"),
+        ({"codebooks": -1}, "codebooks must be at least 0, and codes at least 2, not -1 and 1024"),
+        ({"codebooks": 1, "codes": 1}, "not 1 and 1"),
+        ({"commitment_weight": math.nan}, "commitment_weight must be a finite number"),
+        ({"codebooks": 1, "bottleneck": False}, "leave out codebooks, or those two"),
+        ({"codebooks": 1, "kl": "official"}, "codebooks are one kind of latents"),
     ],
 )
 def test_bad_options(options, message):

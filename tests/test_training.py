@@ -31,7 +31,7 @@ from philens.training.evaluation import evaluate_tasks
 from philens.training.folder import RunFolder
 from philens.training.opening import load_run
 from philens.training.recipe import load_recipe, recipe_yaml
-from philens.training.trainer import PHiTrainer, latent_information, train, training_rows
+from philens.training.trainer import PHiTrainer, train, training_rows
 from tiny import tiny_recipe
 
 EVERY_STEP = {"step", "loss", "surprisal", "learning_rate", "grad_norm", "tokens_per_second"}
@@ -260,14 +260,6 @@ def test_collapse_is_seen(tmp_path, caplog):
         train(recipe, tmp_path / "run")
     assert "The PHi layer has collapsed at step 60" in caplog.text
     assert [r["collapsed"] for r in RunFolder(tmp_path / "run").metrics() if "collapsed" in r] == [1.0]
-
-
-def test_latent_information():
-    logvar, counted = torch.zeros(3, 50, 2), torch.ones(3, 50, dtype=torch.bool)
-    assert latent_information(torch.ones(3, 50, 2), logvar, counted) == 0
-    mean = torch.randn(3, 50, 2)
-    expected = 0.5 * (1 + mean.flatten(0, 1).var(0, correction=0)).log().sum()
-    assert latent_information(mean, logvar, counted) == pytest.approx(float(expected), rel=1e-5)
 
 
 # Stopped and resumed

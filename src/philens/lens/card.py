@@ -26,7 +26,7 @@ _METRICS = {
     "phi": "phi",
     "mtd": "mtd",
     "surprisal_shallow": "surprisal of the shallow head",
-    "phi_static": "phi against a unit Gaussian",
+    "phi_static": "phi if nothing were predicted",
 }
 
 

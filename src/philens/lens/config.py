@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
 from philens.support.errors import ConfigError
-from philens.support.typed import convert, nearest
+from philens.support.typed import convert, nearest, shown
 
 # A token is an attention sink if its hidden state is so many times as long as the median. In Llama-shaped
 # models sinks' are 100 times as long, and the longest others 1.5 times.
@@ -121,6 +121,12 @@ class PHiConfig:
         prior_mlp_size: width of the prior's SwiGLU MLP; None means 8/3 of the latent size.
         bottleneck: False makes the latent deterministic and phi half the squared error of the prior's
             prediction (ablation; the paper's appendix).
+        codebooks: Q, the number of codebooks that the latent is quantised by, each what those before it leave
+            (Q = 1 is plain vector quantisation); phi is then the length of the codes, -ln p of each summed.
+            0 leaves latents continuous.
+        codes: K, how many codes a codebook has.
+        commitment_weight: weight of the squared distance of the encoder's vectors, of length 1, from what the
+            codes say, in the training loss.
         kl: `exact` is KL(q || p) of diagonal Gaussians; `official` is the formula of the released code.
         reduction: in the training loss, phi enters as its `mean` or its `sum` over latent dimensions.
         phi_weight: weight of phi in the training loss.
@@ -151,6 +157,9 @@ class PHiConfig:
     prior_depth: int = 1
     prior_mlp_size: int | None = None
     bottleneck: bool = True
+    codebooks: int = 0
+    codes: int = 1024
+    commitment_weight: float = 0.25
     kl: Literal["exact", "official"] = "exact"
     reduction: Literal["mean", "sum"] = "mean"
     phi_weight: float = 1.0
@@ -172,7 +181,7 @@ class PHiConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value!r}.")
-        for name in ("phi_weight", "contrastive_weight", "reconstruction_weight"):
+        for name in ("phi_weight", "contrastive_weight", "reconstruction_weight", "commitment_weight"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}.")
@@ -182,6 +191,16 @@ class PHiConfig:
             raise ConfigError(
                 "logvar_min must be below logvar_max, and both between -100 and 100, not "
                 f"{self.logvar_min:g} and {self.logvar_max:g}."
+            )
+        if self.codebooks < 0 or self.codes < 2:
+            raise ConfigError(
+                "codebooks must be at least 0, and codes at least 2, not "
+                f"{shown(self.codebooks)} and {shown(self.codes)}."
+            )
+        if self.codebooks and (self.kl != "exact" or not self.bottleneck):
+            raise ConfigError(
+                "codebooks are one kind of latents, and kl and bottleneck of others; leave out codebooks, or "
+                "those two."
             )
         if self.samples > 1 and self.inference != "sample":
             raise ConfigError('samples above 1 need inference="sample".')

@@ -188,7 +188,7 @@ def _above(lens: LensCore, number: int, states: Tensor) -> Tensor:
         return states
     layer = lens.layers[number]
     sinks = layer.find_sinks(states)
-    return layer.pass_through(states, layer.encode(states, sinks)[0], sinks)
+    return layer.pass_through(states, layer.encode(states, sinks), sinks)
 
 
 class _Record:

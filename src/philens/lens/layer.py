@@ -6,14 +6,15 @@ Prediction", ICML 2025, arXiv 2503.13431, section 2. Shapes: B rows, T tokens, D
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from philens.lens.attention import Documents
 from philens.lens.config import PHiConfig
-from philens.lens.latents import Gaussian, Latent, latent_kind
+from philens.lens.latents import CodeLatent, Latent, latent_kind
 from philens.lens.passing import Pass, Term
 from philens.lens.prior import Attend, Memory, Prior
 from philens.support.errors import ConfigError, InputError
@@ -27,25 +28,27 @@ class PHiOutput:
         hidden_states: (B, T, D) decoded latents, which replace the base's hidden states.
         observed: (B, T, D) the base's hidden states.
         phi: (B, T) PHi loss in nats, float32, 0 on padding.
-        contrastive: (B, T) contrastive loss in nats, 0 on padding; None where it was not asked for, its
-            weight is 0, or there is no bottleneck.
         latent: (B, T, L) the latents z.
-        posterior: q(z_t | h_t); `posterior_mean` and `posterior_logvar` are its (B, T, L).
-        prior: p(z_t | z_<t); `prior_mean` and `prior_logvar`, likewise.
+        posterior: q(z_t | h_t), of the kind of the latents; a Gaussian's `posterior_mean` and
+            `posterior_logvar` are (B, T, L).
+        prior: p(z_t | z_<t), likewise; `prior_mean` and `prior_logvar`.
         sinks: (B, T) bool, attention sinks: tokens whose hidden state is longer than `PHiLayer.sink_norm`.
         phi_standard_error: (B, T) of phi over samples; None unless there are several.
+        parts: (B, T) by name, 0 on padding, other losses that its kind of latents has; empty where they were
+            not asked for. `contrastive` is one, in nats, or None.
     """
 
     hidden_states: Tensor
     observed: Tensor
     phi: Tensor
-    contrastive: Tensor | None
     latent: Tensor
-    posterior: Gaussian
-    prior: Gaussian
+    posterior: Any
+    prior: Any
     sinks: Tensor
     phi_standard_error: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
+    contrastive = property(lambda self: self.parts.get("contrastive"))
     posterior_mean = property(lambda self: self.posterior.mean)
     posterior_logvar = property(lambda self: self.posterior.logvar)
     prior_mean = property(lambda self: self.prior.mean)
@@ -82,6 +85,7 @@ class PHiLayer(nn.Module):
         self.config = config = config or PHiConfig()
         self.hidden_size = hidden_size
         self.latent_size = size = config.latent_width(hidden_size)
+        self.codes = CodeLatent(size, config) if config.codebooks else None
         numbers = self.latents.numbers * size
         self.encoder = nn.Linear(hidden_size, numbers, bias=False)
         self.decoder = nn.Linear(size, hidden_size, bias=False)
@@ -94,7 +98,7 @@ class PHiLayer(nn.Module):
 
     @torch.no_grad()
     def _init_near_identity(self) -> None:
-        size, scale = self.latent_size, self.config.init_scale
+        size, scale = self.latent_size, self.latents.width
         if size < self.hidden_size:
             raise ConfigError(
                 f'init="near_identity" needs a latent_size of at least the hidden size {self.hidden_size}, '
@@ -105,12 +109,12 @@ class PHiLayer(nn.Module):
         nn.init.eye_(self.decoder.weight).div_(scale)
         if self.prior is not None:
             # A prior as wide as the latents: phi starts at hundreds of nats, not tens of thousands.
-            self.latents.start_wide(self.prior.mlp.down_proj.bias, scale)
+            self.latents.start_wide(self.prior.mlp.down_proj.bias)
 
     @property
     def latents(self) -> Latent:
         """The kind of latents, as `config` says now: another formula may measure than was trained by."""
-        return latent_kind(self.config)
+        return latent_kind(self.config) if self.codes is None else self.codes
 
     @property
     def memory_count(self) -> int:
@@ -133,9 +137,9 @@ class PHiLayer(nn.Module):
         length = torch.linalg.vector_norm(states.detach(), dim=-1, keepdim=True)
         return states * torch.where(sinks[..., None], self.hidden_size**0.5 / length, 1.0)
 
-    def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> Gaussian:
-        """(B, T, D) -> q(z_t | h_t); sinks as `find_sinks`."""
-        return self.latents.read(self.encoder(self.standardise(hidden_states, sinks)))
+    def encode(self, hidden_states: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, L) the likeliest z_t by q(z_t | h_t); sinks as `find_sinks`."""
+        return self.latents.read(self.encoder(self.standardise(hidden_states, sinks)), drawn=False)[1]
 
     def decode(self, latent: Tensor) -> Tensor:
         """(B, T, L) -> (B, T, D) a(z_t)."""
@@ -164,22 +168,6 @@ class PHiLayer(nn.Module):
         self.scale.copy_(deviation.clamp(min=1e-3 * float(deviation.median())).clamp(min=1e-6))
         self.sink_norm.fill_(sink_norm)
 
-    def _predict(
-        self,
-        z: Tensor,
-        starts: Tensor,
-        positions: Tensor,
-        attend: Attend,
-        memories: Sequence[Memory] = (),
-    ) -> Gaussian:
-        if self.prior is None:
-            return Gaussian(torch.zeros_like(z), torch.zeros_like(z))
-        z = z.to(self.decoder.weight.dtype)
-        return self.latents.read(self.prior(z, starts, positions, attend, memories))
-
-    def _divergence(self, posterior: Gaussian, prior: Gaussian) -> Tensor:
-        return self.latents.divergence(posterior.detach() if self.config.detach_targets else posterior, prior)
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -196,7 +184,8 @@ class PHiLayer(nn.Module):
             document_ids: (B, T) integers of at least 0 that change where a new document starts in a pack.
             memories: `memory_count` of them, empty or those that an earlier call filled: the tokens then go
                 on from the earlier ones. Each row is one document.
-            contrastive: compute the contrastive loss, which only training reads.
+            contrastive: compute the contrastive loss, or what else latents of this kind learn by beside phi,
+                which only training reads.
 
         Raises:
             InputError: shapes that do not fit.
@@ -207,45 +196,39 @@ class PHiLayer(nn.Module):
         starts, positions, attend, padding = structure
         sinks = self.find_sinks(hidden_states)
         observed = hidden_states.detach() if self.config.detach_input else hidden_states
-        posterior = self.encode(observed, sinks)
         sampled = self.latents.is_random and (self.training or self.config.inference == "sample")
         draws = self.config.samples if sampled and not self.training else 1
+        kind, encoded = self.latents, self.encoder(self.standardise(observed, sinks))
 
-        def draw() -> Tensor:
-            mean, logvar = posterior
-            if not sampled:
-                return mean
-            return torch.addcmul(mean, torch.exp(0.5 * logvar), torch.randn_like(mean))
+        def tell(memories: Sequence[Memory] = ()) -> tuple[Any, Tensor, Any, Tensor]:
+            posterior, z = kind.read(encoded, sampled)
+            numbers = None
+            if self.prior is not None:
+                numbers = self.prior(z.to(self.decoder.weight.dtype), starts, positions, attend, memories)
+            prior = kind.expect(numbers, posterior)
+            target = posterior.detach() if self.config.detach_targets else posterior
+            return posterior, z, prior, kind.divergence(target, prior)
 
-        z = draw()
-        prior = self._predict(z, starts, positions, attend, memories)
-        phi, error = self._divergence(posterior, prior), None
+        posterior, z, prior, phi = tell(memories)
+        error = None
         if draws > 1:
-            others = [
-                self._divergence(posterior, self._predict(draw(), starts, positions, attend))
-                for _ in range(draws - 1)
-            ]
-            every = torch.stack([phi, *others])
+            every = torch.stack([phi, *(tell()[-1] for _ in range(draws - 1))])
             phi, error = every.mean(0), every.std(0) / math.sqrt(draws)
-        lost = None
-        if contrastive and self.config.contrastive_weight > 0:
-            # The released code lets padding serve as negatives; a row's padding should not matter.
-            negatives = None if padding is None or self.config.kl == "official" else ~padding
-            lost = self.latents.contrastive(z, posterior, negatives)
+        parts = kind.losses(z, posterior, padding) if contrastive else {}
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)
             error = None if error is None else error.masked_fill(padding, 0.0)
-            lost = None if lost is None else lost.masked_fill(padding, 0.0)
+            parts = {name: value.masked_fill(padding, 0.0) for name, value in parts.items()}
         return PHiOutput(
             hidden_states=self.pass_through(observed, z, sinks),
             observed=hidden_states,
             phi=phi,
-            contrastive=lost,
             latent=z,
             posterior=posterior,
             prior=prior,
             sinks=sinks if padding is None else sinks & ~padding,
             phi_standard_error=error,
+            parts=parts,
         )
 
     def read(self, hidden_states: Tensor, current: Pass, memories: Sequence[Memory] = ()) -> PHiOutput:
@@ -258,9 +241,9 @@ class PHiLayer(nn.Module):
         scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
         phi = (output.phi * weights).sum() / count
         found = [Term("phi", phi, weight_scale * config.phi_weight * scale)]
-        if output.contrastive is not None:
-            contrastive = (output.contrastive * weights).sum() / count
-            found.append(Term("contrastive", contrastive, weight_scale * config.contrastive_weight))
+        for name, part in output.parts.items():
+            value = (part * weights).sum() / count
+            found.append(Term(name, value, weight_scale * self.latents.weights[name]))
         if config.pressure == "reconstruction":
             lost = lost_variance(output, counted)
             found.append(Term("reconstruction", lost, config.reconstruction_weight))

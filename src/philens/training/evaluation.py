@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from philens.bases.facts import evaluating
-from philens.lens.divergence import gaussian_kl
-from philens.lens.layer import PHiOutput
 from philens.lens.losses import counted_tokens
 from philens.lens.model import PHiModel
 from philens.scoring.documents import score_documents
@@ -61,8 +59,8 @@ def evaluate_text(
 
     `surprisal_base` of the untouched base; with each layer in the path `surprisal`, `loss_gap` =
     surprisal - surprisal_base, with the pressure distill `divergence` from the base's distribution, `phi`,
-    and `phi_static` = KL(q || N(0, 1)): what the latents would tell if nothing were predicted. `sinks` is the
-    share of attention sinks, which are left out of the two phis.
+    and `phi_static`: what the latents would tell if nothing were predicted, KL(q || N(0, 1)) or Q ln K.
+    `sinks` is the share of attention sinks, which are left out of the two phis.
     """
     rows, means = [], defaultdict(list)
     with evaluating(lens):
@@ -105,32 +103,11 @@ def _batch_sums(lens: PHiModel, rows: dict[str, Tensor]) -> dict[str, tuple[Any,
     for name, value in losses.items():
         count = tokens[name.startswith(("surprisal", "divergence", "mtd"))]
         sums[name] = value * count, count
-    for point, layer in zip(lens.column_points, output.layer_outputs, strict=False):
+    for point, layer, found in zip(lens.column_points, lens.layers, output.layer_outputs, strict=False):
         # A sink is one token of a text and not like any other.
-        kept = counted & ~layer.sinks
-        sums[column_name("phi", point)] = layer.phi[kept].sum(), kept.sum()
-        sums[column_name("phi_static", point)] = _static(layer)[kept].sum(), kept.sum()
+        kept = counted & ~found.sinks
+        sums[column_name("phi", point)] = found.phi[kept].sum(), kept.sum()
+        untold = layer.latents.untold(found.posterior)
+        sums[column_name("phi_static", point)] = untold[kept].sum(), kept.sum()
         sums[column_name("sinks", point)] = counted.sum() - kept.sum(), counted.sum()
     return sums
-
-
-def _static(output: PHiOutput) -> Tensor:
-    """(B, T) KL(q || N(0, 1)) in nats."""
-    zero = torch.zeros_like(output.posterior_mean)
-    return gaussian_kl(output.posterior_mean, output.posterior_logvar, zero, zero)
-
-
-@torch.no_grad()
-def latent_information(mean: Tensor, logvar: Tensor, counted: Tensor) -> Tensor:
-    """How much latents can tell about hidden states: the capacity, in nats per token, of Gaussian channels
-    with the means' variance over the counted tokens as signal and the mean posterior variance as noise.
-
-    Args:
-        mean: (B, T, L) of the posterior.
-        logvar: (B, T, L) of the posterior.
-        counted: (B, T) bool.
-    """
-    weights, count = counted[..., None].float(), counted.sum()  # to pick the tokens would wait for the device
-    center = (mean * weights).sum((0, 1)) / count
-    signal, noise = (mean - center).square(), logvar.exp()
-    return 0.5 * torch.log1p((signal * weights).sum((0, 1)) / (noise * weights).sum((0, 1))).sum()

@@ -71,7 +71,6 @@ from philens.training.distributed import (
     whole,
     whole_weights,
 )
-from philens.training.evaluation import latent_information
 from philens.training.folder import CHECKPOINT_RECIPE, RunFolder, step_of
 from philens.training.opening import finished_model
 from philens.training.optimizer import load_state, make_optimizer
@@ -218,12 +217,13 @@ class PHiTrainer(Trainer):
         for name, value in output.losses.items():
             self._add(name, value)
         counted = inputs["labels"] != -100
-        for point, layer in zip(self.lens.column_points, output.layer_outputs, strict=False):
+        layers = zip(self.lens.column_points, self.lens.layers, output.layer_outputs, strict=False)
+        for point, layer, found in layers:
             name, step = column_name("information", point), self.state.global_step
             # It costs something: only the first step since the last record.
             if name not in self._sums or self._informed.get(name) == step:
                 self._informed[name] = step
-                self._add(name, latent_information(layer.posterior_mean, layer.posterior_logvar, counted))
+                self._add(name, layer.latents.carried(found.posterior, counted))
         self._tokens += inputs["input_ids"].numel()
         return output.loss
 
