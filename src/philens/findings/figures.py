@@ -191,7 +191,8 @@ def figure_gain(results: Mapping[str, Any]) -> Figure:
         "spearman": "phi",
         "given_surprisal": "phi given surprisal",
         "given_surprisal_and_position": "... and position",
-        "given_neighbours": "... and neighbours",
+        "given_learners_surprisal": "... and learner's surprisal",
+        "given_neighbours": "... and neighbours' gains",
     }
     for row, name in enumerate(kinds):
         found = results["correlations"][name]

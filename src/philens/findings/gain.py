@@ -50,12 +50,12 @@ def measure_gain(
     """How phi goes with an ideal learner's information gain (nats) in the in-context language of `table`.
 
     `correlations`, of ranks unless they say `linear`: of phi with gain (`spearman`), of surprisal with gain
-    (the baseline), and of phi with gain where surprisal is held fixed; position, too; beside both the
-    learner's own surprisal, or the gains of the letters before and after, without which a letter may only lie
-    where much is to be learned. `description_length_given_gain` asks what description length still says when
-    surprisal, position and gain are held fixed. `cells` is mean phi by quarters of surprisal and, in each, of
-    gain. Intervals resample documents. `holds` says that the partial correlation given surprisal, position
-    and the neighbours' gains lies above zero with its interval.
+    (the baseline), and of phi with gain where surprisal is held fixed; position, too; the learner's own
+    surprisal, too, of which a model's is an uncertain measure; and the gains of the letters before and after,
+    too, without which a letter may only lie where much is to be learned. `description_length_given_gain` asks
+    what description length still says when surprisal, position and gain are held fixed. `cells` is mean phi
+    by quarters of surprisal and, in each, of gain. Intervals resample documents. `holds` says that the
+    partial correlation given all that lies above zero with its interval.
 
     Raises:
         InputError: fewer than two documents of in-context language.
@@ -84,7 +84,7 @@ def measure_gain(
         "given_surprisal": partial(phi, gain, surprisal),
         "given_surprisal_and_position": partial(phi, gain, *placed),
         "given_learners_surprisal": partial(phi, gain, *placed, learners),
-        "given_neighbours": partial(phi, gain, *placed, before, after),
+        "given_neighbours": partial(phi, gain, *placed, learners, before, after),
         "linear_given_surprisal": partial(phi, gain, surprisal, surprisal**2, rank=False),
         "description_length_given_surprisal": partial(phi, length, *placed),
         "description_length_given_gain": partial(phi, length, *placed, gain),

@@ -25,7 +25,7 @@ GAIN_LABELS = {
     "given_surprisal": "phi, gain; given surprisal",
     "given_surprisal_and_position": "phi, gain; given surprisal, position",
     "given_learners_surprisal": "phi, gain; given these and the learner's surprisal",
-    "given_neighbours": "phi, gain; given surprisal, position, neighbours' gains",
+    "given_neighbours": "phi, gain; given all these and the neighbours' gains",
     "linear_given_surprisal": "phi, gain; given surprisal and its square, values not ranks",
     "description_length_given_surprisal": "phi, description length; given surprisal, position",
     "description_length_given_gain": "phi, description length; given these and gain",
@@ -115,7 +115,7 @@ def gain_table(results: Mapping[str, Any]) -> Table:
         f"Of ranks; 95 % intervals over {results['documents']:,} documents, {results['tokens']:,} letters.\n"
         f"Mean surprisal: learner {surprisal['learner']:.3f}, model {surprisal['model']:.3f} nats; "
         f"mean gain {results['gain']:.3f} nats.\n"
-        f"phi with gain given surprisal, position and the neighbours' gains: {verdict}.",
+        f"phi with gain given surprisals, position and the neighbours' gains: {verdict}.",
     )
     table.add_column("correlation")
     table.add_column("", justify="right", no_wrap=True)
