@@ -14,6 +14,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "reproduce": {
         "tasks": reproduce.reproduce_tasks,
         "complexity": reproduce.reproduce_complexity,
+        "gain": reproduce.reproduce_gain,
         "texts": reproduce.reproduce_texts,
         "results": reproduce.reproduce_results,
         "difficulty": reproduce.reproduce_difficulty,

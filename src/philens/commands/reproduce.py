@@ -58,6 +58,30 @@ def reproduce_complexity(
     _reproduce_formal("complexity", scale, architecture, output, model, seeds, documents, kl, keys)
 
 
+def reproduce_gain(
+    scale: Literal["smoke", "small", "paper"] = "small",
+    architecture: Literal["transformer", "lstm"] = "transformer",
+    output: Path | None = None,
+    model: Path | None = None,
+    seeds: int = 1,
+    documents: int | None = None,
+    kl: Literal["exact", "official"] | None = None,
+    **keys: Any,
+) -> None:
+    """Phi against what an ideal learner learns from each letter; our own finding. Recipe keys as --key value.
+
+    Args:
+        scale: size of model and training.
+        architecture: architecture of the model.
+        output: folder for runs and results; by default runs/reproduce-SCALE-ARCHITECTURE.
+        model: a finished run to measure instead of training.
+        seeds: how many models to train and measure.
+        documents: a quarter of the documents measured.
+        kl: formula that phi is measured with; by default the one it was trained with.
+    """
+    _reproduce_formal("gain", scale, architecture, output, model, seeds, documents, kl, keys)
+
+
 def _reproduce_formal(
     finding: str, scale: str, architecture: str, output: Path | None, model: Path | None, *options: Any
 ) -> None:

@@ -157,6 +157,58 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def figure_gain(results: Mapping[str, Any]) -> Figure:
+    """Mean phi against an ideal learner's gain, a curve for each bin of surprisal, and the correlations."""
+    figure = new_figure(height=4.2)
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    bins = list(dict.fromkeys((cell["surprisal_low"], cell["surprisal_high"]) for cell in results["cells"]))
+    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(bins), 2)))
+    for (low, high), colour in zip(bins, colours, strict=False):
+        cells = [cell for cell in results["cells"] if cell["surprisal_low"] == low]
+        gain = [cell["gain"] for cell in cells]
+        label = f"{low:.2f} to {high:.2f}"
+        curves.plot(
+            gain, [cell["phi"]["mean"] for cell in cells], "o-", markersize=4, color=colour, label=label
+        )
+        below, above = np.array([cell["phi"]["ci95"] for cell in cells], dtype=float).T
+        curves.fill_between(gain, below, above, color=colour, alpha=0.18, linewidth=0)
+    # Most letters tell nearly nothing: linear near zero, then logarithmic.
+    curves.set_xscale("symlog", linthresh=0.01)
+    curves.set_xlim(left=0)
+    curves.set(xlabel="information gain of an ideal learner (nats)", ylabel=PHI_LABEL)
+    curves.set_title("in-context language, letters", fontsize=FONT + 1, loc="left")
+    curves.legend(
+        title="surprisal (nats)",
+        fontsize=FONT - 1,
+        title_fontsize=FONT - 1,
+        ncols=2,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.18),
+        frameon=False,
+    )
+    kinds = {
+        "spearman_of_surprisal": "surprisal",
+        "spearman": "phi",
+        "given_surprisal": "phi given surprisal",
+        "given_surprisal_and_position": "... and position",
+        "given_learners_surprisal": "... and learner's surprisal",
+        "given_neighbours": "... and neighbours' gains",
+    }
+    for row, name in enumerate(kinds):
+        found = results["correlations"][name]
+        if found["value"] is not None:
+            colour = "#999999" if name == "spearman_of_surprisal" else "#D55E00"
+            bars.barh(
+                -row, found["value"], xerr=error_of(found, "value"), color=colour, height=0.6, capsize=3
+            )
+    bars.set_yticks(-np.arange(len(kinds)), list(kinds.values()))
+    bars.axvline(0, color="black", linewidth=0.8)
+    bars.set(xlabel="rank correlation with information gain")
+    bars.set_title("95 % intervals over documents", fontsize=FONT + 1, loc="left")
+    set_fonts(figure)
+    return figure
+
+
 def figure_texts(results: Mapping[str, Any]) -> Figure:
     """phi and surprisal of each level of text: means with 95 % intervals, and a dot for every text."""
     levels, texts = results["levels"], results["texts"]

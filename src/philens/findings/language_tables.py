@@ -19,6 +19,17 @@ CORRELATION_LABELS = {
     "partial_given_surprisal": "phi given surprisal",
     "partial_given_surprisal_and_square": "phi given surprisal & its square",
 }
+GAIN_LABELS = {
+    "spearman": "phi, gain",
+    "spearman_of_surprisal": "surprisal, gain",
+    "given_surprisal": "phi, gain; given surprisal",
+    "given_surprisal_and_position": "phi, gain; given surprisal, position",
+    "given_learners_surprisal": "phi, gain; given these and the learner's surprisal",
+    "given_neighbours": "phi, gain; given all these and the neighbours' gains",
+    "linear_given_surprisal": "phi, gain; given surprisal and its square, values not ranks",
+    "description_length_given_surprisal": "phi, description length; given surprisal, position",
+    "description_length_given_gain": "phi, description length; given these and gain",
+}
 # With fewer, a bootstrap has hardly anything to draw from.
 FEW_TEXTS = 5
 LEVELS = {"token_wise": "tokens", "document_means": "document means"}
@@ -26,7 +37,7 @@ LEVELS = {"token_wise": "tokens", "document_means": "document means"}
 
 def formal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]:
     """What to print of a finding on formal languages: each seed's results, and over seeds."""
-    make = tasks_table if finding == "tasks" else complexity_table
+    make = {"tasks": tasks_table, "complexity": complexity_table, "gain": gain_table}[finding]
     for one in results.get("seeds", [results]):
         table = make(one)
         if "seeds" in results:
@@ -92,6 +103,25 @@ def complexity_table(results: Mapping[str, Any]) -> Table:
             # The interval on its own line: four columns must fit 80 characters.
             row = [Text(cell.replace(" [", "\n[")) for cell in cells]
             table.add_row(Text(part.replace("_", " ")), *row, end_section=part == PARTS[-1])
+    return table
+
+
+def gain_table(results: Mapping[str, Any]) -> Table:
+    """Correlations of phi with an ideal learner's information gain."""
+    verdict = "above zero" if results["holds"] else "not above zero"
+    surprisal = results["surprisal"]
+    table = new_table(
+        "Information gain of an ideal learner, in-context language",
+        f"Of ranks; 95 % intervals over {results['documents']:,} documents, {results['tokens']:,} letters.\n"
+        f"Mean surprisal: learner {surprisal['learner']:.3f}, model {surprisal['model']:.3f} nats; "
+        f"mean gain {results['gain']:.3f} nats.\n"
+        f"phi with gain given surprisals, position and the neighbours' gains: {verdict}.",
+    )
+    table.add_column("correlation")
+    table.add_column("", justify="right", no_wrap=True)
+    for name, label in GAIN_LABELS.items():
+        found = results["correlations"][name]
+        table.add_row(label, Text(estimate_text(found["value"], found["ci95"], 3)))
     return table
 
 
@@ -208,7 +238,7 @@ def text_points_table(results: Mapping[str, Any]) -> Table:
 
 
 def spread_table(spread: Mapping[str, Any]) -> Table:
-    """What `philens.findings.combine_seeds` made of either finding, as mean, sd and range over seeds."""
+    """What `philens.findings.combine_seeds` made of a finding, as mean, sd and range over seeds."""
     sections: dict[str, dict[str, Any]] = {}
     if "tasks" in spread:
         for key in ("phi", "surprisal"):
@@ -218,6 +248,12 @@ def spread_table(spread: Mapping[str, Any]) -> Table:
         sections["phi of in-context language over its"] = {
             task_label(name): item["ratio"] for name, item in spread.get("ratios", {}).items()
         }
+    elif "correlations" in spread:
+        sections["correlation"] = {
+            label: spread["correlations"][name]["value"]
+            for name, label in GAIN_LABELS.items()
+            if name in spread["correlations"]
+        }
     else:
         for level, label in LEVELS.items():
             for part, found in spread.get(level, {}).items():
@@ -225,7 +261,9 @@ def spread_table(spread: Mapping[str, Any]) -> Table:
                     CORRELATION_LABELS[name]: found[name]["value"] for name in CORRELATIONS if name in found
                 }
     holds = spread.get("holds")
-    title = "Over seeds" if "tasks" in spread else "Correlation with description length, over seeds"
+    title = "Over seeds"
+    if "token_wise" in spread:
+        title = "Correlation with description length, over seeds"
     table = new_table(
         title, f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
     )

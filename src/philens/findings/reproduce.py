@@ -12,6 +12,7 @@ import torch
 
 from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.gain import gain_cell_rows, gain_rows, measure_gain
 from philens.findings.language_tables import formal_tables
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, form_rows, kind_rows, measure_results
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FINDINGS = ("tasks", "complexity")
+FINDINGS = ("tasks", "complexity", "gain")
 # Documents of each task that are measured, and the recipe, at each scale and architecture.
 DOCUMENTS = {"smoke": 16, "small": 200, "paper": 1000}
 RECIPES = {
@@ -73,15 +74,21 @@ def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[s
     if finding == "tasks":
         return measure_tasks(measure(lens, recipe, documents=documents), seed=recipe.seed)
     # Description lengths need more automata than means of tasks do.
-    return measure_complexity(measure(lens, recipe, (INTERESTING,), 4 * documents), seed=recipe.seed)
+    table = measure(lens, recipe, (INTERESTING,), 4 * documents)
+    if finding == "gain":
+        return measure_gain(table, recipe.data.tasks, seed=recipe.seed)
+    return measure_complexity(table, seed=recipe.seed)
 
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.findings.figures import figure_complexity, figure_tasks
+    from philens.findings.figures import figure_complexity, figure_gain, figure_tasks
 
     if finding == "tasks":
         tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
+    elif finding == "gain":
+        tables = {"gain_cells": gain_cell_rows(results), "gain_correlations": gain_rows(results)}
+        figures = {"gain": figure_gain(results)}
     else:
         tables = {
             "complexity_curves": curve_rows(results),
@@ -108,7 +115,7 @@ def reproduce(
     holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
-        finding: `tasks` or `complexity`; the others are in modules of their own.
+        finding: `tasks`, `complexity` or `gain`; the others are in modules of their own.
         scale: `smoke`, `small` or `paper`.
         output: folder of runs and results.
         architecture: `transformer` or `lstm`.

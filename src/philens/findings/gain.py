@@ -1,0 +1,163 @@
+"""Does phi follow, token by token, what there is to learn?
+
+An ideal learner (`philens.tasks.learner`) reads the same in-context language and says of each letter how much
+it tells about the language: its information gain. That needs no model and no description length, and differs
+from letter to letter, where description length is one number for a whole document.
+
+Correlations are of ranks, as gains are skewed: most letters tell nothing, a few tell nats. Beside them
+stand those of the values themselves.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from philens.findings import statistics
+from philens.findings.tasks import INTERESTING
+from philens.support.errors import InputError
+from philens.tasks.automata import TASKS, TaskConfig
+from philens.tasks.learner import read_ideally
+
+if TYPE_CHECKING:
+    from philens.scoring.documents import TokenTable
+
+Floats = NDArray[np.float64]
+
+GAIN_CORRELATIONS = (
+    "spearman",
+    "spearman_of_surprisal",
+    "given_surprisal",
+    "given_surprisal_and_position",
+    "given_learners_surprisal",
+    "given_neighbours",
+    "linear_given_surprisal",
+    "description_length_given_surprisal",
+    "description_length_given_gain",
+)
+
+
+def measure_gain(
+    table: "TokenTable",
+    config: TaskConfig,
+    *,
+    depth: int = 3,
+    bins: int = 4,
+    resamples: int = statistics.RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How phi goes with an ideal learner's information gain (nats) in the in-context language of `table`.
+
+    `correlations`, of ranks unless they say `linear`: of phi with gain (`spearman`), of surprisal with gain
+    (the baseline), and of phi with gain where surprisal is held fixed; position, too; the learner's own
+    surprisal, too, of which a model's is an uncertain measure; and the gains of the letters before and after,
+    too, without which a letter may only lie where much is to be learned. `description_length_given_gain` asks
+    what description length still says when surprisal, position and gain are held fixed. `cells` is mean phi
+    by quarters of surprisal and, in each, of gain. Intervals resample documents. `holds` says that the
+    partial correlation given all that lies above zero with its interval.
+
+    Raises:
+        InputError: fewer than two documents of in-context language.
+        ConfigError: documents with noise.
+    """
+    documents = np.flatnonzero(table.docs.task == TASKS.index(INTERESTING))
+    if len(documents) < 2:
+        raise InputError(f"Gain needs at least two scored documents of {INTERESTING}; generate more of them.")
+    docs = table.docs.select(documents)
+    rows = np.isin(table.document, documents)
+    phi, surprisal = (values[rows].astype(np.float64) for values in (table.phi, table.surprisal))
+    document = np.repeat(np.arange(len(docs)), docs.lengths)
+    learners, gain = read_ideally(docs, config, depth)
+    position = np.arange(len(gain)) - docs.offsets[document].astype(np.float64)
+    length = docs.description_length[document]
+    before, after = (_neighbour(gain, document, step) for step in (-1, 1))
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+
+    def partial(x: Floats, y: Floats, *fixed: Floats, rank: bool = True) -> dict[str, Any]:
+        return statistics.correlation(x, y, document, fixed, rank=rank, **options).as_dict()
+
+    placed = surprisal, position
+    found = {
+        "spearman": partial(phi, gain),
+        "spearman_of_surprisal": partial(surprisal, gain),
+        "given_surprisal": partial(phi, gain, surprisal),
+        "given_surprisal_and_position": partial(phi, gain, *placed),
+        "given_learners_surprisal": partial(phi, gain, *placed, learners),
+        "given_neighbours": partial(phi, gain, *placed, learners, before, after),
+        "linear_given_surprisal": partial(phi, gain, surprisal, surprisal**2, rank=False),
+        "description_length_given_surprisal": partial(phi, length, *placed),
+        "description_length_given_gain": partial(phi, length, *placed, gain),
+    }
+    usable = np.isfinite(phi) & np.isfinite(surprisal) & np.isfinite(gain)
+    low = found["given_neighbours"]["ci95"][0]
+    return {
+        "task": INTERESTING,
+        "tokens": int(usable.sum()),
+        "documents": len(np.unique(document[usable])),
+        "depth": depth,
+        "surprisal": {
+            "model": float(surprisal[usable].mean()),
+            "learner": float(learners[usable].mean()),
+        },
+        "gain": float(gain[usable].mean()),
+        "correlations": {name: found[name] for name in GAIN_CORRELATIONS},
+        "cells": _cells(*(one[usable] for one in (phi, surprisal, gain, document)), bins, options),
+        "holds": low is not None and low > 0,
+    }
+
+
+def gain_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The correlations of `measure_gain` as rows for a CSV file."""
+    return [
+        {"correlation": name, "value": one["value"], "low": one["ci95"][0], "high": one["ci95"][1]}
+        for name, one in results["correlations"].items()
+    ]
+
+
+def gain_cell_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Mean phi by surprisal and gain as rows for a CSV file."""
+    rows = []
+    for cell in results["cells"]:
+        low, high = cell["phi"]["ci95"]
+        rows.append(cell | {"phi": cell["phi"]["mean"], "phi_low": low, "phi_high": high})
+    return rows
+
+
+def _neighbour(values: Floats, document: NDArray[np.int64], step: int) -> Floats:
+    """The value `step` tokens on in the same document; 0, nothing learned, where there is none or a space."""
+    moved = np.roll(values, -step)
+    inside = np.roll(document, -step) == document
+    return np.where(inside & np.isfinite(moved), moved, 0.0)
+
+
+def _cells(
+    phi: Floats,
+    surprisal: Floats,
+    gain: Floats,
+    document: NDArray[np.int64],
+    bins: int,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Mean phi in bins of surprisal and, within each, of gain (quantiles over tokens)."""
+    cells = []
+    edges, outer = statistics.quantile_bins(surprisal, bins)
+    for number in range(len(edges) - 1):
+        inside = outer == number
+        inner_edges, inner = statistics.quantile_bins(np.where(inside, gain, np.nan), bins)
+        for step in range(len(inner_edges) - 1):
+            chosen = inner == step
+            if chosen.any():
+                estimate = statistics.mean(phi[chosen], document[chosen], **options)
+                cells.append(
+                    {
+                        "surprisal_low": float(edges[number]),
+                        "surprisal_high": float(edges[number + 1]),
+                        "surprisal": float(surprisal[chosen].mean()),
+                        "gain": float(gain[chosen].mean()),
+                        "phi": estimate.as_dict("mean"),
+                        "tokens": estimate.rows,
+                        "documents": estimate.documents,
+                    }
+                )
+    return cells
