@@ -254,8 +254,8 @@ def test_a_layer_that_stays_when_disabled(lens):
 
 
 def test_a_layer_without_gradient(lens):
-    encode = lens.phi.encode
-    lens.phi.encode = lambda *args: tuple(value.detach() for value in encode(*args))
+    encode = lens.phi.encoder.forward
+    lens.phi.encoder.forward = lambda states: encode(states).detach()
     proofs = {proof.name: proof for proof in lens.check().proofs}
     assert proofs["gradient"].result == "no"
     assert "does not reach 1 of the layer's" in proofs["gradient"].note
