@@ -102,7 +102,7 @@ def measure_gain(
         },
         "gain": float(gain[usable].mean()),
         "correlations": {name: found[name] for name in GAIN_CORRELATIONS},
-        "cells": _cells(*(one[usable] for one in (phi, surprisal, gain, document)), bins, options),
+        "cells": _cells(phi[usable], surprisal[usable], gain[usable], document[usable], bins, options),
         "holds": low is not None and low > 0,
     }
 

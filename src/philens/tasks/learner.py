@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from philens.support.errors import ConfigError
 from philens.tasks.automata import Documents, TaskConfig
@@ -42,7 +42,7 @@ class _Contexts:
                 log = np.log(prior) - count * np.log(size)
             log = np.where(size < seen, -np.inf, log + _choose(letters - seen, size - seen))
             log -= _choose(letters, size)
-            total = float(logsumexp(log))
+            total = float(np.logaddexp.reduce(log))
             return total, float(-(np.exp(log - total) * np.log(size)).sum())
 
         self.leaf = leaf
