@@ -58,6 +58,30 @@ def lens() -> philens.PHiModel:
         (" <think>cut off", [("think", "cut off")]),
         ("<think>a <think> b</think>c", [("think", "a <think> b"), ("answer", "c")]),
         ("<think>\n\n</think>\n\nc", []),
+        ("<reasoning>a <think> b</think></reasoning>c", [("think", "a <think> b</think>"), ("answer", "c")]),
+        ("<thinking>a</thought>b</thinking>c", [("think", "a</thought>b"), ("answer", "c")]),
+        ("<seed:think>a</seed:think>c", [("think", "a"), ("answer", "c")]),
+        ("[THINK]a[/THINK]c", [("think", "a"), ("answer", "c")]),
+        ("\u25c1think\u25b7a\u25c1/think\u25b7c", [("think", "a"), ("answer", "c")]),
+        ("<|inner_prefix|>a<|inner_suffix|>c<|assistant_end|>", [("think", "a"), ("answer", "c")]),
+        (
+            "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>c<|END_RESPONSE|>",
+            [("think", "a"), ("answer", "c")],
+        ),
+        ("<|channel>thought\na\n<channel|>c<turn|>", [("think", "a"), ("answer", "c")]),
+        ("<|channel>thought\n<channel|>c", []),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>c<|return|>",
+            [("think", "a"), ("answer", "c")],
+        ),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+            "<|constrain|>json<|message|>{}<|call|>",
+            [("think", "a"), ("answer", "{}")],
+        ),
+        ("<|channel|>analysis<|message|>cut off", [("think", "cut off")]),
+        ("<|user|>a<|end|>\n<|assistant|>b<|end|>\n", []),
+        ("An array [THINK] of a.", []),
         ("c d", []),
         ("The tag `</think>` ends what `<think>` begins.", []),
         ("We write <think> first.", []),
@@ -97,7 +121,21 @@ def test_steps_are_those_of_thoughts_and_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["1+", "1 = ", "$", r"\[ = ", "<think>", "</think>", "a. ", "((((", "a=", ". "]
+    "piece",
+    [
+        "1+",
+        "1 = ",
+        "$",
+        r"\[ = ",
+        "<think>",
+        "</think>",
+        "<|a|> ",
+        "[THINK]<|end|>",
+        "a. ",
+        "((((",
+        "a=",
+        ". ",
+    ],
 )
 @pytest.mark.parametrize("steps", ["sentences", "equations"])
 def test_long_texts_take_no_longer_for_each_character(piece: str, steps: Any) -> None:

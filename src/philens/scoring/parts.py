@@ -9,7 +9,26 @@ from philens.support.errors import ConfigError
 
 Steps = Literal["lines", "sentences", "equations"]
 
-_MARK = re.compile("</?think>")
+# What begins a thought, and what ends it.
+_THOUGHTS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss
+)
+_CLOSES = dict(_THOUGHTS)
+# Ends more than thoughts, so that it tells of none by itself.
+_ENDS_ANYTHING = "<|end|>"
+_MARK = re.compile("|".join(re.escape(mark) for pair in _THOUGHTS for mark in pair))
+# What else may stand before an answer, of gpt-oss and Command A; and special tokens after one, backwards.
+_HEAD = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>(?!analysis)(?:[^<]|<\|constrain\|>){,200}<\|message\|>"
+    r"|<\|START_(?:RESPONSE|TEXT)\|>"
+)
+_TAIL = re.compile(r"(?:\s*>\|\w{1,40}\|?<)*")
 _LINE = re.compile(r"\S(?:.*\S)?")
 # Of a line: up to a mark that ends one, with what closes after it, and a blank that no small letter follows.
 _SENTENCE = re.compile(
@@ -83,32 +102,47 @@ def _thoughts(text: str, before: int, start: int, end: int, sure: bool) -> Itera
     A thought may begin without a mark, at `start`, where the prompt had that, and end without one, where it
     was cut off.
     """
-    last = text.rfind("</think>", before, end)
+    marks = list(_MARK.finditer(text, before, end))
+    last = {match[0]: match.start() for match in marks}
     first = next((match.start() for match in [_LINE.search(text, before, end)] if match), end)
     opened: int | None = None
+    close = ""  # what ends the thought that is open
     answer: int | None = None
     thought = False  # whether one that is not empty comes before the answer
-    for match in _MARK.finditer(text, before, end):
-        if match[0] == "<think>":
-            if opened is None and (sure or match.start() == first or last >= match.end()):
+    for match in marks:
+        mark, after = match[0], match.end()
+        if mark in _CLOSES:
+            closed = last.get(_CLOSES[mark], -1) >= after
+            if opened is None and (sure or match.start() == first or closed):
                 if answer is not None and thought:
                     yield from _trimmed("answer", text, answer, match.start())
-                opened, answer = match.end(), None
-        elif opened is not None or (
-            answer is None and (sure or match.end() == end or text[match.end()] == "\n")
+                opened, close, answer = after, _CLOSES[mark], None
+        elif (opened is not None and mark == close) or (
+            opened is None
+            and answer is None
+            and mark != _ENDS_ANYTHING
+            and (sure or after == end or text[after] == "\n")
         ):
             own = list(_trimmed("think", text, start if opened is None else opened, match.start()))
             yield from own
-            opened, answer, thought = None, match.end(), bool(own)
+            head = _HEAD.match(text, after, end)
+            opened, answer, thought = None, head.end() if head else after, bool(own)
     if opened is not None:
         yield from _trimmed("think", text, opened, end)
     elif answer is not None and thought:
         yield from _trimmed("answer", text, answer, end)
 
 
+def without_thoughts(text: str) -> str:
+    """What a text says after its last thought."""
+    closes = [match.end() for match in _MARK.finditer(text) if match[0] not in _CLOSES]
+    return text[closes[-1] :] if closes else text
+
+
 def _trimmed(name: str, text: str, start: int, end: int) -> Iterator[Span]:
-    """A span without blanks at its ends; none of what is blank."""
-    inner = text[start:end].strip()
+    """A span without blanks at its ends, and special tokens at its end; none of what is blank."""
+    tail = _TAIL.match(text[start:end][::-1])
+    inner = text[start : end - (tail.end() if tail else 0)].strip()
     if inner:
         start = text.index(inner, start)
         yield Span(name, start, start + len(inner))

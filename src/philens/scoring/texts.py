@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from philens.scoring.parts import without_thoughts
 from philens.scoring.scores import Span
 from philens.support.errors import InputError
 from philens.support.typed import plain
@@ -223,7 +224,7 @@ def _one_after_other(text: str, contents: Sequence[str]) -> list[tuple[int, int]
     for content in map(str.strip, contents):
         start = text.find(content, done)
         if start < 0:  # some templates leave out thoughts that were answered since
-            content = content.rpartition("</think>")[2].strip()
+            content = without_thoughts(content).strip()
             start = text.find(content, done) if content else -1
         end = done if start < 0 else start + len(content)
         places.append((done if start < 0 else start, end))
