@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from philens.findings.gain import GAIN_CORRELATIONS, gain_cell_rows, gain_rows, measure_gain
+from philens.findings.gain import gain_cell_rows, gain_rows, measure_gain
+from philens.findings.language_tables import GAIN_LABELS
 from philens.scoring.documents import TokenTable
 from philens.support.errors import ConfigError, InputError
 from philens.tasks.automata import Documents, TaskConfig, generate
@@ -95,14 +96,14 @@ def table_of(kind: str, number: int = 60) -> TokenTable:
 def test_phi_that_follows_gain_is_found():
     results = measure_gain(table_of("gain"), CONFIG)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert list(results["correlations"]) == list(GAIN_CORRELATIONS)
+    assert list(results["correlations"]) == list(GAIN_LABELS)
     assert results["holds"]
     for name in ("given_surprisal_and_position", "given_neighbours"):
         assert results["correlations"][name]["ci95"][0] > 0.3
     assert results["tokens"] == sum(cell["tokens"] for cell in results["cells"])
     for cell in results["cells"]:
         assert cell["phi"]["mean"] == pytest.approx(cell["gain"], abs=0.03)
-    assert len(gain_rows(results)) == len(GAIN_CORRELATIONS)
+    assert len(gain_rows(results)) == len(GAIN_LABELS)
     assert len(gain_cell_rows(results)) == len(results["cells"])
 
 

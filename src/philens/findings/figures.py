@@ -107,15 +107,7 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
         curves_axes.fill_between(surprisal, low, high, color=colour, alpha=0.18, linewidth=0)
     curves_axes.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
     curves_axes.set_title("in-context language, tokens", fontsize=FONT + 1, loc="left")
-    curves_axes.legend(
-        title="description length (nats)",
-        fontsize=FONT - 1,
-        title_fontsize=FONT - 1,
-        ncols=2,
-        loc="upper left",
-        bbox_to_anchor=(0, -0.18),
-        frameon=False,
-    )
+    _legend_below(curves_axes, "description length (nats)")
 
     kinds = (
         ("spearman", "phi (Spearman)", "#56B4E9"),
@@ -177,15 +169,7 @@ def figure_gain(results: Mapping[str, Any]) -> Figure:
     curves.set_xlim(left=0)
     curves.set(xlabel="information gain of an ideal learner (nats)", ylabel=PHI_LABEL)
     curves.set_title("in-context language, letters", fontsize=FONT + 1, loc="left")
-    curves.legend(
-        title="surprisal (nats)",
-        fontsize=FONT - 1,
-        title_fontsize=FONT - 1,
-        ncols=2,
-        loc="upper left",
-        bbox_to_anchor=(0, -0.18),
-        frameon=False,
-    )
+    _legend_below(curves, "surprisal (nats)")
     kinds = {
         "spearman_of_surprisal": "surprisal",
         "spearman": "phi",
@@ -343,6 +327,11 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
     set_fonts(figure)
     return figure
+
+
+def _legend_below(axes: "Axes", title: str) -> None:
+    style = {"fontsize": FONT - 1, "title_fontsize": FONT - 1, "frameon": False, "ncols": 2}
+    axes.legend(title=title, loc="upper left", bbox_to_anchor=(0, -0.18), **style)
 
 
 def _short_label(task: str) -> str:

@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-GAIN_CORRELATIONS = (
-    "spearman",
-    "spearman_of_surprisal",
-    "given_surprisal",
-    "given_surprisal_and_position",
-    "given_learners_surprisal",
-    "given_neighbours",
-    "linear_given_surprisal",
-    "description_length_given_surprisal",
-    "description_length_given_gain",
-)
-
 
 def measure_gain(
     table: "TokenTable",
@@ -101,7 +89,7 @@ def measure_gain(
             "learner": float(learners[usable].mean()),
         },
         "gain": float(gain[usable].mean()),
-        "correlations": {name: found[name] for name in GAIN_CORRELATIONS},
+        "correlations": found,
         "cells": _cells(phi[usable], surprisal[usable], gain[usable], document[usable], bins, options),
         "holds": low is not None and low > 0,
     }

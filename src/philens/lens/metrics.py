@@ -257,12 +257,9 @@ def _settling_depth(batch: Batch) -> Tensor:
 def _deep_thinking(batch: Batch) -> Tensor:
     """Blocks count from 1 here, as in the paper: of 30 those from the 26th on are late at a share of 0.85."""
     assert batch.logit_lens is not None
-    depth, first = (
-        batch.depth_by_divergence,
-        batch.lens.metric_options.deep_from * len(batch.logit_lens.blocks),
-    )
-    late = (depth + 1 >= first).float()
-    return late.masked_fill(depth.isnan(), torch.nan)
+    depth = batch.depth_by_divergence
+    first = batch.lens.metric_options.deep_from * len(batch.logit_lens.blocks)
+    return (depth + 1 >= first).float().masked_fill(depth.isnan(), torch.nan)
 
 
 def _mtd(batch: Batch) -> Tensor:
