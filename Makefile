@@ -23,7 +23,7 @@ tests: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# The site and the notebooks.
+# The site, the notebooks, and the page in a browser.
 test-docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m docs
 

@@ -27,6 +27,9 @@ from philens.explore.examples import examples
 from philens.explore.models import TEXT
 from philens.scoring.alternatives import percent
 
+# The page by itself, beside the site: a browser, its server and a worker are a full machine.
+pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("page")]
+
 MOST = 10_000  # by default
 HOSTILE = (
     '<img src=x onerror="window.hit=1"><script>window.hit=1</script></div></span>'
@@ -94,7 +97,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, server: str) -> Iterator[Any]:
     """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
-    contexts, wrong = [], []
+    contexts, wrong, leaving = [], [], set()
 
     def open_tab(address: str = server, fragment: str = "", **options: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
@@ -102,7 +105,13 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         page = context.new_page()
         page.set_default_timeout(WAIT)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        # A page that is left breaks off what the server was sending it, which Gradio calls an error.
+        page.on("request", lambda request: leaving.add(page) if request.is_navigation_request() else None)
+        page.on("load", lambda page: leaving.discard(page))
+        page.on(
+            "console",
+            lambda said: wrong.append(said.text) if said.type == "error" and page not in leaving else None,
+        )
         page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: _from(address, request.url) or wrong.append(request.url))
         page.goto(address + fragment)
@@ -110,7 +119,7 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
         return page
 
     yield open_tab
-    # Closing a tab breaks off what the server was sending it, which Gradio calls an error.
+    # So does closing a tab.
     so_far = list(wrong)
     for context in contexts:
         context.close()
@@ -520,10 +529,10 @@ def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
     text = formal(page)
     scores = table(page)
     tokens = page.locator(".text").first.locator("span")
-    tokens.nth(2).scroll_into_view_if_needed()
-    start, end = tokens.nth(2).bounding_box(), tokens.nth(9).bounding_box()
-    page.mouse.move(start["x"] + 1, start["y"] + start["height"] / 2)
+    # Hovering waits until the page has come to rest.
+    tokens.nth(2).hover(position={"x": 1, "y": 5})
     page.mouse.down()
+    end = tokens.nth(9).bounding_box()
     page.mouse.move(end["x"] + end["width"] - 1, end["y"] + end["height"] / 2, steps=5)
     page.mouse.up()
     page.wait_for_selector("#marked .marking[data-first='2'][data-last='9']")
