@@ -66,10 +66,8 @@ def tasks_table(results: Mapping[str, Any]) -> Table:
     caption.append(_verdict_on_tasks(results))
     if results["known_false_positives"]:
         caption.append("false positive: copying is known to raise phi.")
-    table = new_table("phi and surprisal per task", "\n".join(caption))
-    table.add_column("task", no_wrap=True)
-    for heading in ("phi", "surprisal", "in-context phi ÷"):
-        table.add_column(heading, justify="right")
+    headings = ("task", "phi", "surprisal", "in-context phi ÷")
+    table = new_table("phi and surprisal per task", "\n".join(caption), *headings, whole=(True, False))
     for name, task in results["tasks"].items():
         against = results["ratios"].get(name)
         ratio = "" if against is None else estimate_text(against["ratio"], against["ci95"])
@@ -91,10 +89,9 @@ def complexity_table(results: Mapping[str, Any]) -> Table:
         "Correlation with description length, in-context language",
         f"95 % intervals over {results['documents']:,} documents with {results['tokens']:,} tokens.\n"
         f"phi given surprisal, over tokens of whole documents: {verdict}.",
+        *("over", *(CORRELATION_LABELS[name] for name in CORRELATIONS)),
+        whole=(True, False),
     )
-    table.add_column("over", no_wrap=True)
-    for name in CORRELATIONS:
-        table.add_column(CORRELATION_LABELS[name], justify="right")
     for level, label in LEVELS.items():
         table.add_row(Text(label.replace(" ", "\n"), style="bold"))
         for part in PARTS:
@@ -116,9 +113,8 @@ def gain_table(results: Mapping[str, Any]) -> Table:
         f"Mean surprisal: learner {surprisal['learner']:.3f}, model {surprisal['model']:.3f} nats; "
         f"mean gain {results['gain']:.3f} nats.\n"
         f"phi with gain given surprisals, position and the neighbours' gains: {verdict}.",
+        *("correlation", ""),
     )
-    table.add_column("correlation")
-    table.add_column("", justify="right", no_wrap=True)
     for name, label in GAIN_LABELS.items():
         found = results["correlations"][name]
         table.add_row(label, Text(estimate_text(found["value"], found["ci95"], 3)))
@@ -138,10 +134,8 @@ def texts_table(results: Mapping[str, Any]) -> Table:
     few = [name for name, level in levels.items() if level["texts"] < FEW_TEXTS]
     if few:
         caption.append(f"Fewer than {FEW_TEXTS} texts, so that an interval says little: {_listed(few)}.")
-    table = new_table("phi and surprisal per level of text", "\n".join(caption))
-    table.add_column("level")
-    for heading in ("phi", "surprisal", "gap", "paper"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("level", "phi", "surprisal", "gap", "paper")
+    table = new_table("phi and surprisal per level of text", "\n".join(caption), *headings)
     for name, level in levels.items():
         built = ", built" if level["built"] else ""
         counts = f"{count_of(level['texts'], 'text')}{built}\n{count_of(level['tokens'], 'token')}"
@@ -163,10 +157,8 @@ def text_pairs_table(results: Mapping[str, Any]) -> Table:
         "Of the first to the second, with 95 % intervals over texts; difference in nats per token.\n"
         "above, below: the intervals of the two levels are separate. untrained: the ratio in a\n"
         "layer that has learned nothing; what lies in the size of the state shows there too.",
+        *("levels", "difference", "ratio", "untrained", ""),
     )
-    table.add_column("levels")
-    for heading in ("difference", "ratio", "untrained", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
     for pair in results["pairs"]:
         if pair["claim"]:
             found = [estimate_text(pair[key]["value"], pair[key]["ci95"]) for key in ("difference", "ratio")]
@@ -187,10 +179,9 @@ def recitation_table(verbatim: Mapping[str, Any]) -> Table:
         f"Recited: runs of {verbatim['run']} tokens or more, each with a surprisal below "
         f"{verbatim['surprisal_below']:g} nats ({share}).\n"
         "Sure: tokens below that in the rest. Differences are within a text; 95 % intervals over texts.",
+        *("tokens", "phi", "texts"),
+        whole=(True, True),
     )
-    table.add_column("tokens", no_wrap=True)
-    for heading in ("phi", "texts"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for key, label in _RECITATION.items():
         found = verbatim[key]
         cells = ("none", "0")
@@ -221,14 +212,9 @@ def text_points_table(results: Mapping[str, Any]) -> Table:
         if pair["separated_since"]:
             told += f", separate from {pair['separated_since']} on"
         caption.append(f"{pair['first']}, {pair['second']}: {told}.")
-    table = new_table(
-        "phi of each level along the training" if course["along"] else "phi of each level", "\n".join(caption)
-    )
-    table.add_column("")
-    levels = list(results["levels"])
-    for level in levels:
-        table.add_column(Text(level), justify="right")
-    table.add_column("pairs", justify="right")
+    title, levels = "phi of each level", list(results["levels"])
+    title += " along the training" if course["along"] else ""
+    table = new_table(title, "\n".join(caption), "", *map(Text, levels), "pairs", whole=(False, False))
     for point in points:
         claimed = [pair for pair in point["pairs"] if pair["claim"]]
         above = sum(pair["separated"] and pair["difference"]["value"] > 0 for pair in claimed)
@@ -264,12 +250,9 @@ def spread_table(spread: Mapping[str, Any]) -> Table:
     title = "Over seeds"
     if "token_wise" in spread:
         title = "Correlation with description length, over seeds"
-    table = new_table(
-        title, f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
-    )
-    table.add_column("", max_width=40)
-    for heading in ("mean", "sd", "lowest", "highest", "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    caption = f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
+    table = new_table(title, caption, "", "mean", "sd", "lowest", "highest", "seeds")
+    table.columns[0].max_width = 40
     for heading, lines in sections.items():
         if lines:
             table.add_row(Text(heading, style="bold"))
@@ -284,11 +267,9 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
     caption = "Nats per token on held-out text, after training all layers for as long."
     if results["collapsed"]:
         caption += "\nAt least one layer has collapsed: its latents carry almost no information."
-    table = new_table("Insertion points", caption)
-    table.add_column("after", no_wrap=True)
     names = ("phi", "phi_static", "surprisal", "surprisal_base", "loss_gap")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+    headings = ("after", *(name.replace("_", " ") for name in names))
+    table = new_table("Insertion points", caption, *headings, whole=(True, False))
     for path, found in results["points"].items():
         table.add_row(
             Text(path), *(number_text(found.get(name), 2 if "phi" in name else 3) for name in names)

@@ -76,10 +76,9 @@ def kinds_table(layer: Mapping[str, Any]) -> Table:
         f"phi before a number ({layer_label(layer)})",
         "Nats, at the token before the number's first, with 95 % intervals over texts.\n"
         "d: sum, difference and product against this kind.",
+        *("before", "phi", "untrained", "surprisal, next", "d"),
+        whole=(True, False),
     )
-    table.add_column("before", no_wrap=True)
-    for heading in ("phi", "untrained", "surprisal, next", "d"):
-        table.add_column(heading, justify="right")
     against = {item["second"]: item for item in layer["contrasts"] if item["first"] == "worked"}
     last = None
     for name, kind in layer["kinds"].items():
@@ -119,10 +118,9 @@ def effects_table(layer: Mapping[str, Any]) -> Table:
         "Higher: nats by which phi is higher where a result is worked out, with these held fixed;\n"
         "partial: its correlation. AUROC: a classifier by these, fitted on some templates, on\n"
         f"sentences of others, and on solutions of problems.\n{verdict}",
+        *("columns", "higher", "partial", "AUROC", "solutions"),
+        whole=(True, False),
     )
-    table.add_column("columns", no_wrap=True)
-    for heading in ("higher", "partial", "AUROC", "solutions"):
-        table.add_column(heading, justify="right")
     for name in dict.fromkeys([*layer["effects"], *layer["classifiers"]]):
         effect, found = layer["effects"].get(name, {}), layer["classifiers"].get(name, {})
         cells = [_nats(effect["nats"]), _cell(effect["partial_correlation"])] if effect else ["", ""]
@@ -137,10 +135,9 @@ def forms_table(layer: Mapping[str, Any]) -> Table:
         f"By the form of the sentence ({layer_label(layer)})",
         "Worked out: sum, difference and product. Nats, with 95 % intervals over texts. Where the\n"
         "model calculates, it foretells the result: its surprisal is low.",
+        *("form", "phi", "untrained", "surprisal, next"),
+        whole=(True, False),
     )
-    table.add_column("form", no_wrap=True)
-    for heading in ("phi", "untrained", "surprisal, next"):
-        table.add_column(heading, justify="right")
     for form, sides in layer["forms"].items():
         for side, item in sides.items():
             cells = [_nats(item[name], "mean") for name in ("phi", "phi_untrained")]
@@ -156,10 +153,9 @@ def pairs_table(layer: Mapping[str, Any]) -> Table:
         f"One kind against another ({layer_label(layer)})",
         "Phi of the first minus that of the second in nats, and Cohen's d of phi and of two\n"
         "controls: an untrained layer's phi, and the norm of the state. 95 % intervals over texts.",
+        *("first, second", "phi", "d", "untrained", "norm"),
+        whole=(False, False),
     )
-    table.add_column("first, second")
-    for heading in ("phi", "d", "untrained", "norm"):
-        table.add_column(heading, justify="right")
     for item in layer["contrasts"]:
         cells = [_cell(item[key]["d"]) for key in ("phi", "phi_untrained", "state_norm")]
         table.add_row(
@@ -176,10 +172,9 @@ def layers_table(results: Mapping[str, Any]) -> Table:
         "Smallest d: of phi where a result is worked out against the nearest other kind.\n"
         "Again: phi before a sum minus that before the same sum said again.\n"
         "Fixed: nats by which phi is higher with all else held fixed.",
+        *("layer", "phi", "smallest d", "again", "fixed", "AUROC phi", "untrained", "holds"),
+        whole=(False, False),
     )
-    table.add_column("layer")
-    for heading in ("phi", "smallest d", "again", "fixed", "AUROC phi", "untrained", "holds"):
-        table.add_column(heading, justify="right")
     for layer in results["layers"]:
         others = [item for item in layer["contrasts"] if item["first"] == "worked"]
         nearest = min(others, key=lambda item: item["phi"]["d"]["value"] or 0.0)["phi"]["d"]

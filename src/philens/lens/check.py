@@ -133,28 +133,19 @@ class CheckReport:
 
     def table(self) -> Any:
         """The plan and the proofs as a rich table."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
+
+        from philens.show.terminal import new_table
 
         styles = {"yes": "green", "no": "bold red"}
         suited = "" if self.tolerance == TOLERANCE else f", as suits {self.base_dtype}"
-        table = Table(
-            title=Text("\n".join([f"{self.base}, mode {self.mode}", *self.plan()])),
-            caption=Text(
-                f"Differences in nats. Allowed: {self.tolerance:g} + {self.tolerance:g} of the largest value"
-                f"{suited}; 0 is bit-identical."
-            ),
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            title_justify="left",
-            caption_justify="left",
+        table = new_table(
+            "\n".join([f"{self.base}, mode {self.mode}", *self.plan()]),
+            f"Differences in nats. Allowed: {self.tolerance:g} + {self.tolerance:g} of the largest value"
+            f"{suited}; 0 is bit-identical.",
+            *("promise", "holds", "difference", "allowed"),
         )
-        table.add_column("promise")
-        table.add_column("holds")
-        for heading in ("difference", "allowed"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.columns[1].justify, table.columns[1].no_wrap = "left", False
         for proof in self.proofs:
             pair = (proof.difference, proof.allowed)
             numbers = ("" if number is None else f"{number:.1e}" if number else "0" for number in pair)

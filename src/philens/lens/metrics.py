@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -80,64 +80,55 @@ class Metric:
 
     Attributes:
         name: of the column.
+        function: what makes it; each kind says of what.
+        meaning: in a line.
         unit: empty for a plain number.
         needs: what a lens must have for it.
-        meaning: in a line.
         options: those of `MetricOptions` that it depends on; where `group` is one, the lowest and the last
             group of tokens of a text or span are told beside its mean.
     """
 
     name: str
-    unit: str
-    needs: tuple[Need, ...]
+    function: Callable[..., Any]
     meaning: str
-    options: tuple[str, ...] = field(default=(), kw_only=True)
+    unit: str = "nats"
+    needs: tuple[Need, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OfPrediction(Metric):
-    """What the distribution before a token says of it; nothing of a first token.
+    """What the distribution before a token says of it, by a function from logits (n, V) float32 and the
+    tokens that came (n,) to (n,); nothing of a first token."""
 
-    Attributes:
-        function: from logits (n, V) float32 and the tokens that came (n,), to (n,).
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
+    needs: tuple[Need, ...] = ("predictions",)
 
 
 @dataclass(frozen=True)
 class OfLayer(Metric):
-    """What a layer, or the hidden states at its insertion point, say of a token: a column for each layer.
+    """What a layer, or the hidden states at its insertion point, say of a token, by a function from a batch
+    and the number of a layer to (N,) under the metric's own name, and others: a column for each layer.
 
     Attributes:
-        function: from a batch and the number of a layer, to (N,) under the metric's own name, and others.
         finish: what becomes of these, (T,) each, when a text is whole: its columns.
     """
 
-    function: Callable[[Batch, int], dict[str, Tensor]]
+    needs: tuple[Need, ...] = ("layers",)
     finish: Callable[[Columns], Columns] = lambda values: values
 
 
 @dataclass(frozen=True)
 class OfBlocks(Metric):
-    """What the hidden states after every block say of a token.
+    """What the hidden states after every block say of a token, by a function from a batch to (N,)."""
 
-    Attributes:
-        function: from a batch to (N,).
-    """
-
-    function: Callable[[Batch], Tensor]
+    needs: tuple[Need, ...] = ("blocks", "predictions")
 
 
 @dataclass(frozen=True)
 class OfHead(Metric):
-    """What a shallow head says of a token.
+    """What a shallow head says of a token, by a function from a batch to (N,)."""
 
-    Attributes:
-        function: from a batch to (N,).
-    """
-
-    function: Callable[[Batch], Tensor]
+    needs: tuple[Need, ...] = ("head", "predictions")
 
 
 class Likeliest(NamedTuple):
@@ -292,102 +283,53 @@ def _state_norm(batch: Batch, number: int) -> dict[str, Tensor]:
     return {"state_norm": batch.wanted(standard.float().norm(dim=-1))}
 
 
-# In the order in which columns come.
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        OfLayer(
-            "phi", "nats", ("layers",), "what the hidden state adds that earlier ones did not foretell", _phi
-        ),
-        OfHead(
-            "mtd",
-            "nats",
-            ("head", "predictions"),
-            "KL of the prediction of the next token from that of a shallow head",
-            _mtd,
-        ),
-        OfPrediction("surprisal", "nats", ("predictions",), "-ln p of the token, by the base", surprisal),
-        OfPrediction(
-            "surprisal_with_layer", "nats", ("path",), "the same with the layer in the path", surprisal
-        ),
-        OfPrediction(
-            "entropy", "nats", ("predictions",), "entropy of the distribution before the token", entropy
-        ),
-        OfPrediction(
-            "margin",
-            "nats",
-            ("predictions",),
-            "ln p of the likeliest token there minus that of the second",
-            margin,
-        ),
-        OfPrediction(
-            "varentropy", "nats²", ("predictions",), "variance of -ln p in that distribution", varentropy
-        ),
-        OfPrediction(
-            "self_certainty",
-            "nats",
-            ("predictions",),
-            "KL of that distribution from the uniform one",
-            self_certainty,
-        ),
-        OfPrediction(
-            "confidence",
-            "nats",
-            ("predictions",),
-            "mean of -ln p over the 20 likeliest tokens there: high where one is far likelier than others",
-            confidence,
-            options=("group",),
-        ),
-        OfLayer(
-            "logit_lens_divergence",
-            "nats",
-            ("layers", "blocks", "predictions"),
-            "KL of the prediction of the next token from that of the logit lens at the insertion point",
-            _divergence,
-        ),
-        OfBlocks(
-            "settling_depth",
-            "blocks",
-            ("blocks", "predictions"),
-            "the first block from which on the logit lens' likeliest next token stays the last block's",
-            _settling_depth,
-        ),
-        OfBlocks(
-            "settling_depth_jsd",
-            "blocks",
-            ("blocks", "predictions"),
-            "the first block whose logit lens is near the last block's, by Jensen-Shannon divergence",
-            lambda batch: batch.depth_by_divergence,
-            options=("settled_at",),
-        ),
-        OfBlocks(
-            "deep_thinking",
-            "",
-            ("blocks", "predictions"),
-            "1 where that block is among the last, else 0: its mean is the deep-thinking ratio",
-            _deep_thinking,
-            options=("settled_at", "deep_from"),
-        ),
-        OfLayer(
-            "step_length",
-            "",
-            ("layers",),
-            "distance of the hidden state from the one before, by the mean length of the text's",
-            _step,
-            _relative_step,
-        ),
-        OfLayer(
-            "state_norm", "", ("layers",), "length of the hidden state as the layer reads it", _state_norm
-        ),
-        OfLayer(
-            "phi_untrained",
-            "nats",
-            ("layers",),
-            "phi of a layer that was never trained: a control",
-            _phi_untrained,
-        ),
-    )
-}
+_OF_ALL = (
+    OfLayer("phi", _phi, "what the hidden state adds that earlier ones did not foretell"),
+    OfHead("mtd", _mtd, "KL of the prediction of the next token from that of a shallow head"),
+    OfPrediction("surprisal", surprisal, "-ln p of the token, by the base"),
+    OfPrediction("surprisal_with_layer", surprisal, "the same with the layer in the path", needs=("path",)),
+    OfPrediction("entropy", entropy, "entropy of the distribution before the token"),
+    OfPrediction("margin", margin, "ln p of the likeliest token there minus that of the second"),
+    OfPrediction("varentropy", varentropy, "variance of -ln p in that distribution", "nats²"),
+    OfPrediction("self_certainty", self_certainty, "KL of that distribution from the uniform one"),
+    OfPrediction(
+        *("confidence", confidence),
+        "mean of -ln p over the 20 likeliest tokens there: high where one is far likelier than others",
+        options=("group",),
+    ),
+    OfLayer(
+        *("logit_lens_divergence", _divergence),
+        "KL of the prediction of the next token from that of the logit lens at the insertion point",
+        needs=("layers", "blocks", "predictions"),
+    ),
+    OfBlocks(
+        *("settling_depth", _settling_depth),
+        "the first block from which on the logit lens' likeliest next token stays the last block's",
+        "blocks",
+    ),
+    OfBlocks(
+        *("settling_depth_jsd", lambda batch: batch.depth_by_divergence),
+        "the first block whose logit lens is near the last block's, by Jensen-Shannon divergence",
+        "blocks",
+        options=("settled_at",),
+    ),
+    OfBlocks(
+        *("deep_thinking", _deep_thinking),
+        "1 where that block is among the last, else 0: its mean is the deep-thinking ratio",
+        "",
+        options=("settled_at", "deep_from"),
+    ),
+    OfLayer(
+        *("step_length", _step),
+        "distance of the hidden state from the one before, by the mean length of the text's",
+        "",
+        finish=_relative_step,
+    ),
+    OfLayer("state_norm", _state_norm, "length of the hidden state as the layer reads it", ""),
+    OfLayer("phi_untrained", _phi_untrained, "phi of a layer that was never trained: a control"),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _OF_ALL}
+"""By name, in the order in which columns come."""
 
 
 def readable_blocks(base: nn.Module) -> list[nn.Module]:

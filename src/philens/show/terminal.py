@@ -5,10 +5,16 @@ from rich.table import Table
 from rich.text import Text
 
 
-def new_table(title: str, caption: str) -> Table:
-    """An empty table in the style of all of them."""
+def new_table(
+    title: str, caption: str, *headings: str | Text, whole: tuple[bool, bool] = (False, True)
+) -> Table:
+    """An empty table in the style of all of them: the first column to the left, the others to the right.
+
+    Args:
+        whole: whether lines are never broken in the first column, and in the others.
+    """
     # Text, not str: rich would read square brackets as markup.
-    return Table(
+    table = Table(
         title=Text(title, style="bold"),
         caption=Text(caption),
         box=SIMPLE_HEAD,
@@ -18,6 +24,9 @@ def new_table(title: str, caption: str) -> Table:
         title_justify="left",
         caption_justify="left",
     )
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=whole[number > 0])
+    return table
 
 
 def counts_text(numbers: list[int], unit: str) -> str:
