@@ -28,7 +28,9 @@ from philens.explore.models import FORMAL, TEXT, Explored, Job, Stopped, open_al
 from philens.explore.record import Record
 from philens.explore.session import EXPORTS, NAMES, Session, Sessions, Update
 from philens.explore.view import Look
+from philens.scoring.parts import steps_of
 from philens.scoring.score import score
+from philens.show.page import MAX_PARTS
 from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError
 from philens.support.output import visible
 from philens.tasks.automata import TASKS
@@ -433,6 +435,36 @@ def test_scales_and_what_is_highest(model: Explored) -> None:
     assert "figure-1.png" in markup
     gone = replace(one, columns={**one.columns, "surprisal": np.full(len(one), np.nan, np.float32)})
     assert "NaN" not in view.result([gone], Look(("surprisal", "phi")), "export/x")
+
+
+def test_steps_are_there_where_a_text_has_them(model: Explored) -> None:
+    point = next(iter(model.points))
+    texts = {A: "ab cd. Ef gh.\n  i = 2 < j\n\nk = 1 + 2 = 3", B: "plain"}
+    one, two = model.read(texts, point, PHI, Job())
+    assert "Means by step" not in view.result([two], Look(), None)
+    markup = view.result([one, two], Look(), None)
+    assert re.findall(r"<summary>(.*?)</summary>", markup) == ["3 lines", "4 sentences", "2 equations"]
+    assert markup.count("<details open>") == 1
+    found = re.findall(
+        r'data-go="(\d+)" data-to="(\d+)" aria-label="Mark line \d+, tokens .*?>(\d)</button></td>'
+        r'<td class="around">(.*?)</td><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>',
+        markup,
+    )
+    assert [row[3] for row in found] == ["ab cd. Ef gh.", "i = 2 &lt; j", "k = 1 + 2 = 3"]
+    for number, (row, (_, start, end)) in enumerate(zip(found, steps_of(texts[A])["lines"], strict=True), 1):
+        first, last = map(int, row[:2])
+        assert "".join(one.pieces()[first : last + 1]) == texts[A][start:end]  # tokens are characters
+        assert row[2] == str(number)
+        assert int(row[4]) == last - first + 1
+        for metric, mean in zip(PHI, row[5:], strict=True):
+            values = one.without_sinks()[metric][first : last + 1]
+            assert mean == f"{np.nanmean(values, dtype=np.float64):.3f}"
+            assert f"<b>{mean}</b>" in view.marked(one, 0, first, last)  # the same when it is marked
+    (long,) = model.read({A: "abcdefghijklm " * 4 + "\n" + "a\n" * 60}, point, PHI, Job())
+    markup = view.result([long], Look(), None)
+    assert "and 11 more; philens score --steps lines has all" in markup
+    assert markup.count("data-to=") == MAX_PARTS
+    assert "abcdefghijklm abcdef…hijklm abcdefghijklm" in markup
 
 
 @pytest.fixture

@@ -313,6 +313,25 @@ def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
     photograph(page, "explore_branch", 1500)
 
 
+def test_a_step_is_marked_by_its_number(visit: Any) -> None:
+    page = visit()
+    text = "There are 12 eggs in a box. A cook takes 3 boxes.\nSo 12 * 3 = 36 eggs.\nThe answer is 36."
+    read(page, text)
+    wait_shown(page, text)
+    assert page.locator(".steps summary").all_inner_texts() == ["3 lines", "4 sentences"]
+    page.locator(".steps summary").nth(1).click()
+    page.get_by_role("button", name="Mark sentence 3").click()
+    page.wait_for_selector(".marking")
+    pane = page.locator(".text").first
+    assert "".join(pane.locator(".marked").all_text_contents()).strip("⏎\n ") == "So 12 * 3 = 36 eggs."
+    row = page.locator(".steps details").nth(1).locator("tr").nth(3).locator("td").all_inner_texts()
+    means = page.locator(".marking dd b").all_inner_texts()
+    assert row[3:] == means[:2]
+    assert f"({row[2]})" in page.locator(".marking").inner_text()
+    page.mouse.move(5, 5)
+    photograph(page, "explore_steps", 1500)
+
+
 def test_writing_on_from_a_token(visit: Any) -> None:
     page = visit()
     text = formal(page)

@@ -14,7 +14,7 @@ from conftest import make_llama
 from philens import cli
 from philens.bases.tokenizer import byte_tokenizer
 from philens.explore.view import Look, result
-from philens.scoring.parts import check_steps, parts_of
+from philens.scoring.parts import check_steps, parts_of, steps_of
 from philens.scoring.score import score
 from philens.scoring.scores import Span, TokenScores
 from philens.show.page import MAX_PARTS, PageDocument, means_table
@@ -105,6 +105,26 @@ def test_thoughts_and_answers(text: str, parts: list[tuple[str, str]]) -> None:
 )  # fmt: skip
 def test_steps(steps: Any, text: str, wanted: list[str]) -> None:
     assert found(text, (), steps) == [(f"{steps[:-1]} {n}", one) for n, one in enumerate(wanted, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("One word.", []),
+        ("Two eggs. Two more.", ["sentences"]),
+        ("Two eggs.\nTwo more.", ["lines"]),  # cut alike by sentences
+        ("So 2 + 2 = 4.\nThen 4 * 3 = 12.", ["lines", "equations"]),
+        ("Two. Three.\nFour: 2 + 2 = 4.", ["lines", "sentences"]),
+        ("<think>One. Two.</think>\nThree", ["lines", "sentences"]),
+        ("", []),
+    ],
+)
+def test_the_kinds_of_steps_that_a_text_has(text: str, kinds: list[str]) -> None:
+    found = steps_of(text)
+    assert list(found) == kinds
+    for kind, steps in found.items():
+        assert len(steps) > 1
+        assert steps == [span for span in parts_of(text, steps=kind) if span.name not in ("think", "answer")]
 
 
 def test_steps_are_those_of_thoughts_and_answers() -> None:

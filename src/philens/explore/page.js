@@ -292,7 +292,11 @@ element.addEventListener('click', (event) => {
     activate(token);
     pin(token);
   }
-  else if (button) activate(section.panes[0].tokens[+button.dataset.go]);
+  else if (button) {
+    const {go, to} = button.dataset;
+    activate(section.panes[0].tokens[+go]);
+    if (to) mark(section, +go, +to);
+  }
   else if (plot) activate(section.panes[0].tokens[along(plot, section, clientX)]);
 });
 

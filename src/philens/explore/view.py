@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from philens.lens.metrics import METRICS
-from philens.scoring.scores import TokenScores, group_names, of_groups, unit
+from philens.scoring.parts import steps_of
+from philens.scoring.scores import TokenScores, group_names, of_groups, token_places, unit
 from philens.show.colours import DARK, LIGHT, Scale, plain_label
 from philens.show.page import (
+    MAX_PARTS,
     PageDocument,
     clean,
     colour_class,
@@ -37,6 +39,8 @@ PALETTES = {"colour": (LIGHT, DARK), "grey": (("#ffffff", "#111111"), ("#1c1c21"
 HIGHEST = 10
 # Of text before and after one of the highest tokens, in characters.
 _AROUND = 8
+# Of a long step, from its beginning and its end.
+_STEP = 20
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], loo
         f"<h3>{name} <small>{', '.join(told)}</small></h3>"
         f'<div class="panes">{panes}</div>'
         f'<div class="below"><div class="panel plots"><h4>Along the text</h4>{plots}</div>'
-        f"{_highest(scores, metrics)}</div></section>"
+        f"{_highest(scores, metrics)}{_steps(scores, metrics)}</div></section>"
     )
 
 
@@ -231,6 +235,36 @@ def _highest(scores: TokenScores, metrics: Sequence[str]) -> str:
         f'<div class="panel highest"><h4>Highest {_label(metrics[0])}</h4><table><tr><th>token</th>'
         f'<th class="around">in the text</th>{heads}</tr>{"".join(rows)}</table></div>'
     )
+
+
+def _steps(scores: TokenScores, metrics: Sequence[str]) -> str:
+    """The steps that a text has, each kind a table of means; nothing where it has none."""
+    places, columns = token_places(scores.text, scores.offsets), scores.without_sinks()
+    heads = "".join(f"<th>{clean(plain_label(metric))}</th>" for metric in metrics)
+    tables = []
+    for kind, steps in steps_of(scores.text).items():
+        rows = []
+        for number, (name, start, end) in enumerate(steps[:MAX_PARTS], 1):
+            inside = np.flatnonzero((start <= places) & (places < end))
+            if not len(inside):  # a token may hold more than one
+                continue
+            first, last = int(inside[0]), int(inside[-1])
+            means = [mean_of(columns[metric][first : last + 1]) for metric in metrics]
+            text = scores.text[start:end]
+            shown = text if len(text) <= 2 * _STEP else f"{text[:_STEP]}…{text[-_STEP:]}"
+            rows.append(
+                f'<tr><td><button type="button" data-go="{first}" data-to="{last}" aria-label="Mark {name}, '
+                f'tokens {first} to {last}">{number}</button></td><td class="around">{clean(shown)}</td>'
+                f"<td>{last - first + 1:,}</td>{''.join(f'<td>{_number(mean)}</td>' for mean in means)}</tr>"
+            )
+        more = len(steps) - MAX_PARTS
+        left = f"<p>and {more:,} more; philens score --steps {kind} has all</p>" if more > 0 else ""
+        tables.append(
+            f"<details{'' if tables else ' open'}><summary>{len(steps):,} {kind}</summary><table><tr>"
+            f'<th>{kind[:-1]}</th><th class="around"></th><th>tokens</th>{heads}</tr>{"".join(rows)}</table>'
+            f"{left}</details>"
+        )
+    return f'<div class="panel steps"><h4>Means by step</h4>{"".join(tables)}</div>' if tables else ""
 
 
 def _exports(texts: Sequence[TokenScores], address: str, link: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from philens.scoring.scores import Span
 from philens.support.errors import ConfigError
@@ -93,6 +93,20 @@ def parts_of(text: str, messages: Sequence[Span] = (), steps: Steps | None = Non
     if steps is not None:
         matches = (match for _, start, end in whole for match in _FIND[steps](text, start, end))
         found += [Span(f"{steps[:-1]} {number}", *match.span()) for number, match in enumerate(matches, 1)]
+    return found
+
+
+def steps_of(text: str) -> dict[Steps, list[Span]]:
+    """The steps of a plain text by their kinds, as `parts_of` has them; no kind of which it has less than two,
+    and none that is another one over again."""
+    found: dict[Steps, list[Span]] = {}
+    cuts: list[list[tuple[int, int]]] = []
+    for kind in get_args(Steps):
+        steps = [span for span in parts_of(text, steps=kind) if span.name.startswith(kind[:-1])]
+        cut = [(start, end) for _, start, end in steps]
+        if len(steps) > 1 and cut not in cuts:
+            found[kind] = steps
+            cuts.append(cut)
     return found
 
 

@@ -443,7 +443,7 @@ def _as_span(span: Any) -> Span:
     raise InputError(f"A span is (name, start, end) in characters, or a match of a pattern, not {span!r}.")
 
 
-def _token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """(T,) the character by which a token belongs to words and spans: its first that is not space.
 
     Its first one if all are, -1 if it has none.
@@ -482,7 +482,7 @@ def _span_totals(
     group: int,
     spans: Sequence[Span],
 ) -> _SpanTotals:
-    places = _token_places(text, offsets)
+    places = token_places(text, offsets)
     order = np.argsort(places, kind="stable")
     places = places[order]
     starts = np.array([max(span.start, 0) for span in spans], np.int64)
