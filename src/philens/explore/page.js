@@ -292,11 +292,12 @@ element.addEventListener('click', (event) => {
     activate(token);
     pin(token);
   }
-  else if (button) {
+  else if (button?.dataset.to) {
     const {go, to} = button.dataset;
-    activate(section.panes[0].tokens[+go]);
-    if (to) mark(section, +go, +to);
+    section.panes[0].tokens[go].scrollIntoView({block: 'nearest'});
+    mark(section, +go, +to);
   }
+  else if (button) activate(section.panes[0].tokens[+button.dataset.go]);
   else if (plot) activate(section.panes[0].tokens[along(plot, section, clientX)]);
 });
 

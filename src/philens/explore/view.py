@@ -170,7 +170,7 @@ def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], loo
         f"<h3>{name} <small>{', '.join(told)}</small></h3>"
         f'<div class="panes">{panes}</div>'
         f'<div class="below"><div class="panel plots"><h4>Along the text</h4>{plots}</div>'
-        f"{_highest(scores, metrics)}{_steps(scores, metrics)}</div></section>"
+        f"{_highest(scores, metrics)}</div>{_steps(scores, metrics)}</section>"
     )
 
 
