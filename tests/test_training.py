@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.exc import TorchDynamoException
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from philens.support.errors import (
     AdapterError,
@@ -23,7 +27,7 @@ from philens.support.errors import (
     RecipeError,
     TrainingError,
 )
-from philens.training import course
+from philens.training import callbacks, course
 from philens.training.build import build_model
 from philens.training.course import figure_training  # not the blank one of conftest.py
 from philens.training.evaluated import record_of, rows_of
@@ -162,19 +166,85 @@ def test_wandb_gets_the_records_and_the_recipe(tmp_path, monkeypatch):
     assert [row["train/global_step"] for row in rows if "train/loss" in row] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("wandb", r"wandb needs wandb: install it with `pip install 'philens\[wandb\]'"),
-        ("mlflow", "train.report_to mlflow needs a package that is not installed; install it"),
-        ("paper", "train.report_to must name trackers of azure_ml, .*, wandb, not 'paper'"),
-    ],
-)
-def test_a_missing_tracker(tmp_path, monkeypatch, name, message):
-    monkeypatch.setenv("DISABLE_MLFLOW_INTEGRATION", "TRUE")
-    with pytest.raises(ConfigError, match=message):
+class Tracker(TrainerCallback):
+    """Stands for one that transformers knows."""
+
+    def __init__(self):
+        self.begun, self.rows = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.begun.append(model.config.to_dict())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.rows.append((state.global_step, dict(logs)))
+
+
+def test_every_tracker_gets_the_records_and_the_recipe(tmp_path, monkeypatch):
+    """Whichever names transformers knows, tomorrow's as well."""
+    made = {}
+
+    def stands_for(name):
+        return lambda: made.setdefault(name, Tracker())
+
+    names = sorted(INTEGRATION_TO_CALLBACK)
+    assert {"tensorboard", "wandb", "mlflow", "trackio", "comet_ml"} < set(names)
+    for name in names:
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, stands_for(name))
+    monkeypatch.setattr(callbacks, "require", lambda *args: None)
+    monkeypatch.setattr(callbacks, "get_available_reporting_integrations", lambda: names)
+    train(tiny_recipe(train__report_to=names, train__steps=2), tmp_path / "run")
+    kept = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept if "loss" in row] == [1, 2]
+    assert list(made) == names
+    for tracker in made.values():
+        assert [recipe["optimizer"]["schedule"] for recipe in tracker.begun] == ["constant"]
+        rows = [(step, logs["loss"]) for step, logs in tracker.rows if "loss" in logs]
+        assert rows == [(row["step"], row["loss"]) for row in kept if "loss" in row]
+
+
+@pytest.mark.parametrize("name", sorted(INTEGRATION_TO_CALLBACK))
+def test_a_missing_tracker(tmp_path, monkeypatch, name):
+    known = vars(integration_utils)
+    for check in [key for key in known if re.fullmatch(r"is_\w+_available", key)]:
+        monkeypatch.setitem(known, check, lambda *args: False)
+    monkeypatch.setitem(known, "_is_comet_installed", False)
+    monkeypatch.setitem(sys.modules, name, None)  # of the two that are extras
+    with pytest.raises(ConfigError) as caught:
         train(tiny_recipe(train__report_to=name), tmp_path / "run")
+    said = str(caught.value).removeprefix(f"train.report_to {name} ")
+    if name in ("tensorboard", "wandb"):
+        assert said == f"needs {name}: install it with `pip install 'philens[{name}]'`."
+    elif name in callbacks._NEVER_LISTED:
+        lacking = r"(installed|environment variable to be set)"
+        assert re.fullmatch(
+            rf"does not work \(.* {lacking}\); give it what it needs, or leave it out\.", said
+        )
+    else:
+        assert said == "needs a package that is not installed; install it."
     assert not (tmp_path / "run").exists()
+
+
+def test_no_such_tracker(tmp_path):
+    with pytest.raises(ConfigError, match=r"report_to must name trackers of azure_ml, .*, not 'paper'"):
+        train(tiny_recipe(train__report_to="paper"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_log"])
+def test_a_tracker_that_fails_is_a_sentence(tmp_path, monkeypatch, event):
+    """Most find out only then that nobody has logged in."""
+
+    class Failing(Tracker):
+        pass
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("No API key.\nLog in first.")
+
+    setattr(Failing, event, fail)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "flyte", Failing)
+    with pytest.raises(ConfigError, match=r"report_to flyte does not work \(No API key"):
+        train(tiny_recipe(train__report_to="flyte", train__steps=2), tmp_path / "run")
+    train(tiny_recipe(train__steps=2), tmp_path / "run", resume=True)  # nothing is lost
 
 
 def test_the_layer_enters_at_its_step_and_its_weight_rises(tmp_path, monkeypatch):

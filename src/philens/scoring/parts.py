@@ -97,8 +97,8 @@ def parts_of(text: str, messages: Sequence[Span] = (), steps: Steps | None = Non
 
 
 def steps_of(text: str) -> dict[Steps, list[Span]]:
-    """The steps of a plain text by their kinds, as `parts_of` has them; no kind of which it has less than two,
-    and none that is another one over again."""
+    """The steps of a plain text by their kinds, as `parts_of` has them; no kind of which it has less than
+    two, and none that is another one over again."""
     found: dict[Steps, list[Span]] = {}
     cuts: list[list[tuple[int, int]]] = []
     for kind in get_args(Steps):

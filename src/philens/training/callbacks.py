@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from philens.bases.hub import reason
 from philens.lens.model import PHiModel
 from philens.support.errors import ConfigError
 from philens.support.extras import require
@@ -30,6 +31,9 @@ from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+# Trackers that transformers may leave out of what is available; they say by themselves what they lack.
+_NEVER_LISTED = ("azure_ml", "flyte", "kubeflow")
 
 
 class Reporting(Protocol):
@@ -75,31 +79,47 @@ def trackers(recipe: Recipe) -> list[TrainerCallback]:
     """The experiment trackers that a recipe names, as `transformers` has them; they show the recipe.
 
     Raises:
-        ConfigError: one is not known, or its package is not installed.
+        ConfigError: one is not known or does not start, such as where its package is not installed; later,
+            in its callbacks, also where it takes no records.
     """
-    known = sorted(INTEGRATION_TO_CALLBACK.keys() - {"flyte"})  # which takes no records
     found = []
     for name in recipe.train.report_to:
-        if name not in known:
-            raise ConfigError(f"train.report_to must name trackers of {listed(known)}, not {shown(name)}.")
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = listed(sorted(INTEGRATION_TO_CALLBACK))
+            raise ConfigError(f"train.report_to must name trackers of {known}, not {shown(name)}.")
         if name in ("tensorboard", "wandb"):  # extras of philens
             require(name, name, f"train.report_to {name}")
-        elif name not in get_available_reporting_integrations():
+        elif name not in {*get_available_reporting_integrations(), *_NEVER_LISTED}:
             raise ConfigError(f"train.report_to {name} needs a package that is not installed; install it.")
-        found.append(_showing(recipe, INTEGRATION_TO_CALLBACK[name]()))
+        try:
+            found.append(_showing(recipe, name, INTEGRATION_TO_CALLBACK[name]()))
+        except Exception as error:  # trackers raise what they like
+            raise _useless(name, error) from error
     return found
 
 
-def _showing(recipe: Recipe, tracker: TrainerCallback) -> TrainerCallback:
+def _showing(recipe: Recipe, name: str, tracker: TrainerCallback) -> TrainerCallback:
     """A tracker that is given a recipe where it asks the model for its configuration."""
     run = SimpleNamespace(config=PreTrainedConfig(**asdict(recipe)))
 
     def replaced(event: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args, **kwargs: event(*args, **kwargs | {"model": run})
+        def told(*args: Any, **kwargs: Any) -> None:
+            try:
+                event(*args, **kwargs | {"model": run})
+            except Exception as error:  # the same
+                raise _useless(name, error) from error
 
-    for name in ("on_train_begin", "on_log"):
-        setattr(tracker, name, replaced(getattr(tracker, name)))
+        return told
+
+    for event in ("on_train_begin", "on_log"):
+        setattr(tracker, event, replaced(getattr(tracker, event)))
     return tracker
+
+
+def _useless(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"train.report_to {name} does not work ({reason(error)}); give it what it needs, or leave it out."
+    )
 
 
 class Evaluation(TrainerCallback):
