@@ -5,8 +5,8 @@ A document is one task: strings of letters separated by spaces. Document i of a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -145,12 +145,49 @@ def draw_automata(config: TaskConfig, keys: Keys) -> Automata:
 
 
 @dataclass(frozen=True)
-class Documents:
+class EndToEnd:
+    """A batch of n documents with N tokens in all, one after the other.
+
+    Attributes:
+        tokens: (N,) ids.
+        offsets: (n + 1,) where each document starts, and N.
+    """
+
+    tokens: NDArray[Any]
+    offsets: NDArray[np.int64]
+    OF_TOKENS: ClassVar[tuple[str, ...]] = ("tokens",)  # what else has a value for each token; others have n
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) tokens in each document."""
+        return np.diff(self.offsets)
+
+    def select(self, indices: ArrayLike) -> Self:
+        """The documents at these places, in this order."""
+        indices = np.atleast_1d(np.asarray(indices, np.int64))
+        return self._beginnings(indices, self.lengths[indices])
+
+    def cut(self, length: int) -> Self:
+        """The same documents, those longer than `length` tokens cut to it."""
+        return self._beginnings(np.arange(len(self)), np.minimum(self.lengths, length))
+
+    def _beginnings(self, indices: NDArray[np.int64], lengths: NDArray[np.int64]) -> Self:
+        """The first tokens of some documents."""
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        source = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "offsets"}
+        chosen = {n: v[source if n in self.OF_TOKENS else indices] for n, v in values.items()}
+        return type(self)(offsets=offsets, **chosen)
+
+
+@dataclass(frozen=True)
+class Documents(EndToEnd):
     """A batch of n documents with N tokens in all, end to end; a token is a character, its id its ASCII code.
 
     Attributes:
-        tokens: (N,) uint8.
-        offsets: (n + 1,) where each document starts, and N.
         task: (n,) index in `TASKS`.
         states: (n,) states of its automaton, the start included; 0 where there is none.
         edges: (n,) edges of its automaton.
@@ -159,47 +196,22 @@ class Documents:
         perturbed: (N,) whether the letter was redrawn by noise.
     """
 
-    tokens: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
     task: NDArray[np.int64]
     states: NDArray[np.int64]
     edges: NDArray[np.int64]
     letters: NDArray[np.int64]
     description_length: NDArray[np.float64]
     perturbed: NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        return len(self.task)
+    OF_TOKENS = ("tokens", "perturbed")
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) tokens in each document."""
-        return np.diff(self.offsets)
+    def counted(self) -> NDArray[np.bool_]:
+        """(N,) whether a token counts in the loss: all do."""
+        return np.ones(len(self.tokens), bool)
 
     def text(self, index: int) -> str:
         """The text of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("ascii")
-
-    def select(self, indices: ArrayLike) -> "Documents":
-        """The documents at these places, in this order."""
-        indices = np.atleast_1d(np.asarray(indices, np.int64))
-        lengths = self.lengths[indices]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        source = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        values = {f.name: getattr(self, f.name) for f in fields(Documents) if f.name != "offsets"}
-        chosen = {n: v[source if n in ("tokens", "perturbed") else indices] for n, v in values.items()}
-        return Documents(offsets=offsets, **chosen)
-
-    def cut(self, length: int) -> "Documents":
-        """The same documents, those longer than `length` tokens cut to it."""
-        lengths = np.minimum(self.lengths, length)
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        source = np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return replace(self, tokens=self.tokens[source], perturbed=self.perturbed[source], offsets=offsets)
-
-    def per_token(self, name: str) -> NDArray:
-        """(N,) a label of the documents, such as `task` or `description_length`, for each token."""
-        return np.repeat(getattr(self, name), self.lengths)
 
 
 def concatenate(batches: Sequence[Documents]) -> Documents:

@@ -3,33 +3,29 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from philens.support.errors import ConfigError, InputError
-from philens.tasks.automata import Documents, TaskConfig, generate, task_index
+from philens.tasks.automata import Documents, EndToEnd, TaskConfig, generate, task_index
 from philens.tasks.random_streams import derive, uniform
 
 
 @dataclass(frozen=True)
-class TokenDocuments:
-    """A batch of n documents with N tokens in all, end to end.
+class TokenDocuments(EndToEnd):
+    """A batch of n documents of text with N tokens in all, end to end.
 
     Attributes:
-        tokens: (N,) ids.
-        offsets: (n + 1,) where each document starts, and N.
         counted: (N,) whether a token counts in the loss; those of a user's message do not.
     """
 
-    tokens: NDArray[np.int64]
-    offsets: NDArray[np.int64]
     counted: NDArray[np.bool_]
+    OF_TOKENS = ("tokens", "counted")
 
     @classmethod
     def join(cls, documents: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]) -> "TokenDocuments":
@@ -38,24 +34,6 @@ class TokenDocuments:
         tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in documents)])
         counted = np.concatenate([np.zeros(0, bool), *(counted for _, counted in documents)])
         return cls(tokens, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))), counted)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) tokens in each document."""
-        return np.diff(self.offsets)
-
-    def select(self, indices: ArrayLike) -> "TokenDocuments":
-        """The documents at these places, in this order."""
-        spans = [slice(*self.offsets[[i, i + 1]]) for i in np.atleast_1d(np.asarray(indices, np.int64))]
-        return self.join([(self.tokens[span], self.counted[span]) for span in spans])
-
-    def cut(self, length: int) -> "TokenDocuments":
-        """The same documents, those longer than `length` tokens cut to it."""
-        spans = [slice(start, min(start + length, end)) for start, end in pairwise(self.offsets)]
-        return self.join([(self.tokens[span], self.counted[span]) for span in spans])
 
 
 AnyDocuments: TypeAlias = Documents | TokenDocuments
@@ -222,7 +200,7 @@ class PackedRows(_GroupedRows):
         positions = (np.arange(self.length) - used[:, None]).ravel()
         positions[target] = within
         labels = np.full(size, -100)
-        labels[target] = np.where(_counted(batch)[source], input_ids[target], -100)
+        labels[target] = np.where(batch.counted[source], input_ids[target], -100)
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
         return {name: torch.from_numpy(a.reshape(self.group, self.length)) for name, a in arrays.items()}
 
@@ -239,12 +217,6 @@ class SingleRows(_GroupedRows):
         return {name: rows[name] for name in ("input_ids", "labels")}
 
 
-def _counted(documents: AnyDocuments) -> NDArray[np.bool_]:
-    """(N,) whether each token counts: of formal languages, all."""
-    is_text = isinstance(documents, TokenDocuments)
-    return documents.counted if is_text else np.ones(len(documents.tokens), bool)
-
-
 def pad(documents: AnyDocuments, length: int | None = None) -> dict[str, Tensor]:
     """Documents as rows padded on the right to `length`, by default the longest's; longer ones are cut.
 
@@ -256,7 +228,7 @@ def pad(documents: AnyDocuments, length: int | None = None) -> dict[str, Tensor]
     mask = place < documents.lengths[:, None]
     source = np.minimum(documents.offsets[:-1, None] + place, len(documents.tokens) - 1)
     input_ids = np.where(mask, documents.tokens[source], 0).astype(np.int64)
-    labels = np.where(mask & _counted(documents)[source], input_ids, -100)
+    labels = np.where(mask & documents.counted[source], input_ids, -100)
     arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
     return {name: torch.from_numpy(a) for name, a in arrays.items()}
 

@@ -4,14 +4,15 @@ A document is a text, or a chat as a list of messages with `role` and `content`.
 are asked for; tables are kept on disk by `datasets` and mapped into memory.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -139,9 +140,10 @@ def open_source(part: TextPart, tasks: TaskConfig | None = None, seed: int = 0) 
     if part.source == SELF:
         raise ConfigError("source self is text that a base writes in training; name a file to read one.")
     if part.source == "automata":
-        source: Source = Automata(tasks or TaskConfig(), seed, part.name or "in_context_language")
+        task = part.name or "in_context_language"
+        source: Source = Made(partial(_formal, tasks or TaskConfig(), seed, task))
     elif part.source == "arithmetic":
-        source = Arithmetic(seed, _level(part.name))
+        source = Made(partial(_arithmetic, seed, _level(part.name)))
     elif part.source == "installed":
         source = TextFiles(installed_files(part.name), errors="replace")
     elif part.source not in HUB_SETS and path.exists():
@@ -173,39 +175,28 @@ SHIPPED_TEXTS = PACKAGE / "shipped" / "texts"
 
 
 @dataclass(frozen=True)
-class Automata:
-    """Documents of a formal task as the assistant's reply to a user who asks for one."""
+class Made:
+    """Documents made by their number, without end."""
 
-    config: TaskConfig
-    seed: int
-    task: str
+    make: Callable[[int], Document]
 
     def __len__(self) -> int:
         return 2**31 - 1
 
     def __getitem__(self, index: int) -> Document:
-        return _chat(PROMPT, generate(self.config, self.seed, self.task, index).text(0))
+        return self.make(index)
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """Arithmetic problems for training, each with its solution as the assistant's reply.
+def _formal(config: TaskConfig, seed: int, task: str, index: int) -> Document:
+    """A document of a formal task as the assistant's reply to a user who asks for one."""
+    return _chat(PROMPT, generate(config, seed, task, index).text(0))
 
-    Attributes:
-        seed: seed of the problems.
-        level: 1 to 5; None takes them in turn.
-    """
 
-    seed: int
-    level: int | None
-
-    def __len__(self) -> int:
-        return 2**31 - 1
-
-    def __getitem__(self, index: int) -> Document:
-        level = self.level or index % len(LEVELS) + 1
-        problem = problem_at(index, level, "train", self.seed)
-        return _chat(problem.problem, str(problem.solution))
+def _arithmetic(seed: int, level: int | None, index: int) -> Document:
+    """An arithmetic problem for training with its solution as the assistant's reply; without a level, each in
+    turn."""
+    problem = problem_at(index, level or index % len(LEVELS) + 1, "train", seed)
+    return _chat(problem.problem, str(problem.solution))
 
 
 def _level(name: str | None) -> int | None:
@@ -443,21 +434,19 @@ def _first_rows(name: str, subset: str | None, split: str, count: int) -> Iterat
     yield from datasets.load_dataset(name, subset, split=split, streaming=True).take(count)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Without the bars and logged errors of `datasets`: what went wrong is said in a sentence."""
+    import datasets
 
-    def __enter__(self) -> None:
-        import datasets
-
-        self.level, self.bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *exception: object) -> None:
-        import datasets
-
-        datasets.logging.set_verbosity(self.level)
-        if not self.bars:
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
             datasets.enable_progress_bars()
 
 
