@@ -111,8 +111,7 @@ def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ("surprisal", point["surprisal"]),
             ):
                 row |= {key: value["mean"], f"{key}_bin_low": value["low"], f"{key}_bin_high": value["high"]}
-            low, high = point["phi"]["ci95"]
-            row |= {"phi": point["phi"]["mean"], "phi_low": low, "phi_high": high}
+            row |= statistics.flat("phi", point["phi"], "mean")
             rows.append(row | {"tokens": point["tokens"], "documents": point["documents"]})
     return rows
 

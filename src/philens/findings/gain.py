@@ -105,11 +105,7 @@ def gain_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def gain_cell_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Mean phi by surprisal and gain as rows for a CSV file."""
-    rows = []
-    for cell in results["cells"]:
-        low, high = cell["phi"]["ci95"]
-        rows.append(cell | {"phi": cell["phi"]["mean"], "phi_low": low, "phi_high": high})
-    return rows
+    return [cell | statistics.flat("phi", cell["phi"], "mean") for cell in results["cells"]]
 
 
 def _neighbour(values: Floats, document: NDArray[np.int64], step: int) -> Floats:

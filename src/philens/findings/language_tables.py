@@ -1,6 +1,6 @@
 """Formal languages, levels of text, sweeps: functions from results to tables for a terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -35,9 +35,8 @@ FEW_TEXTS = 5
 LEVELS = {"token_wise": "tokens", "document_means": "document means"}
 
 
-def formal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]:
-    """What to print of a finding on formal languages: each seed's results, and over seeds."""
-    make = {"tasks": tasks_table, "complexity": complexity_table, "gain": gain_table}[finding]
+def formal_tables(make: Callable[[Mapping[str, Any]], Table], results: Mapping[str, Any]) -> Iterator[Table]:
+    """What to print of a finding on formal languages: a table of each seed, and one over seeds."""
     for one in results.get("seeds", [results]):
         table = make(one)
         if "seeds" in results:

@@ -1,19 +1,20 @@
 """From a scale to a finding: train what is not trained yet, measure, write."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.figures import figure_complexity, figure_gain, figure_tasks
 from philens.findings.gain import gain_cell_rows, gain_rows, measure_gain
-from philens.findings.language_tables import formal_tables
+from philens.findings.language_tables import complexity_table, formal_tables, gain_table, tasks_table
 from philens.findings.places import score_places, written
 from philens.findings.results import contrast_rows, effect_rows, form_rows, kind_rows, measure_results
 from philens.findings.results_tables import tables as results_tables
@@ -37,12 +38,13 @@ from philens.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
     from philens.scoring.scores import TokenScores
 
 logger = logging.getLogger(__name__)
 
-FINDINGS = ("tasks", "complexity", "gain")
 # Documents of each task that are measured, and the recipe, at each scale and architecture.
 DOCUMENTS = {"smoke": 16, "small": 200, "paper": 1000}
 RECIPES = {
@@ -69,33 +71,57 @@ def measure(
     return score_documents(lens, docs)
 
 
+class FormalFinding(NamedTuple):
+    """A finding on formal languages.
+
+    Attributes:
+        measure: its results, of scored documents that the recipe's model read.
+        rows: functions from results to the rows of its CSV files, by their names.
+        draw: its figure.
+        table: what is printed of it.
+        tasks: the languages that it is about.
+        share: how many times as many documents as of others are measured of each.
+    """
+
+    measure: Callable[[TokenTable, Recipe], dict[str, Any]]
+    rows: Mapping[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]
+    draw: Callable[[Mapping[str, Any]], "Figure"]
+    table: Callable[[Mapping[str, Any]], "Table"]
+    tasks: tuple[str, ...] = TASKS
+    share: int = 1
+
+
+# Description lengths and gains need more automata than means of tasks do.
+FINDINGS = {
+    "tasks": FormalFinding(
+        lambda table, recipe: measure_tasks(table, seed=recipe.seed),
+        {"tasks": task_rows},
+        *(figure_tasks, tasks_table),
+    ),
+    "complexity": FormalFinding(
+        lambda table, recipe: measure_complexity(table, seed=recipe.seed),
+        {"complexity_curves": curve_rows, "complexity_correlations": correlation_rows},
+        *(figure_complexity, complexity_table, (INTERESTING,), 4),
+    ),
+    "gain": FormalFinding(
+        lambda table, recipe: measure_gain(table, recipe.data.tasks, seed=recipe.seed),
+        {"gain_cells": gain_cell_rows, "gain_correlations": gain_rows},
+        *(figure_gain, gain_table, (INTERESTING,), 4),
+    ),
+}
+
+
 def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, Any]:
     """The results of one finding on one model."""
-    if finding == "tasks":
-        return measure_tasks(measure(lens, recipe, documents=documents), seed=recipe.seed)
-    # Description lengths need more automata than means of tasks do.
-    table = measure(lens, recipe, (INTERESTING,), 4 * documents)
-    if finding == "gain":
-        return measure_gain(table, recipe.data.tasks, seed=recipe.seed)
-    return measure_complexity(table, seed=recipe.seed)
+    one = FINDINGS[finding]
+    return one.measure(measure(lens, recipe, one.tasks, one.share * documents), recipe)
 
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
     """Write one model's results with tables and figures."""
-    from philens.findings.figures import figure_complexity, figure_gain, figure_tasks
-
-    if finding == "tasks":
-        tables, figures = {"tasks": task_rows(results)}, {"tasks": figure_tasks(results)}
-    elif finding == "gain":
-        tables = {"gain_cells": gain_cell_rows(results), "gain_correlations": gain_rows(results)}
-        figures = {"gain": figure_gain(results)}
-    else:
-        tables = {
-            "complexity_curves": curve_rows(results),
-            "complexity_correlations": correlation_rows(results),
-        }
-        figures = {"complexity": figure_complexity(results)}
-    write_finding(folder, results, tables, figures, run)
+    one = FINDINGS[finding]
+    tables = {name: rows(results) for name, rows in one.rows.items()}
+    write_finding(folder, results, tables, {finding: one.draw(results)}, run)
 
 
 def reproduce(
@@ -170,7 +196,7 @@ def reproduce(
         by_seed = [{"seed": run["seed"], **one} for run, one in zip(runs, every, strict=True)]
         results = {**results, "seeds": by_seed, "spread": combine_seeds(every)}
     write(finding, output / finding, results, runs[0])
-    return Results(runs[0] | results, partial(formal_tables, finding))
+    return Results(runs[0] | results, partial(formal_tables, FINDINGS[finding].table))
 
 
 def trained(recipe: Recipe, folder: Path) -> PHiModel:

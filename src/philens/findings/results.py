@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from philens.findings import statistics
 from philens.findings.classify import fit_classifier
+from philens.findings.statistics import flat
 from philens.support.errors import InputError
 from philens.tasks.results import HELD_OUT, KINDS
 
@@ -248,7 +249,7 @@ def kind_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 row = {**_named(layer), "kind": name, "detail": detail, "role": item["role"]}
                 row |= {"places": item["places"], "texts": item["texts"]}
                 for key in QUANTITIES:
-                    row |= _flat(key, item.get(key), "mean")
+                    row |= flat(key, item.get(key), "mean")
                 rows.append(row)
     return rows
 
@@ -261,7 +262,7 @@ def form_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for side, item in sides.items():
                 row = {**_named(layer), "form": form, "role": side, "places": item["places"]}
                 for key in QUANTITIES:
-                    row |= _flat(key, item.get(key), "mean")
+                    row |= flat(key, item.get(key), "mean")
                 rows.append(row)
     return rows
 
@@ -270,11 +271,11 @@ def contrast_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The contrasts of `measure_results` of each layer as rows for a CSV file."""
     return [
         {**_named(layer), "first": item["first"], "second": item["second"]}
-        | _flat("difference", item["phi"]["difference"])
-        | _flat("d", item["phi"]["d"])
-        | _flat("d_untrained", item["phi_untrained"]["d"])
-        | _flat("d_state_norm", item["state_norm"]["d"])
-        | _flat("d_surprisal_next", item["surprisal_next"]["d"])
+        | flat("difference", item["phi"]["difference"])
+        | flat("d", item["phi"]["d"])
+        | flat("d_untrained", item["phi_untrained"]["d"])
+        | flat("d_state_norm", item["state_norm"]["d"])
+        | flat("d_surprisal_next", item["surprisal_next"]["d"])
         for layer in layers
         for item in layer["contrasts"]
     ]
@@ -286,17 +287,12 @@ def effect_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for layer in layers:
         for name, item in layer["effects"].items():
             for key in ("nats", "partial_correlation"):
-                rows.append(_named(layer) | {"measure": key, "by": name} | _flat("value", item[key]))
+                rows.append(_named(layer) | {"measure": key, "by": name} | flat("value", item[key]))
         for name, item in layer["classifiers"].items():
             for where, found in item.items():
-                rows.append(_named(layer) | {"measure": f"auroc_{where}", "by": name} | _flat("value", found))
+                rows.append(_named(layer) | {"measure": f"auroc_{where}", "by": name} | flat("value", found))
     return rows
 
 
 def _named(layer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: layer[key] for key in ("adapter", "insertion_point")}
-
-
-def _flat(name: str, estimate: Mapping[str, Any] | None, key: str = "value") -> dict[str, Any]:
-    found = estimate or {key: None, "ci95": [None, None]}
-    return {name: found[key], f"{name}_low": found["ci95"][0], f"{name}_high": found["ci95"][1]}

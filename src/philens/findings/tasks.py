@@ -79,8 +79,7 @@ def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         against = results["ratios"].get(name, {"ratio": None, "ci95": [None, None]})
         row = {"task": name}
         for key in ("phi", "surprisal"):
-            row |= {key: task[key]["mean"], f"{key}_low": task[key]["ci95"][0]}
-            row |= {f"{key}_high": task[key]["ci95"][1]}
+            row |= statistics.flat(key, task[key], "mean")
         row |= {"in_context_language_phi_ratio": against["ratio"]}
         row |= {"ratio_low": against["ci95"][0], "ratio_high": against["ci95"][1]}
         rows.append(row | {"tokens": task["tokens"], "documents": task["documents"]})

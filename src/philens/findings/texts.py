@@ -206,7 +206,7 @@ def surprisal_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Phi by level and bin of surprisal as rows for a CSV file."""
     return [
         {"level": name, **{key: one[key] for key in ("from", "below", "texts", "tokens")}}
-        | {"phi": one["mean"], "phi_low": one["ci95"][0], "phi_high": one["ci95"][1]}
+        | statistics.flat("phi", one, "mean")
         for name, level in results["levels"].items()
         for one in level["by_surprisal"]
     ]
@@ -220,8 +220,7 @@ def _level_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, level in results["levels"].items():
         row = {"level": name, **{key: level[key] for key in ("role", "built", "texts", "tokens", "sinks")}}
         for key in QUANTITIES:
-            found = level[key] or {"mean": None, "ci95": [None, None]}
-            row |= {key: found["mean"], f"{key}_low": found["ci95"][0], f"{key}_high": found["ci95"][1]}
+            row |= statistics.flat(key, level[key], "mean")
         yield row
 
 
