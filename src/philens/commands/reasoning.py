@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from philens.commands.show import console, say
+from philens.commands.show import console, say, tell
 from philens.support.errors import ConfigError
 
 
@@ -123,6 +123,8 @@ def rank(
     model: str = "smollm2",
     adapter: str | None = None,
     rule: str = "highest_phi",
+    prefix: int | None = None,
+    prefix_rule: str | None = None,
     format: Literal["terminal", "jsonl", "csv"] = "terminal",
     output: Path | None = None,
     window: int | None = None,
@@ -145,6 +147,8 @@ def rank(
         adapter: the PHi layer, a folder or Hub id.
         rule: highest_COLUMN or lowest_COLUMN, such as highest_phi, lowest_surprisal, highest_phi_max; or
             shortest.
+        prefix: choose early: read so many tokens of each candidate first, and go on with the better half.
+        prefix_rule: rule that says by these tokens which half is better; by default rule.
         format: form of what is shown or written.
         output: file for jsonl or csv.
         window: tokens read at once in longer texts; by default the model's context.
@@ -167,7 +171,7 @@ def rank(
     from philens.training.source import ModelSource
 
     source = ModelSource(model, adapter, revision, dtype, trust_remote_code)
-    count = rank_file(
+    ranked = rank_file(
         candidates,
         partial(
             open_lens,
@@ -178,8 +182,12 @@ def rank(
         format,
         output,
         rule=rule,
+        prefix=prefix,
+        prefix_rule=prefix_rule,
         batch_tokens=batch_tokens,
         window=window,
     )
     if output is not None:
-        say(f"Wrote {output}: candidates of {count:,} prompts.")
+        say(f"Wrote {output}: {ranked}.")
+    elif prefix is not None:
+        tell(f"Ranked {ranked}.")

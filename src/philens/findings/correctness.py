@@ -17,7 +17,7 @@ Pooled correlations also take in that some problems are harder: there phi may be
 often wrong. Those within levels hold the level fixed, as the paper does; those within problems the problem.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
-    CONTROLS,
     GIVEN,
     PHI,
     Solutions,
@@ -37,7 +36,8 @@ from philens.findings.solutions import (
     usable,
 )
 from philens.findings.statistics import Estimate
-from philens.reasoning.rules import Rule
+from philens.reasoning.rules import PREFIX, STATISTICS, Rule, best_half
+from philens.support.columns import Column
 from philens.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,12 +92,17 @@ def measure_correctness(
     standard deviation. `partial`: correlations of metrics with being right, given others (`GIVEN`), over all
     solutions (`pooled`), `within_levels`, and `within_problems` that have both. `selection`: accuracy of
     taking one of all solutions of a problem (`random`: whichever; `majority`: of the most frequent answer;
-    `any`: whether one is right) and the `gain` over a random one. `levels`: `choice` and `partial` at each
+    `any`: whether one is right) and the `gain` over a random one. `early`, of tables with a prefix: the same
+    where a metric of the first tokens keeps the better half of a problem's solutions, highest or lowest:
+    share of all tokens that need not have been written (`saved`), and what is right of `random` ones of
+    those kept, of their `majority`, and of that with the best mean of the metric (`best`), each with the
+    `gain` over the same among all. `levels`: `choice` and `partial` at each
     difficulty. `accuracy`: share of right solutions.
 
     Args:
         table: one row per solution, of `philens.reasoning.solutions`.
-        rules: `highest_COLUMN` or `lowest_COLUMN`; None means `RULES` and the highest of each control.
+        rules: `highest_COLUMN` or `lowest_COLUMN`; None means `RULES`, and the highest of each control and
+            of each other metric of the table.
         by: column of the difficulty, `level` or `steps`.
         resamples: resamples of the bootstrap over problems.
         seed: seed of the bootstrap and of the folds.
@@ -117,13 +122,14 @@ def measure_correctness(
     pairs = _pairs(solutions)
     counts["pairs"] = len(pairs[0])
     if rules is None:
-        rules = (*RULES, *(f"highest_{name}" for name in solutions.controls))
+        rules = (*RULES, *(f"highest_{name}" for name in (*solutions.controls, *solutions.others)))
     scores = {text: Rule.parse(text).scores(solutions.table) for text in rules}
     logistic = _logistic(solutions, seed) if counts["mixed"] > 1 else {}
     scores |= {name: found.scores for name, found in logistic.items()}
     outcomes = {name: statistics.choices(values, *pairs) for name, values in scores.items()}
     subset = _subset(solutions, pairs)
     headline = claims(_headline(solutions, by, **options), HEADLINE)
+    metrics = (*PHI, *BASELINES, *solutions.controls, *solutions.others)
     return {
         "counts": counts,
         "listed": solutions.listed,
@@ -136,8 +142,9 @@ def measure_correctness(
             name: {"folds": found.folds, "weights": dict(zip(columns, found.weights.tolist(), strict=True))}
             for (name, found), columns in zip(logistic.items(), (COMBINED, COMBINED[1:]), strict=False)
         },
-        "partial": _partial(solutions, mixed, by, (*PHI, *BASELINES, *solutions.controls), **options),
+        "partial": _partial(solutions, mixed, by, metrics, **options),
         "selection": _selection(solutions, scores, **options),
+        "early": _early(solutions, **options),
         "by": by,
         "levels": _levels(solutions, mixed, by, pairs, outcomes, subset, **options),
     }
@@ -264,13 +271,7 @@ def _selection(solutions: Solutions, scores: Mapping[str, Floats], **options: An
     scores = {"random": np.zeros(len(problems)), "any": correct, **scores}
     if "answer" in solutions.table:
         scores["majority"] = _votes(solutions.table["answer"], problems)
-    picked = {}
-    for name, column in scores.items():
-        values = np.nan_to_num(column, nan=-np.inf)
-        best = np.full(len(sizes), -np.inf)
-        np.maximum.at(best, problems, values)
-        chosen = values == best[problems]
-        picked[name] = np.bincount(problems[chosen], correct[chosen]) / np.bincount(problems[chosen])
+    picked = {name: _picked(column, problems, correct) for name, column in scores.items()}
     every = np.arange(len(sizes))
     return {
         "problems": len(sizes),
@@ -283,6 +284,50 @@ def _selection(solutions: Solutions, scores: Mapping[str, Floats], **options: An
             for name, found in picked.items()
         },
     }
+
+
+def _picked(scores: Floats, problems: Rows, correct: Floats) -> Floats:
+    """(problems,) the share of right ones among those of a problem with the highest score."""
+    values = np.nan_to_num(scores, nan=-np.inf)
+    best = np.full(problems.max() + 1, -np.inf)
+    np.maximum.at(best, problems, values)
+    chosen = values == best[problems]
+    return np.bincount(problems[chosen], correct[chosen]) / np.bincount(problems[chosen])
+
+
+def _early(solutions: Solutions, **options: Any) -> dict[str, Any]:
+    """Accuracy of choosing among the half of a problem's solutions that the first tokens speak for."""
+    columns = [Column(str(name), STATISTICS) for name in solutions.table]
+    metrics = [name.metric for name in columns if name.statistic == PREFIX and name.metric != "tokens"]
+    if not metrics:
+        return {}
+    problems = np.unique(solutions.problems, return_inverse=True)[1]
+    correct, tokens, first = (solutions[name] for name in ("correct", "tokens", f"tokens_{PREFIX}"))
+    every = np.arange(problems.max() + 1)
+    rules = [Rule.parse(f"{direction}_{metric}") for metric in metrics for direction in ("highest", "lowest")]
+    found = {}
+    for rule in rules:
+        kept = best_half(rule.of_prefix.scores(solutions.table), problems)
+        unwritten = statistics.mean(np.where(kept, 0, tokens - first), problems, **options)
+        saved = statistics.ratio(unwritten, statistics.mean(tokens, problems, **options))
+        found[rule.name] = {"saved": saved.as_dict()}
+        for ending, scores in _endings(solutions, rule, problems).items():
+            before = _picked(scores(np.ones_like(kept)), problems, correct)
+            after = _picked(np.where(kept, scores(kept), -np.inf), problems, correct)
+            found[rule.name][ending] = {
+                **statistics.mean(after, every, **options).as_dict("accuracy"),
+                "gain": statistics.mean(after - before, every, **options).as_dict(),
+            }
+    return {"prefix": int(first.max()), "problems": len(every), "rules": found}
+
+
+def _endings(solutions: Solutions, rule: Rule, problems: Rows) -> dict[str, Callable[[Mask], Floats]]:
+    """What chooses in the end: scores of all solutions, (N,), of which some, (N,), are still there."""
+    endings: dict[str, Callable[[Mask], Floats]] = {"random": lambda kept: np.zeros(len(kept))}
+    if "answer" in solutions.table:
+        answers = solutions.table["answer"]
+        endings["majority"] = lambda kept: _votes(answers.where(kept), problems)
+    return endings | {"best": lambda _: rule.scores(solutions.table)}
 
 
 def _votes(answers: Any, problems: Rows) -> Floats:
@@ -339,7 +384,7 @@ def partial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for level, found in {"all": results, **results["levels"]}.items():
         for kind, cell in found["partial"].items():
             counts = {"samples": cell["samples"], "problems": cell["problems"]}
-            for column in (name for name in (*PHI, *BASELINES, *CONTROLS) if name in cell):
+            for column in (name for name, held in cell.items() if isinstance(held, Mapping)):
                 for given, value in cell[column].items():
                     row = {"level": level, "kind": kind, "metric": column, "given": given}
                     rows.append(row | _row(value, "value", "correlation") | counts)
@@ -353,6 +398,20 @@ def selection_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"rule": rule, **_row(found, "accuracy"), **_row(found["gain"], "value", "gain")}
         | {"problems": selection["problems"]}
         for rule, found in selection["rules"].items()
+    ]
+
+
+def early_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Choosing early in `measure_correctness` as rows for a CSV file."""
+    early = results["early"]
+    return [
+        {"rule": rule, "prefix": early["prefix"], **_row(found["saved"], "value", "saved"), "ending": ending}
+        | _row(right, "accuracy")
+        | _row(right["gain"], "value", "gain")
+        | {"problems": early["problems"]}
+        for rule, found in early.get("rules", {}).items()
+        for ending, right in found.items()
+        if ending != "saved"
     ]
 
 

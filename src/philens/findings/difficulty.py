@@ -16,7 +16,6 @@ import numpy as np
 from philens.findings import statistics
 from philens.findings.solutions import (
     BASELINES,
-    CONTROLS,
     GIVEN,
     PHI,
     Solutions,
@@ -31,7 +30,7 @@ from philens.support.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-QUANTITIES = (*PHI, *BASELINES)  # and the controls
+QUANTITIES = (*PHI, *BASELINES)  # and the controls, and metrics that were asked for
 # The numbers that the claim and sweeps rest on; the first is the paper's claim.
 HEADLINE = dict.fromkeys(["spearman", *(f"partial_given_{name}" for name in GIVEN[1:4])], 0.0)
 
@@ -62,7 +61,8 @@ def measure_difficulty(
     """
     solutions = _with_difficulty(table, by)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    difficulty, quantities = solutions[by], (*QUANTITIES, *solutions.controls)
+    difficulty = solutions[by]
+    quantities = (*QUANTITIES, *solutions.controls, *solutions.others)
     headline = claims(_headline(solutions, by, **options), HEADLINE)
     levels = {}
     for level in np.unique(difficulty):
@@ -129,9 +129,10 @@ def difficulty_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for level, found in results["levels"].items():
         row = {results["by"]: level, "problems": found["problems"], "samples": found["samples"]}
-        for name in (*QUANTITIES, *(name for name in CONTROLS if name in found)):
-            low, high = found[name]["ci95"]
-            row |= {name: found[name]["mean"], f"{name}_low": low, f"{name}_high": high}
+        for name, mean in found.items():
+            if isinstance(mean, Mapping):
+                low, high = mean["ci95"]
+                row |= {name: mean["mean"], f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return rows
 

@@ -20,16 +20,17 @@ from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.correctness import measure_correctness, sweep_correctness
 from philens.findings.difficulty import measure_difficulty, sweep_difficulty
 from philens.findings.sweep import RUN_FOLDER, sweep
+from philens.lens.config import MetricOptions
 from philens.lens.metrics import CONTROLS
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.reasoning.sampling import read_rendering, read_solutions, solve
 from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
-from philens.scoring.score import provenance
+from philens.scoring.score import check_metrics, options_of, provenance
 from philens.support.errors import ConfigError
 from philens.support.files import write_atomically
-from philens.tasks.rendering import AS_IS, with_rendering
+from philens.tasks.rendering import AS_IS
 from philens.training.folder import RunFolder
-from philens.training.opening import has_layer, load_lens
+from philens.training.opening import has_layer, open_lens
 from philens.training.recipe import load_recipe
 from philens.training.source import ModelSource
 
@@ -101,6 +102,9 @@ class Choices:
         by: what difficulty is, `level` or `steps`; None takes what the problems have.
         kl: formula that phi is measured with; None takes the one it was trained with.
         dtype: precision of the base model; `auto` is that of its files.
+        metrics: others to measure beside phi, surprisal, entropy and the controls.
+        metric_options: what metrics leave open.
+        prefix: so many first tokens of a solution choose early, for `correctness`.
         seed: seed of training, the draw of problems, sampling and the bootstrap;
             the first of several.
     """
@@ -123,6 +127,9 @@ class Choices:
     by: Literal["level", "steps"] | None = None
     kl: Literal["exact", "official"] | None = None
     dtype: str = "auto"
+    metrics: Sequence[str] = ()
+    metric_options: MetricOptions = MetricOptions()
+    prefix: int = 50
     seed: int = 0
 
 
@@ -226,9 +233,11 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         )
         logger.info("%s.", solved)
         solutions = read_solutions(solved.path, problems)
-    lens, tokenizer = load_lens(model, adapter, dtype=choices.dtype)
     rendering = AS_IS if choices.solutions is None else read_rendering(choices.solutions)
-    tokenizer = with_rendering(tokenizer, rendering)
+    source_of_lens = ModelSource(model, adapter, dtype=choices.dtype)
+    lens, tokenizer = open_lens(source_of_lens, rendering, choices.metric_options)
+    metrics = check_metrics(lens, [*METRICS, *CONTROLS, *choices.metrics])
+    prefix = choices.prefix if finding == "correctness" else None
     use_formula(lens, choices.kl)
     made_with = {
         "model": model,
@@ -237,13 +246,15 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         "split": choices.split,
         "prompt": asdict(prompt),
         "solutions": hashlib.sha256(json.dumps([asdict(one) for one in solutions]).encode()).hexdigest(),
-        "provenance": provenance(lens, tokenizer),
+        "metrics": metrics,
+        "prefix": prefix,
+        "provenance": provenance(lens, tokenizer) | options_of(lens, metrics),
     }
     made_with = json.loads(json.dumps(made_with))  # as it comes back from the file
     path = folder / f"{finding}.parquet"
     table = pd.read_parquet(path) if path.is_file() else None
     if table is None or table.attrs != made_with:
-        table = measure(lens, tokenizer, solutions, problems, prompt, metrics=(*METRICS, *CONTROLS))
+        table = measure(lens, tokenizer, solutions, problems, prompt, metrics=metrics, prefix=prefix)
         table.attrs = made_with
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, table.to_parquet)

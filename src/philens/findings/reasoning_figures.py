@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from philens.findings.reasoning_tables import headline_names, label
-from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI
+from philens.findings.solutions import GIVEN, PHI
 from philens.show.plots import FONT, PHI_LABEL, SURPRISAL_LABEL, new_figure, set_fonts
 
 _PHI_COLOUR, _BASELINE_COLOUR, _AGAINST_COLOUR, _CORRELATION_COLOUR = (
@@ -120,8 +120,8 @@ def figure_difficulty(results: Sequence[Mapping[str, Any]], of: str = "") -> Fig
     bars += [(f"phi {name[4:].replace('_', ' ')}", ("spearman", name), _PHI_COLOUR, "o") for name in PHI[1:]]
     bars += [
         (label(name), ("spearman", name), _BASELINE_COLOUR, "s")
-        for name in (*BASELINES, *CONTROLS)
-        if name in results[0]["spearman"]
+        for name in results[0]["spearman"]
+        if name not in PHI
     ]
     for row, (_, path, colour, marker) in enumerate(bars):
         found = [[_at(one, *path)] for one in results]

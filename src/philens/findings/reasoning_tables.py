@@ -16,11 +16,12 @@ from philens.findings.correctness import (
     SUBSETS,
     WITHOUT_PHI,
     choice_rows,
+    early_rows,
     partial_rows,
     selection_rows,
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
-from philens.findings.solutions import BASELINES, CONTROLS, GIVEN, PHI, point_rows
+from philens.findings.solutions import BASELINES, GIVEN, PHI, point_rows
 from philens.show.terminal import count_of, counts_text, estimate_text, new_table, number_text
 
 # Intervals over fewer problems say little.
@@ -55,14 +56,14 @@ _SUBSET_LABELS = dict(
     zip(SUBSETS, ("all pairs", "counter-\nintuitive", "intuitive", "balanced"), strict=True)
 )
 _ROWS: dict[str, dict[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]] = {
-    "correctness": {"choices": choice_rows, "correlations": partial_rows, "selections": selection_rows},
+    "correctness": {"choices": choice_rows, "correlations": partial_rows, "selections": selection_rows, "early": early_rows},
     "difficulty": {"levels": difficulty_rows, "correlations": difficulty_correlation_rows},
 }
 
 
 def label(name: str) -> str:
     """A rule, metric or statistic in words."""
-    return LABELS.get(name, name.replace("_", " "))
+    return LABELS.get(name, name.removesuffix("_mean").replace("_", " "))
 
 
 def tables(finding: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -97,6 +98,8 @@ def terminal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]
                 yield correctness_levels_table(found, of)
             yield correctness_correlations_table(found, of)
             yield selection_table(found, of)
+            if found["early"]:
+                yield early_table(found, of)
         else:
             yield difficulty_table(found, of)
             yield difficulty_correlations_table(found, of)
@@ -167,7 +170,7 @@ def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> 
     _add_given(table)
     for kind, found in results["partial"].items():
         table.add_row(Text(label(kind), style="bold"))
-        rows = [name for name in (*PHI, *BASELINES, *CONTROLS) if name in found]
+        rows = [name for name, held in found.items() if isinstance(held, Mapping)]
         for name in rows:
             _add_correlations(table, name, found[name], end_section=name == rows[-1])
     return table
@@ -189,6 +192,29 @@ def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
             label(rule),
             _cell(found, "accuracy", 100, 1, between=" "),
             _cell(found["gain"], "value", 100, 1, between=" "),
+        )
+    return table
+
+
+def early_table(results: Mapping[str, Any], of: str = "") -> Table:
+    """How often what is chosen is right where first tokens keep half of a problem's solutions."""
+    early, selection = results["early"], results["selection"]
+    table = new_table(
+        _title(f"Choosing early: the better half by the first {early['prefix']} tokens", of),
+        "Percent right, with 95 % intervals over problems, of a random one of those kept, of their majority, "
+        "and of the one that is best by the same metric over all its tokens. Saved: tokens of the others "
+        "that need not have been written, in percent of all.",
+    )
+    for heading in ("kept", "tokens saved", *map(label, ("random", "majority")), "the best one"):
+        table.add_column(heading, justify="left" if heading == "kept" else "right", no_wrap=True)
+    everything = [selection["rules"].get(name) for name in ("random", "majority")]
+    table.add_row("all", "", *(_cell(found, "accuracy", 100, 1) for found in everything), end_section=True)
+    for rule, found in early["rules"].items():
+        endings = [found.get(name) for name in ("random", "majority", "best")]
+        table.add_row(
+            label(rule),
+            _cell(found["saved"], "value", 100, 1),
+            *(_cell(one, "accuracy", 100, 1) for one in endings),
         )
     return table
 

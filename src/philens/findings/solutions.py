@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from philens.findings import statistics
 from philens.findings.statistics import Estimate
 from philens.lens.metrics import CONTROLS as _CONTROLS
+from philens.lens.metrics import METRICS
+from philens.reasoning.rules import AGGREGATES
+from philens.scoring.scores import group_names
+from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +65,15 @@ class Solutions:
     def controls(self) -> list[str]:
         """Those of `CONTROLS` that the table has."""
         return [name for name in CONTROLS if name in self.table]
+
+    @property
+    def others(self) -> list[str]:
+        """The metrics that the table has beside those of every finding: their means, and what is of groups."""
+        known, found = {*PHI, *BASELINES, *CONTROLS}, []
+        for name in (Column(str(name), AGGREGATES[:1]) for name in self.table):
+            if name.statistic is not None and name.metric in METRICS and name not in known:
+                found += [str(name), *group_names(column_name(name.metric, name.point))]
+        return found
 
     def given(self) -> dict[str, list[Floats]]:
         """The variables held fixed, (N,) each, by the names of `GIVEN`."""

@@ -22,7 +22,7 @@ class RankTable(pd.DataFrame):
         others = [name for name in self.columns if name not in ("prompt", "rank", "text", "score", "tokens")]
         # What was added to it, then means; the text is what takes most place.
         added = [name for name in others if self[name].dtype.kind not in "iuf"]
-        means = [name for name in others if str(name).endswith("_mean")]
+        means = [name for name in others if str(name).endswith(("_mean", "_prefix"))]
         names = ["rank", *added, "score", *means, "tokens", "text"]
         names = [name for name in names if name in self.columns]
         groups = [*self.groupby("prompt", sort=False)]

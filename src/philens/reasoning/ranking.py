@@ -6,13 +6,17 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from philens.bases.hub import reason
-from philens.reasoning.rules import Rule
-from philens.reasoning.solutions import METRICS, iter_replies
+from philens.reasoning.rules import Rule, best_half
+from philens.reasoning.solutions import METRICS, Row, iter_replies
 from philens.scoring.texts import Text, as_texts
 from philens.support.errors import ConfigError, InputError
 from philens.support.files import same_file, write_atomically
@@ -52,6 +56,22 @@ class Candidates:
     texts: Sequence[str]
 
 
+class Ranked(NamedTuple):
+    """What `rank_file` has done.
+
+    Attributes:
+        prompts: how many there were.
+        saved: share of the candidates' tokens that need not have been written, where there was a prefix.
+    """
+
+    prompts: int
+    saved: float | None
+
+    def __str__(self) -> str:
+        saved = "" if self.saved is None else f"; choosing early saved {self.saved:.1%} of their tokens"
+        return f"candidates of {self.prompts:,} prompts{saved}"
+
+
 def rank(
     lens: "PHiModel",
     tokenizer: Any,
@@ -59,6 +79,8 @@ def rank(
     candidates: Iterable[str] | Iterable[Sequence[str]],
     *,
     rule: str | Rule = "highest_phi",
+    prefix: int | None = None,
+    prefix_rule: str | Rule | None = None,
     metrics: Sequence[str] = METRICS,
     batch_tokens: int = 4096,
     window: int | None = None,
@@ -76,6 +98,10 @@ def rank(
             arrays or columns of a table.
         rule: `highest_COLUMN` or `lowest_COLUMN` of this table, where a metric means its mean per token; or
             `shortest`.
+        prefix: choose early: read so many tokens of every candidate, and go on with the better half alone,
+            rounded up; of equal ones with the earlier.
+        prefix_rule: what is better then, a rule of which the metric counts, as the mean over these tokens;
+            None means that of `rule`.
         metrics: metrics of the tokens, as `philens.score` takes them; what the rule needs is added.
         batch_tokens: tokens read at once, padding included.
         window: as in `philens.score`, like `chat_options`, `system` and `bos`.
@@ -84,7 +110,10 @@ def rank(
         A row for each candidate, prompt by prompt and in these the best first: prompt and candidate (numbers
         from 0), rank (1 is the best; of equal ones all have the better), score (what the rule looks at, the
         higher the better, so for `lowest_` the negative), the columns of `measure_replies`, and text. A
-        notebook shows it prompt by prompt.
+        notebook shows it prompt by prompt. With a prefix also whether it was `kept`, `tokens_prefix`, and the
+        metric's `m_prefix`; those that were not come after the others, in the order of that, and have no
+        score and no other metrics. `attrs["saved"]` is the share of all candidates' tokens that need not have
+        been written: what comes after the prefix in those that were not kept.
 
     Raises:
         ConfigError: no rule; chat options that the template does not have, or no BOS.
@@ -111,9 +140,13 @@ def rank(
         for number, (prompt, texts) in enumerate(zip(asked, replies, strict=True))
     ]
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    options |= {"prefix": prefix, "prefix_rule": prefix_rule}
     tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
     ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)
-    return RankTable(pd.concat([table for _, table in ranked], ignore_index=True))
+    whole = RankTable(pd.concat([table for _, table in ranked], ignore_index=True))
+    if prefix is not None:
+        whole.attrs["saved"] = float(_unwritten(whole) / whole["tokens"].sum())
+    return whole
 
 
 def iter_ranked(
@@ -122,6 +155,8 @@ def iter_ranked(
     groups: Iterable[Candidates],
     *,
     rule: str | Rule = "highest_phi",
+    prefix: int | None = None,
+    prefix_rule: str | Rule | None = None,
     metrics: Sequence[str] = METRICS,
     batch_tokens: int = 4096,
     window: int | None = None,
@@ -132,48 +167,111 @@ def iter_ranked(
         ConfigError, InputError: as `rank`; about a prompt when it is reached, about anything else at once.
     """
     rule = Rule.parse(rule) if isinstance(rule, str) else rule
-    waiting: deque[Candidates] = deque()
+    early = _early_rule(rule, prefix, prefix_rule)
+    read = partial(_read, lens, tokenizer, batch_tokens=batch_tokens, window=window)
+    wanted = list(dict.fromkeys([*metrics, *rule.metrics]))
+    if early is None:
+        found = read(((group, range(len(group.texts))) for group in groups), metrics=wanted)
+        return ((group, _ranked(group, rows, rule)) for group, rows in found)
+    beginnings = read(
+        ((group, range(len(group.texts))) for group in groups),
+        metrics=early.metrics or wanted,
+        prefix=prefix,
+        whole=False,
+    )
+    here, ahead = tee((group, rows, _kept(rows, early)) for group, rows in beginnings)
+    found = read(((group, np.flatnonzero(kept)) for group, _, kept in ahead), metrics=wanted)
+    return (
+        (group, _ranked(group, rows, rule, (first, kept, early)))
+        for (group, first, kept), (_, rows) in zip(here, found, strict=True)
+    )
+
+
+def _early_rule(rule: Rule, prefix: int | None, prefix_rule: str | Rule | None) -> Rule | None:
+    """What keeps candidates by their first tokens; None where all are read whole."""
+    if prefix is None:
+        if prefix_rule is not None:
+            raise ConfigError("A prefix_rule needs a prefix, the number of first tokens it looks at.")
+        return None
+    chosen = rule if prefix_rule is None else prefix_rule
+    return (Rule.parse(chosen) if isinstance(chosen, str) else chosen).of_prefix
+
+
+def _read(
+    lens: "PHiModel", tokenizer: Any, chosen: "Iterable[tuple[Candidates, Iterable[int]]]", **options: Any
+) -> Iterator[tuple[Candidates, list[Row]]]:
+    """The rows of the candidates chosen of each prompt, as `iter_replies` has them, read a few batches ahead."""
+    waiting: deque[tuple[Candidates, int]] = deque()
 
     def replies() -> Iterator[tuple[Text, str, str]]:
-        for group in groups:
+        for group, numbers in chosen:
             _check_candidates(group.texts, f"Prompt {group.id}")
-            waiting.append(group)
-            for number, text in enumerate(group.texts):
-                yield group.prompt, text, f"candidate {number} of prompt {group.id}"
+            numbers = list(numbers)
+            waiting.append((group, len(numbers)))
+            for number in numbers:
+                yield group.prompt, group.texts[number], f"candidate {number} of prompt {group.id}"
 
     pairs, names = tee(replies())
     rows = iter_replies(
-        lens,
-        tokenizer,
-        ((prompt, text) for prompt, text, _ in pairs),
-        (name for *_, name in names),
-        metrics=list(dict.fromkeys([*metrics, *rule.metrics])),
-        batch_tokens=batch_tokens,
-        window=window,
+        lens, tokenizer, ((prompt, text) for prompt, text, _ in pairs), (name for *_, name in names), **options
     )
 
-    def tables() -> "Iterator[tuple[Candidates, pd.DataFrame]]":
+    def found() -> Iterator[tuple[Candidates, list[Row]]]:
         for first in rows:
-            group = waiting.popleft()
-            yield group, _ranked(group, [first, *islice(rows, len(group.texts) - 1)], rule)
+            group, count = waiting.popleft()
+            own = [first, *islice(rows, count - 1)]
+            for number, row in enumerate(own):
+                if not row["tokens"]:
+                    raise InputError(f"Candidate {number} of prompt {group.id} has no token; leave it out.")
+            yield group, own
 
-    return tables()
+    return found()
 
 
-def _ranked(group: Candidates, rows: Sequence[Mapping[str, float]], rule: Rule) -> "pd.DataFrame":
+def _kept(rows: Sequence[Row], early: Rule) -> NDArray[np.bool_]:
+    """(n,) which candidates are kept by rows of their first tokens."""
     import pandas as pd
 
-    for number, row in enumerate(rows):
-        if not row["tokens"]:
-            raise InputError(f"Candidate {number} of prompt {group.id} has no token; leave it out.")
+    return best_half(early.scores(pd.DataFrame(rows)), np.zeros(len(rows), np.int64))
+
+
+def _ranked(
+    group: Candidates,
+    rows: Sequence[Row],
+    rule: Rule,
+    early: tuple[Sequence[Row], NDArray[np.bool_], Rule] | None = None,
+) -> "pd.DataFrame":
+    """The table of a prompt.
+
+    Args:
+        rows: of the candidates that were read whole.
+        early: rows of the first tokens of all, which were kept, and by which rule.
+    """
+    import pandas as pd
+
     table = pd.DataFrame(rows)
     scores = pd.Series(rule.scores(table))
+    ranks = scores.rank(method="min", ascending=False)
+    if early is not None:
+        first, kept, early_rule = pd.DataFrame(early[0]), early[1], early[2]
+        places = np.flatnonzero(kept)
+        late = pd.Series(early_rule.scores(first))[~kept].rank(method="min", ascending=False) + len(places)
+        table, scores, ranks = (one.set_axis(places).reindex(first.index) for one in (table, scores, ranks))
+        ranks = ranks.fillna(late)
+        table = first.join(table.drop(columns="tokens"))
+        table = table[["tokens", *table.columns.drop(["tokens", *first.columns]), *first.columns.drop("tokens")]]
+        table.insert(0, "kept", kept)
     table.insert(0, "prompt", group.id)
     table.insert(1, "candidate", range(len(table)))
-    table.insert(2, "rank", scores.rank(method="min", ascending=False).astype(int))
+    table.insert(2, "rank", ranks.astype(int))
     table.insert(3, "score", scores)
     table["text"] = list(group.texts)
     return table.sort_values("rank", kind="stable", ignore_index=True)
+
+
+def _unwritten(table: "pd.DataFrame") -> int:
+    """How many tokens of candidates need not have been written, as they follow the prefix of one not kept."""
+    return int((table["tokens"] - table["tokens_prefix"])[~table["kept"]].sum())
 
 
 def _check_candidates(texts: Any, where: str) -> None:
@@ -301,10 +399,12 @@ def rank_file(
     output: Path | None = None,
     *,
     rule: str | Rule = "highest_phi",
+    prefix: int | None = None,
+    prefix_rule: str | Rule | None = None,
     metrics: Sequence[str] = METRICS,
     batch_tokens: int = 4096,
     window: int | None = None,
-) -> int:
+) -> Ranked:
     """Rank the candidates of a file, and show or write the rows of `rank`.
 
     Args:
@@ -312,10 +412,10 @@ def rank_file(
         load: gives the lens and its tokenizer; called once the file is known to be right.
         form: a `terminal`'s tables, or rows as `jsonl` or `csv`.
         output: file for the rows; None means standard output.
-        rule: as for `rank`, like `metrics`, `batch_tokens` and `window`.
+        rule: as for `rank`, like all that follows.
 
     Returns:
-        How many prompts there were.
+        What was ranked.
 
     Raises:
         ConfigError: form and output do not fit, or what `rank` raises.
@@ -329,18 +429,28 @@ def rank_file(
     if output is not None and same_file(path, output):
         raise ConfigError(f"{output} is an input, which would be replaced; choose another --output.")
     rule = Rule.parse(rule) if isinstance(rule, str) else rule
+    _early_rule(rule, prefix, prefix_rule)
     groups = CandidatesFile(path)
     lens, tokenizer = load()
-    ranked = iter_ranked(
-        lens, tokenizer, groups, rule=rule, metrics=metrics, batch_tokens=batch_tokens, window=window
-    )
+    options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    options |= {"prefix": prefix, "prefix_rule": prefix_rule}
+    tokens = unwritten = 0
+
+    def counted() -> "Iterator[tuple[Candidates, pd.DataFrame]]":
+        nonlocal tokens, unwritten
+        for group, table in iter_ranked(lens, tokenizer, groups, rule=rule, **options):
+            tokens += int(table["tokens"].sum())
+            unwritten += _unwritten(table) if prefix is not None else 0
+            yield group, table
+
+    ranked = counted()
     if form == "terminal":
         from philens.reasoning.tables import ranking_table
 
         console = Console()
         for group, table in ranked:
             console.print(ranking_table(table, group.prompt, rule.name), "")
-        return len(groups)
+        return Ranked(len(groups), unwritten / tokens if prefix is not None else None)
 
     def lines() -> Iterator[str]:
         for number, (_, table) in enumerate(shown(ranked, "ranking", len(groups))):
@@ -353,4 +463,4 @@ def rank_file(
         utf8_output().writelines(lines())
     else:
         write_atomically(output, lambda file: file.writelines(line.encode() for line in lines()))
-    return len(groups)
+    return Ranked(len(groups), unwritten / tokens if prefix is not None else None)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # How a metric of the tokens becomes a number of the answer; the first is meant where none is named.
 AGGREGATES = ("mean", "sum", "max", "last_fifth")
-STATISTICS = (*AGGREGATES, *OF_GROUPS)  # those of groups where the metric has them
+PREFIX = "prefix"  # the mean over an answer's first tokens, where a number of them was given
+STATISTICS = (*AGGREGATES, PREFIX, *OF_GROUPS)  # those of groups where the metric has them
 ALIASES = {"shortest": "lowest_tokens"}
 _SIGNS: dict[str, Literal[1, -1]] = {"highest": 1, "lowest": -1}
 
@@ -63,6 +64,12 @@ class Rule:
         metric = Column(self.column, STATISTICS).metric
         return (metric,) if _is_metric(metric) else ()
 
+    @property
+    def of_prefix(self) -> "Rule":
+        """The rule that looks at the same metric of an answer's first tokens alone."""
+        read = Column(self.column, STATISTICS)
+        return Rule(self.name, column_name(read.metric, read.point, PREFIX), self.sign)
+
     def scores(self, table: "pd.DataFrame") -> NDArray[np.float64]:
         """(N,) the sign times the column of a table of N answers: the higher the better.
 
@@ -76,6 +83,15 @@ class Rule:
             meant = f"; did you mean {close} (there are {', '.join(valid)})?" if valid else "."
             raise InputError(f"The rule {self.name} needs a column {self.column} and there is none{meant}")
         return self.sign * table[self.column].to_numpy(np.float64)
+
+
+def best_half(scores: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) which are among the better half of their group (N,), rounded up; of equal ones the earlier."""
+    order = np.lexsort((-scores, groups))
+    sizes = np.bincount(groups)
+    place = np.empty(len(groups), np.int64)
+    place[order] = np.arange(len(groups)) - (np.cumsum(sizes) - sizes)[groups[order]]
+    return place < ((sizes + 1) // 2)[groups]
 
 
 def _is_metric(name: str) -> bool:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.reasoning.problems import plain_text
-from philens.reasoning.rules import AGGREGATES, STATISTICS
+from philens.reasoning.rules import AGGREGATES, PREFIX, STATISTICS
 from philens.scoring.scores import group_names, of_groups
-from philens.scoring.texts import Text, as_texts, check_tokenizer
+from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer
 from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_plain_text, refuse_tool_calls
@@ -82,6 +82,7 @@ def measure_replies(
     replies: Iterable[str],
     *,
     metrics: Sequence[str] = METRICS,
+    prefix: int | None = None,
     batch_tokens: int = 4096,
     window: int | None = None,
 ) -> "pd.DataFrame":
@@ -94,14 +95,17 @@ def measure_replies(
             `content`, that the reply answers (`render_prompt`).
         replies: as the model wrote them, nothing trimmed. An empty one has 0 tokens and NaN in all metrics.
         metrics: metrics of the tokens, as `philens.score` takes them.
+        prefix: also take means over so many tokens from each reply's beginning.
         batch_tokens: tokens read at once, padding included; numbers do not depend on it.
         window: as in `philens.score`.
 
     Returns:
         A row for each reply, in order: `tokens`, and for each metric m over these n tokens `m_mean`, `m_sum`,
         `m_max` and `m_last_fifth`, the mean over the last ⌈n/5⌉; of confidence also `m_lowest_group` and
-        `m_tail`, as `TokenScores.means` has them. Where a lens observes with several layers,
-        the columns of the layer carry the insertion point, as in `phi@model.layers.8_mean`.
+        `m_tail`, as `TokenScores.means` has them. With `prefix` also
+        `tokens_prefix`, how many tokens the reply has of so many, and `m_prefix`, the mean over these. Where
+        a lens observes with several layers, the columns of the layer carry the insertion point, as in
+        `phi@model.layers.8_mean`.
 
     Raises:
         InputError: not one prompt for each reply; no reply with a token; a chat that the template refuses; or
@@ -117,6 +121,7 @@ def measure_replies(
     pairs = zip(prompts, replies, strict=True)
     names = (f"replies[{number}]" for number in range(len(replies)))
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    options["prefix"] = prefix
     rows = list(iter_replies(lens, tokenizer, pairs, names, **options))
     if not any(row["tokens"] for row in rows):
         raise InputError("There is nothing to measure: no reply has a token; give one that is not empty.")
@@ -131,6 +136,7 @@ def measure(
     prompt: "Prompt",
     *,
     metrics: Sequence[str] = METRICS,
+    prefix: int | None = None,
     batch_tokens: int = 4096,
     window: int | None = None,
 ) -> "pd.DataFrame":
@@ -146,7 +152,7 @@ def measure(
             `reference_solutions` makes them.
         problems: the problems, at least those that were solved.
         prompt: what they were put in when they were solved.
-        metrics: as for `measure_replies`, like `batch_tokens` and `window`.
+        metrics: as for `measure_replies`, like `prefix`, `batch_tokens` and `window`.
 
     Returns:
         A row for each solution, in order: problem_id, level and steps (NaN where not known), sample, correct,
@@ -171,6 +177,7 @@ def measure(
         [messages(by_id[solution.problem_id], prompt) for solution in solutions],
         [_as_written(solution, tokenizer) for solution in solutions],
         metrics=metrics,
+        prefix=prefix,
         batch_tokens=batch_tokens,
         window=window,
     )
@@ -247,6 +254,8 @@ def iter_replies(
     names: Iterable[str],
     *,
     metrics: Sequence[str] = METRICS,
+    prefix: int | None = None,
+    whole: bool = True,
     batch_tokens: int = 4096,
     window: int | None = None,
 ) -> Iterator[Row]:
@@ -254,6 +263,7 @@ def iter_replies(
 
     Args:
         names: what errors call the replies, one for each.
+        whole: False reads the first tokens alone; rows then have `tokens` and what is of `prefix`.
 
     Raises:
         InputError: as `measure_replies`; about a reply when it is reached, about anything else at once.
@@ -261,20 +271,31 @@ def iter_replies(
     from philens.scoring.score import check_metrics, iter_scores
 
     check_tokenizer(tokenizer)
-    # Where each reply starts and ends in the text that is read; None for an empty one, which is not.
-    places: deque[tuple[int, int] | None] = deque()
+    if prefix is not None and prefix < 1:
+        raise InputError(f"prefix must be at least 1 token, not {prefix}.")
+    # Whether there is something to read of each reply, where it starts and ends in the text that is read, and
+    # which tokens of that, (T,), are its own.
+    read: deque[bool] = deque()
+    places: deque[tuple[int, int]] = deque()
+    owned: deque[NDArray[np.bool_]] = deque()
     ending = end_marks(tokenizer)
 
     def texts() -> Iterator[tuple[Text, str]]:
         for (prompt, reply), name in zip(pairs, names, strict=False):
             if not isinstance(reply, str):
                 raise InputError(f"{name} is of type {type(reply).__name__}; a reply is a string.")
+            read.append(bool(reply))
             if not reply:
-                places.append(None)
                 continue
             text, start = after_prompt(tokenizer, prompt, reply, f"the prompt of {name}")
             places.append((start, start + len(ending.sub("", reply))))
             yield text, name
+
+    def cut(text: TokenizedText) -> TokenizedText:
+        start, stop = places.popleft()
+        starts, ends = text.offsets.T
+        owned.append((ends > start) & (ends > starts) & (ends <= stop))
+        return text if whole else text.first(_end(_first(owned[-1], prefix)))
 
     contents, labels = tee(texts())
     scored = iter_scores(
@@ -285,17 +306,28 @@ def iter_replies(
         batch_tokens=batch_tokens,
         window=window,
         names=(name for _, name in labels),
+        cut=cut,
     )
     wanted = check_metrics(lens, metrics)
+    # Replies that begin alike have the same numbers of their beginning. In batches of other shapes they would
+    # differ by rounding, which would tell how long the replies get.
+    beginnings: dict[bytes, Row] = {}
 
     def rows() -> Iterator[Row]:
         for scores in scored:
-            while (place := places.popleft()) is None:
+            while not read.popleft():
                 yield {"tokens": 0}
-            starts, ends = scores.offsets.T
-            own = (ends > place[0]) & (ends > starts) & (ends <= place[1])
-            yield _aggregate(scores, own, wanted)
-        yield from ({"tokens": 0} for _ in places)
+            own = owned.popleft()
+            row = {"tokens": int(own.sum())}
+            if prefix is not None:
+                first = _first(own, prefix)[: len(scores)]
+                start = scores.token_ids[: _end(first)].tobytes()
+                beginning = beginnings.get(start) or _of_prefix(scores, first, wanted)
+                if whole:  # all of them are held anyway
+                    beginnings[start] = beginning
+                row |= beginning
+            yield row | _aggregate(scores, own, wanted) if whole else row
+        yield from ({"tokens": 0} for _ in read)
 
     return rows()
 
@@ -342,16 +374,43 @@ def render_prompt(tokenizer: Any, prompt: Text, where: str = "the prompt") -> st
     return plain_text(chat)
 
 
-def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[str]) -> Row:
-    """The row of a reply whose tokens are those where `own`, (T,), is true."""
-    row: dict[str, float] = {"tokens": int(own.sum())}
+def _first(own: NDArray[np.bool_], prefix: int | None) -> NDArray[np.bool_]:
+    """(T,) the first of the tokens where `own`, (T,), is true."""
+    return own & (own.cumsum() <= (prefix or 0))
+
+
+def _end(chosen: NDArray[np.bool_]) -> int:
+    """How many tokens there are up to the last one chosen, (T,); at least one."""
+    return int(np.flatnonzero(chosen).max(initial=0)) + 1
+
+
+def _values(
+    scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[str]
+) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """The values that count, by column, of the tokens where `own`, (T,), is true."""
     for name, column in scores.columns.items():
-        if not row["tokens"] or Column(name).metric not in metrics:  # a standard error has no sum
+        if not own.any() or Column(name).metric not in metrics:  # a standard error has no sum
             continue
         kept = own & scores.counts(name)
         values = column[kept if kept.any() else own].astype(np.float64)
         if np.isnan(values).any():
             raise InputError(f"{scores.name} has a token without {name}; put a prompt in front of it.")
+        yield name, values
+
+
+def _of_prefix(scores: "TokenScores", first: NDArray[np.bool_], metrics: Sequence[str]) -> Row:
+    """What a row has of a reply's first tokens, where `first`, (T,), is true."""
+    means = {
+        column_name(name, statistic=PREFIX): float(values.mean())
+        for name, values in _values(scores, first, metrics)
+    }
+    return {column_name("tokens", statistic=PREFIX): int(first.sum())} | means
+
+
+def _aggregate(scores: "TokenScores", own: NDArray[np.bool_], metrics: Sequence[str]) -> Row:
+    """What a row has of a reply whose tokens are those where `own`, (T,), is true."""
+    row: dict[str, float] = {}
+    for name, values in _values(scores, own, metrics):
         last_fifth = values[-ceil(len(values) / 5) :]
         found = (values.mean(), values.sum(), values.max(), last_fifth.mean())
         row |= {

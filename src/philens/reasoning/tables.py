@@ -1,12 +1,14 @@
 """Grading and ranking as tables for a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from philens.reasoning.rules import PREFIX
 from philens.show.colours import plain_label
 from philens.show.terminal import new_table, number_text
 from philens.support.columns import Column, column_name
@@ -84,20 +86,32 @@ def ranking_table(ranked: "pd.DataFrame", prompt: "Prompt", rule: str) -> Table:
     shown = prompt if isinstance(prompt, str) else content_text(prompt[-1]) or ""
     shown = shown if len(shown) <= _CHARACTERS else "…" + shown[-_CHARACTERS:]
     name = ranked["prompt"].iloc[0]
-    table = new_table(visible(f"Prompt {name}: {shown}"), f"By {rule}; the metrics are means per token.")
+    caption, kinds = f"By {rule}; the metrics are means per token.", ("mean", PREFIX)
+    early = column_name("tokens", statistic=PREFIX)
+    if early in ranked:
+        caption += f" Kept by their first {ranked[early].max()} tokens; others were not read any further."
+    table = new_table(visible(f"Prompt {name}: {shown}"), caption)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
-    means = [name for name in (Column(str(name), ("mean",)) for name in ranked) if name.statistic]
-    for heading in ("tokens", *(plain_label(column_name(name.metric, name.point)) for name in means)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = [Column(str(name), kinds) for name in ranked if name != early]
+    means = [name for name in columns if name.statistic]
+    if "kept" in ranked:
+        table.add_column("kept", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for name in means:
+        heading = plain_label(column_name(name.metric, name.point))
+        first = "first\n" if name.statistic == PREFIX else ""
+        table.add_column(f"{first}{heading}", justify="right", no_wrap=True)
     # The only column that wraps, so that the numbers keep their room.
     table.add_column("candidate")
     for row in ranked.to_dict("records"):
-        values = [number_text(row[name], 3) for name in means]
+        values = ["" if isnan(row[name]) else number_text(row[name], 3) for name in means]
         answer = row["text"] if len(row["text"]) <= _CHARACTERS else row["text"][:_CHARACTERS] + "…"
         text = Text(f"{row['candidate']}: {visible(answer)}")
+        score = "" if isnan(row["score"]) else f"{row['score']:z.4g}"
+        kept = ["yes" if row["kept"] else "no"] if "kept" in row else []
         table.add_row(
-            str(row["rank"]), f"{row['score']:z.4g}", str(row["tokens"]), *values, text,
+            str(row["rank"]), score, *kept, str(row["tokens"]), *values, text,
             style="bold" if row["rank"] == 1 else "",
         )  # fmt: skip
     return table

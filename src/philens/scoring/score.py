@@ -1,6 +1,6 @@
 """Texts in, `TokenScores` out: batches of like length, windows, and only the forward passes needed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
@@ -121,8 +121,12 @@ def iter_scores(
     system: str | None = None,
     bos: bool = False,
     steps: Steps | None = None,
+    cut: Callable[[TokenizedText], TokenizedText] | None = None,
 ) -> Iterator[TokenScores]:
     """As `score`, for any number of texts: they are read a few batches ahead and their scores come in order.
+
+    Args:
+        cut: what is read of each text, called in order.
 
     Raises:
         InputError, ConfigError: as `score`; about a text when it is reached, about anything else at once.
@@ -140,12 +144,14 @@ def iter_scores(
     check_steps(steps)
     wanted, following = check_metrics(lens, metrics), as_texts(texts)
     context = context_length(lens.base, window)
-    origin = provenance(lens, tokenizer, context) | _options_of(lens, wanted)
+    origin = provenance(lens, tokenizer, context) | options_of(lens, wanted)
     others = alternatives_of(wanted) if alternatives else None
     token_texts: Any = TokenTexts(tokenizer) if alternatives else {}
 
     def scores() -> Iterator[TokenScores]:
         prepared = _tokenized(lens, tokenizer, following, names)
+        if cut is not None:
+            prepared = ((name, where, cut(text)) for name, where, text in prepared)
         while ahead := _take(prepared, _LOOK_AHEAD * batch_tokens):
             readings = _read_texts(lens, [text for *_, text in ahead], wanted, others, batch_tokens, context)
             for (name, where, text), read in zip(ahead, readings, strict=True):
@@ -248,7 +254,7 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
     }
 
 
-def _options_of(lens: PHiModel, metrics: Sequence[str]) -> dict[str, Any]:
+def options_of(lens: PHiModel, metrics: Sequence[str]) -> dict[str, Any]:
     """The options by which these metrics are measured, for the provenance."""
     names = {name for metric in metrics for name in METRICS[metric].options}
     chosen = {name: value for name, value in asdict(lens.metric_options).items() if name in names}

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,13 @@ class TokenizedText:
     offsets: NDArray[np.int64]
     spans: list[Span]
     leading: int
+
+    def first(self, count: int) -> "TokenizedText":
+        """Its first `count` tokens, with the characters and spans that end in them."""
+        ids, offsets = self.token_ids[:count], self.offsets[:count]
+        end = int(offsets[:, 1].max(initial=0))
+        spans = [span for span in self.spans if span.end <= end]
+        return replace(self, text=self.text[:end], token_ids=ids, offsets=offsets, spans=spans)
 
 
 def as_texts(texts: Any, what: str = "texts") -> Iterator[Any]:
