@@ -11,7 +11,7 @@ from typing import Any, Literal
 from philens.commands.show import console, say, tell
 from philens.support.errors import AdapterError, ConfigError
 from philens.support.output import utf8_output
-from philens.support.typed import shown
+from philens.support.typed import shown, words
 
 
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
@@ -205,7 +205,7 @@ def score(
             partial(open_lens, source, rendering, measured_by),
             format,
             output,
-            metrics=None if metrics is None else _names(metrics),
+            metrics=None if metrics is None else words(metrics),
             batch_tokens=batch_tokens,
             window=window,
             overflow=overflow,
@@ -235,11 +235,6 @@ def score(
     return 0
 
 
-def _names(text: str) -> list[str]:
-    """Names separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _generate(loaded: Any, prompt: str, options: dict[str, Any]) -> None:
     """Show a text as a model writes it."""
     from philens.scoring.streaming import stream
@@ -258,6 +253,7 @@ def explore(
     port: int = 7860,
     max_characters: int = 10_000,
     record: Path | None = None,
+    metric_option: dict[str, Any] | None = None,
     bos: bool = False,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -273,18 +269,21 @@ def explore(
         port: port to listen on; 0 takes any that is free.
         max_characters: that a text may have.
         record: file that keeps every view of the session, a page that works without philens.
+        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
+            blocks), group (32 tokens); may be given several times.
         bos: put the tokenizer's BOS before texts that would begin without it.
         revision: branch, tag or commit of the model on the Hub.
         dtype: precision of the base model; auto is that of its files.
         trust_remote_code: run Python code that comes with the model.
     """
     from philens.explore.server import explore
+    from philens.lens.config import MetricOptions
     from philens.tasks.rendering import Rendering
     from philens.training.source import ModelSource
 
-    adapters = _names(adapter or "")
     source = None if model is None else ModelSource(model, None, revision, dtype, trust_remote_code)
-    explore(source, adapters, host, port, max_characters, say, record, Rendering(bos=bos))
+    measured_by = MetricOptions.of(metric_option or {})
+    explore(source, words(adapter), host, port, max_characters, say, record, Rendering(bos=bos), measured_by)
 
 
 def sweep(

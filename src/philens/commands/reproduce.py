@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from philens.commands.show import console, say
 from philens.support.errors import ConfigError
+from philens.support.typed import words
 
 
 def reproduce_tasks(
@@ -126,7 +127,7 @@ def reproduce_texts(
     from philens.findings.reproduce_texts import reproduce_texts
 
     folder = output or Path("runs") / f"reproduce-{Path(model).name}"
-    adapters = [name.strip() for name in (adapter or "").split(",") if name.strip()]
+    adapters = words(adapter)
     results = reproduce_texts(
         model, levels, folder, adapters, checkpoints, documents, tokens, kl, plain, window
     )
@@ -190,6 +191,8 @@ def reproduce_difficulty(
     by: Literal["level", "steps"] | None = None,
     kl: Literal["exact", "official"] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    metrics: str | None = None,
+    metric_option: dict[str, Any] | None = None,
     seeds: int = 1,
     output: Path | None = None,
     **keys: Any,
@@ -216,13 +219,18 @@ def reproduce_difficulty(
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
         dtype: precision of the base model; auto is that of its files.
+        metrics: others beside phi, surprisal, entropy and the controls, separated by commas: confidence,
+            deep_thinking, ...
+        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
+            blocks), group (32 tokens); may be given several times.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
     from philens.reasoning.problems import parse_levels
 
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
-    chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
+    chosen |= {"dtype": dtype, "levels": parse_levels(levels), "metrics": words(metrics)}
+    chosen |= {"metric_options": metric_option}
     chosen |= {"problems": problems, "split": split, "limit": limit}
     _reproduce_reasoning(
         "difficulty",
@@ -257,6 +265,9 @@ def reproduce_correctness(
     by: Literal["level", "steps"] | None = None,
     kl: Literal["exact", "official"] | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    metrics: str | None = None,
+    metric_option: dict[str, Any] | None = None,
+    prefix: int = 50,
     seeds: int = 1,
     output: Path | None = None,
     **keys: Any,
@@ -286,13 +297,19 @@ def reproduce_correctness(
         by: what difficulty is; by default level where the problems have it.
         kl: formula that phi is measured with; by default the one it was trained with.
         dtype: precision of the base model; auto is that of its files.
+        metrics: others beside phi, surprisal, entropy and the controls, separated by commas: confidence,
+            deep_thinking, ...
+        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
+            blocks), group (32 tokens); may be given several times.
+        prefix: choose early, too: by so many first tokens the better half of a problem's solutions is kept.
         seeds: how many models to train and measure.
         output: folder for runs and results; by default runs/reasoning-SCALE or -MODEL.
     """
     from philens.reasoning.problems import parse_levels
 
     chosen = {"solutions": solutions, "by": by, "kl": kl, "prompt": prompt, "shots": shots}
-    chosen |= {"dtype": dtype, "levels": parse_levels(levels)}
+    chosen |= {"dtype": dtype, "levels": parse_levels(levels), "metrics": words(metrics)}
+    chosen |= {"metric_options": metric_option, "prefix": prefix}
     chosen |= {"problems": problems, "split": split, "limit": limit, "samples": samples}
     chosen |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
     _reproduce_reasoning(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from philens.bases import hub
+from philens.lens.config import MetricOptions
 from philens.lens.insertion import find_blocks
 from philens.lens.metrics import METRICS
 from philens.lens.model import PHiModel, load
@@ -129,6 +130,7 @@ class Explored:
         adapters: Sequence[str] = (),
         name: str | None = None,
         rendering: Rendering = AS_IS,
+        options: MetricOptions | None = None,
     ) -> "Explored":
         """Load a base and layers for it.
 
@@ -138,13 +140,15 @@ class Explored:
                 in the run folder.
             name: what readers see.
             rendering: how texts are put.
+            options: what metrics leave open.
 
         Raises:
             PhilensError: something is missing, damaged, or does not belong together.
         """
         found = [one for given in adapters for one in (adapters_in(given) or [given])]
         found = found or adapters_in(source.model)
-        first, tokenizer = open_lens(replace(source, adapter=found[0] if found else None), rendering)
+        named = replace(source, adapter=found[0] if found else None)
+        first, tokenizer = open_lens(named, rendering, options)
         first.need_layers("philens explore")
         lenses = {Path(found[0] if found else source.model).name: first}
         for one in found[1:]:
@@ -152,6 +156,7 @@ class Explored:
             label = Path(one).name
             lens = load(first.base, one).to(next(first.attached.parameters()).device)
             lens.need_layers("philens explore")
+            lens.metric_options = first.metric_options
             lenses[label if label not in lenses else one] = lens
         return cls(name or Path(source.model).name, tokenizer, lenses, _trained_together(source.model))
 
@@ -294,7 +299,10 @@ class _Writing(BaseStreamer):
 
 
 def open_all(
-    source: ModelSource | None, adapters: Sequence[str] = (), rendering: Rendering = AS_IS
+    source: ModelSource | None,
+    adapters: Sequence[str] = (),
+    rendering: Rendering = AS_IS,
+    options: MetricOptions | None = None,
 ) -> dict[str, Explored]:
     """The models to choose from, by name: the one asked for, or those that come with philens; of these the
     formal-language model alone, and a warning, where the other's base is not to be had.
@@ -303,7 +311,7 @@ def open_all(
         PhilensError: as `Explored.open`; adapters without a model.
     """
     if source is not None:
-        opened = Explored.open(source, adapters, rendering=rendering)
+        opened = Explored.open(source, adapters, rendering=rendering, options=options)
         return {opened.name: opened}
     if adapters:
         raise ConfigError("An adapter belongs to a base model; give --model too.")
@@ -315,7 +323,7 @@ def open_all(
         logger.warning("Only formal languages can be read: %s", error)
         del shipped[TEXT]
     return {
-        name: Explored.open(ModelSource(model), name=name, rendering=rendering)
+        name: Explored.open(ModelSource(model), name=name, rendering=rendering, options=options)
         for name, model in shipped.items()
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 from philens.explore.record import Record
 from philens.explore.session import EXPORTS, Sessions
 from philens.explore.view import style
+from philens.lens.config import MetricOptions
 from philens.support.errors import ConfigError, PhilensError
 from philens.support.extras import require
 from philens.tasks.rendering import AS_IS, Rendering
@@ -36,11 +37,12 @@ def explore(
     say: Callable[[str], None],
     record: Path | None = None,
     rendering: Rendering = AS_IS,
+    options: MetricOptions | None = None,
 ) -> None:
     """Load models, say where the page is, and serve it until the user stops it.
 
     Args:
-        source: as for `models.open_all`, like `adapters` and `rendering`.
+        source: as for `models.open_all`, like `adapters`, `rendering` and `options`.
         host, port: as for `listen`.
         most: characters that a text may have.
         say: told the address.
@@ -58,7 +60,7 @@ def explore(
         from philens.explore.app import build
         from philens.explore.models import open_all
 
-        models = open_all(source, adapters, rendering)
+        models = open_all(source, adapters, rendering, options)
         sessions = Sessions(most, kept)
         app = application(build(models, sessions), sessions)
         if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:

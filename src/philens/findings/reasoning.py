@@ -23,9 +23,10 @@ from philens.findings.sweep import RUN_FOLDER, sweep
 from philens.lens.config import MetricOptions
 from philens.lens.metrics import CONTROLS
 from philens.reasoning.problems import find_prompt, load_problems
+from philens.reasoning.rules import check_prefix
 from philens.reasoning.sampling import read_rendering, read_solutions, solve
 from philens.reasoning.solutions import METRICS, by_insertion_point, measure, reference_solutions
-from philens.scoring.score import check_metrics, options_of, provenance
+from philens.scoring.score import check_metrics, check_names, options_of, provenance
 from philens.support.errors import ConfigError
 from philens.support.files import write_atomically
 from philens.tasks.rendering import AS_IS
@@ -103,7 +104,7 @@ class Choices:
         kl: formula that phi is measured with; None takes the one it was trained with.
         dtype: precision of the base model; `auto` is that of its files.
         metrics: others to measure beside phi, surprisal, entropy and the controls.
-        metric_options: what metrics leave open.
+        metric_options: what metrics leave open, as `MetricOptions.of` takes it.
         prefix: so many first tokens of a solution choose early, for `correctness`.
         seed: seed of training, the draw of problems, sampling and the bootstrap;
             the first of several.
@@ -128,7 +129,7 @@ class Choices:
     kl: Literal["exact", "official"] | None = None
     dtype: str = "auto"
     metrics: Sequence[str] = ()
-    metric_options: MetricOptions = MetricOptions()
+    metric_options: Mapping[str, Any] | None = None
     prefix: int = 50
     seed: int = 0
 
@@ -210,6 +211,9 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
     """Measure the solutions that a finding is about; train and sample first what is not there yet."""
     import pandas as pd
 
+    check_names(choices.metrics)
+    options = MetricOptions.of(choices.metric_options or {})
+    prefix = check_prefix(choices.prefix) if finding == "correctness" else None
     source = choices.problems or scale.source
     limit = choices.limit or (scale.problems if choices.problems is None else None)
     problems = load_problems(source, choices.split, limit, choices.seed, choices.levels)
@@ -235,9 +239,8 @@ def _measured(finding: Finding, folder: Path, scale: Scale, choices: Choices) ->
         solutions = read_solutions(solved.path, problems)
     rendering = AS_IS if choices.solutions is None else read_rendering(choices.solutions)
     source_of_lens = ModelSource(model, adapter, dtype=choices.dtype)
-    lens, tokenizer = open_lens(source_of_lens, rendering, choices.metric_options)
+    lens, tokenizer = open_lens(source_of_lens, rendering, options)
     metrics = check_metrics(lens, [*METRICS, *CONTROLS, *choices.metrics])
-    prefix = choices.prefix if finding == "correctness" else None
     use_formula(lens, choices.kl)
     made_with = {
         "model": model,

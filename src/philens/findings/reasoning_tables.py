@@ -56,7 +56,12 @@ _SUBSET_LABELS = dict(
     zip(SUBSETS, ("all pairs", "counter-\nintuitive", "intuitive", "balanced"), strict=True)
 )
 _ROWS: dict[str, dict[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]] = {
-    "correctness": {"choices": choice_rows, "correlations": partial_rows, "selections": selection_rows, "early": early_rows},
+    "correctness": {
+        "choices": choice_rows,
+        "correlations": partial_rows,
+        "selections": selection_rows,
+        "early": early_rows,
+    },
     "difficulty": {"levels": difficulty_rows, "correlations": difficulty_correlation_rows},
 }
 

@@ -68,7 +68,7 @@ class Solutions:
 
     @property
     def others(self) -> list[str]:
-        """The metrics that the table has beside those of every finding: their means, and what is of groups."""
+        """Columns of metrics beside those of every finding: their means, and what is of groups."""
         known, found = {*PHI, *BASELINES, *CONTROLS}, []
         for name in (Column(str(name), AGGREGATES[:1]) for name in self.table):
             if name.statistic is not None and name.metric in METRICS and name not in known:

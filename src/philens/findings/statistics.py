@@ -130,7 +130,7 @@ def mean_of_means(
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Ratio of two estimates from disjoint documents, each resampled on its own (use different seeds)."""
+    """Ratio of two estimates, of disjoint documents or of the same ones, as `difference`."""
     return _combined(numerator, denominator, _divide)
 
 

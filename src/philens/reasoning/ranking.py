@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.bases.hub import reason
-from philens.reasoning.rules import Rule, best_half
+from philens.reasoning.rules import Rule, best_half, check_prefix
 from philens.reasoning.solutions import METRICS, Row, iter_replies
 from philens.scoring.texts import Text, as_texts
 from philens.support.errors import ConfigError, InputError
@@ -116,7 +116,8 @@ def rank(
         been written: what comes after the prefix in those that were not kept.
 
     Raises:
-        ConfigError: no rule; chat options that the template does not have, or no BOS.
+        ConfigError: no rule; a prefix below 1, or its rule without it; chat options that the template does
+            not have, or no BOS.
         InputError: a prompt with fewer than two candidates, or with an empty one; a column that does not
             exist; or what `measure_replies` raises.
     """
@@ -193,6 +194,7 @@ def _early_rule(rule: Rule, prefix: int | None, prefix_rule: str | Rule | None) 
         if prefix_rule is not None:
             raise ConfigError("A prefix_rule needs a prefix, the number of first tokens it looks at.")
         return None
+    check_prefix(prefix)
     chosen = rule if prefix_rule is None else prefix_rule
     return (Rule.parse(chosen) if isinstance(chosen, str) else chosen).of_prefix
 
@@ -200,7 +202,7 @@ def _early_rule(rule: Rule, prefix: int | None, prefix_rule: str | Rule | None) 
 def _read(
     lens: "PHiModel", tokenizer: Any, chosen: "Iterable[tuple[Candidates, Iterable[int]]]", **options: Any
 ) -> Iterator[tuple[Candidates, list[Row]]]:
-    """The rows of the candidates chosen of each prompt, as `iter_replies` has them, read a few batches ahead."""
+    """The rows of the candidates chosen of each prompt, read a few batches ahead."""
     waiting: deque[tuple[Candidates, int]] = deque()
 
     def replies() -> Iterator[tuple[Text, str, str]]:
@@ -213,7 +215,11 @@ def _read(
 
     pairs, names = tee(replies())
     rows = iter_replies(
-        lens, tokenizer, ((prompt, text) for prompt, text, _ in pairs), (name for *_, name in names), **options
+        lens,
+        tokenizer,
+        ((prompt, text) for prompt, text, _ in pairs),
+        (name for *_, name in names),
+        **options,
     )
 
     def found() -> Iterator[tuple[Candidates, list[Row]]]:
@@ -259,7 +265,6 @@ def _ranked(
         table, scores, ranks = (one.set_axis(places).reindex(first.index) for one in (table, scores, ranks))
         ranks = ranks.fillna(late)
         table = first.join(table.drop(columns="tokens"))
-        table = table[["tokens", *table.columns.drop(["tokens", *first.columns]), *first.columns.drop("tokens")]]
         table.insert(0, "kept", kept)
     table.insert(0, "prompt", group.id)
     table.insert(1, "candidate", range(len(table)))

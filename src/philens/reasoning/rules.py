@@ -85,6 +85,13 @@ class Rule:
         return self.sign * table[self.column].to_numpy(np.float64)
 
 
+def check_prefix(prefix: int) -> int:
+    """Raise a ConfigError unless this is a number of first tokens."""
+    if prefix < 1:
+        raise ConfigError(f"prefix must be at least 1 token, not {prefix}.")
+    return prefix
+
+
 def best_half(scores: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(N,) which are among the better half of their group (N,), rounded up; of equal ones the earlier."""
     order = np.lexsort((-scores, groups))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.reasoning.problems import plain_text
-from philens.reasoning.rules import AGGREGATES, PREFIX, STATISTICS
+from philens.reasoning.rules import AGGREGATES, PREFIX, STATISTICS, check_prefix
 from philens.scoring.scores import group_names, of_groups
 from philens.scoring.texts import Text, TokenizedText, as_texts, check_tokenizer
 from philens.support.columns import Column, column_name
@@ -110,6 +110,7 @@ def measure_replies(
     Raises:
         InputError: not one prompt for each reply; no reply with a token; a chat that the template refuses; or
             what `philens.score` raises.
+        ConfigError: a prefix below 1.
     """
     import pandas as pd
 
@@ -271,8 +272,8 @@ def iter_replies(
     from philens.scoring.score import check_metrics, iter_scores
 
     check_tokenizer(tokenizer)
-    if prefix is not None and prefix < 1:
-        raise InputError(f"prefix must be at least 1 token, not {prefix}.")
+    if prefix is not None:
+        check_prefix(prefix)
     # Whether there is something to read of each reply, where it starts and ends in the text that is read, and
     # which tokens of that, (T,), are its own.
     read: deque[bool] = deque()

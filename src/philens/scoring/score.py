@@ -193,16 +193,21 @@ def check_metrics(lens: PHiModel, metrics: Sequence[str] | None) -> list[str]:
     chosen = {metrics} if isinstance(metrics, str) else set(metrics)
     if not chosen:
         raise InputError(f"No metric was asked for; choose among {', '.join(METRICS)}.")
-    for name in sorted(chosen - set(METRICS)):
-        close = nearest(name, list(METRICS))
-        raise InputError(
-            f"There is no metric {name!r}; did you mean {close!r} (there are {', '.join(METRICS)})?"
-        )
+    check_names(chosen)
     wanted = [name for name in METRICS if name in chosen]
     for error in (obstacle(lens, name) for name in wanted):
         if error is not None:
             raise error
     return wanted
+
+
+def check_names(metrics: Iterable[str]) -> None:
+    """Raise an InputError if one of these is no metric."""
+    for name in sorted(set(metrics) - set(METRICS)):
+        close = nearest(name, list(METRICS))
+        raise InputError(
+            f"There is no metric {name!r}; did you mean {close!r} (there are {', '.join(METRICS)})?"
+        )
 
 
 def alternatives_of(metrics: Sequence[str]) -> str:

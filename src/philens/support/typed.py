@@ -60,6 +60,11 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else []
 
 
+def words(text: str | None) -> list[str]:
+    """Words separated by commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
 def pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
     """Texts such as `a=false` as keys and values, which are read as YAML; what JSON does not have is text.
 
