@@ -19,6 +19,7 @@ from philens.findings.correctness import (
     HEADLINE,
     RULES,
     choice_rows,
+    early_rows,
     measure_correctness,
     partial_rows,
     selection_rows,
@@ -158,6 +159,90 @@ def test_controls_choose_and_are_held_fixed() -> None:
     bare = measure_correctness(table.drop(columns=["state_norm_mean", "phi_untrained_mean"]), **QUICK)
     assert "all_else" not in bare["partial"]["pooled"]["phi_mean"]
     assert set(bare["choice"]["all"]["rules"]) == set(RULES) | {"logistic", "logistic_without_phi"}
+
+
+def early_table(problems=120, samples=5, **options) -> pd.DataFrame:
+    """Solutions with answers and first tokens; phi of these tells right from wrong, surprisal's is noise."""
+    table = solved(problems, samples, **options)
+    random = np.random.default_rng(1)
+    table["answer"] = np.where(table.correct, "1", random.choice(["2", "3"], len(table)))
+    table["tokens_prefix"] = np.minimum(table.tokens, 30)
+    table["phi_prefix"] = table["phi_mean"] + 2 * table.correct
+    table["surprisal_prefix"] = random.normal(size=len(table)).round(1)
+    return table
+
+
+def test_choosing_early_against_one_problem_after_the_other() -> None:
+    table = early_table().sample(frac=1, random_state=0)
+    found = measure_correctness(table, **QUICK)["early"]
+    assert (found["prefix"], found["problems"]) == (30, 120)
+    for rule, column, sign in (
+        ("highest_phi", "phi", 1),
+        ("lowest_phi", "phi", -1),
+        ("highest_surprisal", "surprisal", 1),
+        ("lowest_surprisal", "surprisal", -1),
+    ):
+        unwritten, right = 0, {"random": [], "majority": [], "best": []}
+        for _, rows in table.groupby("problem_id"):
+            order = np.argsort(-sign * rows[f"{column}_prefix"].to_numpy(), kind="stable")
+            kept, dropped = rows.iloc[order[:3]], rows.iloc[order[3:]]
+            unwritten += (dropped.tokens - dropped.tokens_prefix).sum()
+            right["random"].append(kept.correct.mean())
+            votes = kept.answer.value_counts()
+            right["majority"].append(kept.correct[kept.answer.isin(votes.index[votes == votes.max()])].mean())
+            right["best"].append(kept.correct[(sign * kept[f"{column}_mean"]).idxmax()])
+        ours = found["rules"][rule]
+        assert ours["saved"]["value"] == pytest.approx(unwritten / table.tokens.sum())
+        low, high = ours["saved"]["ci95"]
+        assert low < ours["saved"]["value"] < high
+        for ending, values in right.items():
+            assert ours[ending]["accuracy"] == pytest.approx(np.mean(values)), (rule, ending)
+    assert set(found["rules"]) == {f"{d}_{m}" for d in ("highest", "lowest") for m in ("phi", "surprisal")}
+
+
+def test_what_choosing_early_gains_is_over_the_same_among_all() -> None:
+    table = early_table()
+    results = measure_correctness(table, **QUICK)
+    selection, early = results["selection"]["rules"], results["early"]["rules"]
+    for ending, whole in (("random", "random"), ("majority", "majority"), ("best", "highest_phi")):
+        one = early["highest_phi"][ending]
+        gained = one["accuracy"] - selection[whole]["accuracy"]
+        assert one["gain"]["value"] == pytest.approx(gained)
+    assert (
+        early["highest_phi"]["random"]["gain"]["ci95"][0]
+        > 0.1
+        > early["lowest_phi"]["random"]["gain"]["ci95"][1]
+    )
+    low, high = early["highest_surprisal"]["random"]["gain"]["ci95"]
+    assert low < 0 < high
+    rows = pd.DataFrame(early_rows(results))
+    assert len(rows) == 4 * 3
+    assert set(rows.ending) == {"random", "majority", "best"}
+    text = shown(reasoning.early_table(results))
+    assert "the better half by the first 30 tokens" in text
+    assert "lowest surprisal" in text
+    # Where every solution is kept to its end, nothing is saved and everything else is as it was.
+    short = measure_correctness(table.assign(tokens_prefix=table.tokens), **QUICK)["early"]["rules"]
+    assert all(one["saved"]["value"] == 0 for one in short.values())
+    assert measure_correctness(solved(60, 6), **QUICK)["early"] == {}
+    without = early_table().drop(columns="answer")
+    assert "majority" not in measure_correctness(without, **QUICK)["early"]["rules"]["highest_phi"]
+
+
+def test_metrics_that_were_asked_for_stand_beside_the_others() -> None:
+    table = solved(120, 6)
+    table["deep_thinking_mean"] = table.correct + np.random.default_rng(0).normal(size=len(table))
+    for column in ("confidence_mean", "confidence_lowest_group", "confidence_tail", "confidence_max"):
+        table[column] = np.random.default_rng(1).normal(size=len(table))
+    results = measure_correctness(table, **QUICK)
+    rules = results["choice"]["all"]["rules"]
+    asked = ["deep_thinking_mean", "confidence_mean", "confidence_lowest_group", "confidence_tail"]
+    assert [f"highest_{name}" for name in asked] == list(rules)[len(RULES) : len(RULES) + 4]
+    accuracy = rules["highest_deep_thinking_mean"]["accuracy"]
+    assert accuracy == pytest.approx(joined(table, "deep_thinking_mean", 1)["accuracy"])
+    assert results["partial"]["within_problems"]["deep_thinking_mean"]["nothing"]["ci95"][0] > 0.2
+    assert set(asked) < set(pd.DataFrame(partial_rows(results)).metric)
+    assert "highest deep thinking" in shown(reasoning.correctness_table(results))
 
 
 def test_a_known_effect_is_found_with_its_size() -> None:
@@ -446,7 +531,9 @@ def test_figures_of_several_seeds_show_each(tmp_path: Path) -> None:
     rows = reasoning.tables("correctness", seeds(3))
     assert {row["seed"] for row in rows["choices"]} == {0, 1, 2}
     paths = write_finding(tmp_path, {"seeds": seeds(3)}, rows, found)
-    assert {"choices.csv", "correlations.csv", "selections.csv", "sweep.csv", "sweep.png"} < set(paths)
+    assert {"choices.csv", "correlations.csv", "selections.csv", "early.csv", "sweep.csv", "sweep.png"} < set(
+        paths
+    )
     assert json.loads(paths["results.json"].read_text())["seeds"][1]["seed"] == 1
 
 

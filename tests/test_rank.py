@@ -115,6 +115,66 @@ def test_groups_of_an_answer_are_of_its_own_tokens(small):
         rank(small, CHARACTERS, prompt, answers, rule="highest_phi_tail")
 
 
+LONG = ["5, as 2 + 3 is 5", "6, I think", "5", "57 and no more", "5, as I said"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "prefix_rule", "metric", "sign"),
+    [
+        ("highest_phi", None, "phi", 1),
+        ("lowest_surprisal_max", None, "surprisal", -1),
+        ("shortest", "highest_deep_thinking", "deep_thinking", 1),
+        ("highest_phi", "lowest_entropy", "entropy", -1),
+    ],
+)
+def test_the_better_half_by_first_tokens_is_ranked(small, rule, prefix_rule, metric, sign):
+    """The first tokens are scored as a text of their own; those kept are what they are in any ranking."""
+    prompt, prefix = PROMPTS[0], 3
+    table = rank(small, CHARACTERS, prompt, LONG, rule=rule, prefix=prefix, prefix_rule=prefix_rule)
+    early = []
+    for text in LONG:
+        (scores,) = score(small, CHARACTERS, prompt + text[:prefix], metrics=[metric])
+        early.append(scores.columns[metric][len(prompt) :].mean())
+    by_candidate = table.set_index("candidate").sort_index()
+    np.testing.assert_allclose(by_candidate[f"{metric}_prefix"], early, rtol=1e-4)
+    assert by_candidate["tokens"].tolist() == [len(text) for text in LONG]
+    assert by_candidate["tokens_prefix"].tolist() == [min(len(text), prefix) for text in LONG]
+    assert by_candidate["kept"].sum() == 3
+    kept, dropped = (sign * np.array(early)[by_candidate["kept"] == which] for which in (True, False))
+    assert kept.min() >= dropped.max()
+    whole = rank(small, CHARACTERS, prompt, LONG, rule=rule).set_index("candidate")
+    for number in np.flatnonzero(by_candidate["kept"]):
+        assert by_candidate["score"][number] == pytest.approx(whole["score"][number], rel=1e-5)
+    assert sorted(table["rank"][:3]) == table["rank"][:3].tolist() == table["score"][:3].rank(
+        method="min", ascending=False
+    ).astype(int).tolist()  # fmt: skip
+    assert not table["kept"][3:].any()
+    assert table["rank"][3:].min() == 4
+    assert table[["score", "phi_mean"]][3:].isna().all(axis=None)
+    unwritten = sum(max(0, len(LONG[number]) - prefix) for number in table["candidate"][3:])
+    assert table.attrs["saved"] == pytest.approx(unwritten / sum(map(len, LONG)))
+
+
+def test_only_those_kept_are_read_to_their_end(small, monkeypatch):
+    read = []
+    original = type(small).forward
+    monkeypatch.setattr(
+        type(small),
+        "forward",
+        lambda self, ids, *args, **options: read.append(ids.shape) or original(self, ids, *args, **options),
+    )
+    first, longest = len(PROMPTS[0]) + 2, len(PROMPTS[0]) + max(map(len, LONG))
+    rank(small, CHARACTERS, PROMPTS[0], [*LONG, LONG[0] * 40], prefix=2, prefix_rule="shortest")
+    assert read[0] == (6, first)
+    assert max(length for _, length in read) == longest
+
+
+def test_of_equal_beginnings_the_earlier_are_kept(small):
+    table = rank(small, CHARACTERS, "a", ["xx1", "xx2", "xx3", "xx4", "xx5"], prefix=2)
+    assert sorted(table["candidate"][table["kept"]]) == [0, 1, 2]
+    assert table["rank"].tolist()[3:] == [4, 4]
+
+
 def test_columns_of_a_table(small):
     """By position, whatever the index."""
     prompts, answers = ["2 + 3 = ", "1 + 1 = "], [["5", "6", "7"], ["2", "3", "4"]]
@@ -158,6 +218,21 @@ def test_what_a_rule_needs_is_scored(small):
 def test_what_cannot_be_ranked(small, prompts, candidates, options, sentence):
     with pytest.raises(InputError, match=sentence):
         rank(small, CHARACTERS, prompts, candidates, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prefix": 0}, "prefix must be at least 1 token, not 0"),
+        ({"prefix_rule": "lowest_phi"}, "A prefix_rule needs a prefix"),
+        ({"prefix": 2, "prefix_rule": "best"}, "There is no rule 'best'"),
+    ],
+)
+def test_no_prefix(small, tmp_path, options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        rank(small, CHARACTERS, "a", ["b", "c"], **options)
+    with pytest.raises(ConfigError, match=sentence):
+        rank_file(tmp_path / "none.jsonl", lambda: pytest.fail("loaded"), **options)
 
 
 def test_no_rule(small):
@@ -262,11 +337,11 @@ def test_rows_are_written(small, tmp_path, capsys):
     def load():
         return small, CHARACTERS
 
-    assert rank_file(path, load, "jsonl", tmp_path / "out.jsonl", rule="lowest_surprisal") == 2
+    assert rank_file(path, load, "jsonl", tmp_path / "out.jsonl", rule="lowest_surprisal") == (2, None)
     text = (tmp_path / "out.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     pd.testing.assert_frame_equal(pd.DataFrame(rows), pd.DataFrame(expected), check_dtype=False)
-    assert rank_file(path, load, "jsonl", rule="lowest_surprisal") == 2
+    assert rank_file(path, load, "jsonl", rule="lowest_surprisal") == (2, None)
     assert capsys.readouterr().out == text
     rank_file(path, load, "csv", tmp_path / "out.csv", rule="lowest_surprisal")
     read = list(csv.DictReader((tmp_path / "out.csv").open(newline="")))
@@ -280,12 +355,27 @@ def test_the_terminal_has_a_table_for_each_prompt(small, tmp_path, capsys):
     path = write(
         tmp_path, *({"prompt": p, "candidates": c} for p, c in zip(PROMPTS, CANDIDATES, strict=True))
     )
-    assert rank_file(path, lambda: (small, CHARACTERS), rule="shortest") == 2
+    assert rank_file(path, lambda: (small, CHARACTERS), rule="shortest") == (2, None)
     shown = capsys.readouterr().out
     assert shown.count("By shortest") == 2
     assert shown.index("2 + 3 =") < shown.index("6, I think") < shown.index("The sea is")
     for heading in ("rank", "score", "tokens", *METRICS):
         assert heading in shown
+
+
+def test_the_terminal_says_which_were_kept(small, tmp_path, capsys):
+    records = [{"prompt": PROMPTS[0], "candidates": LONG}, {"prompt": "a", "candidates": ["b", "c"]}]
+    path = write(tmp_path, *records)
+    ranked = rank_file(path, lambda: (small, CHARACTERS), prefix=3)
+    shown = capsys.readouterr().out
+    assert sorted(re.findall(r" (yes|no) +\d", shown)) == ["no"] * 3 + ["yes"] * 4
+    assert "nan" not in shown
+    assert "Kept by their first 3 tokens" in shown
+    table = rank(small, CHARACTERS, PROMPTS[0], LONG, prefix=3)
+    total = sum(map(len, LONG))
+    assert ranked.saved == pytest.approx(table.attrs["saved"] * total / (total + 2))
+    assert str(ranked) == f"candidates of 2 prompts; choosing early saved {ranked.saved:.1%} of their tokens"
+    assert "kept" in table._repr_html_()
 
 
 def test_a_table_shows_what_a_terminal_would_obey(small):

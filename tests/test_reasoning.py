@@ -171,8 +171,15 @@ def test_the_papers_way_lacks_nothing_but_weights(llama, tmp_path, philens):
     assert "The final answer is" in seed["prompt"]["instruction"]
 
     solutions = ["--solutions", llama / "solved.jsonl"]
-    code, out, err = philens("reproduce", "correctness", *words, *solutions, "--by", "steps")
+    asked = ["--metrics", "confidence,deep_thinking", "--metric-option", "group=4", "--prefix", 5]
+    code, out, err = philens("reproduce", "correctness", *words, *solutions, "--by", "steps", *asked)
     assert code == 0, err
+    assert "by the first 5 tokens" in out
+    table = pd.read_parquet(tmp_path / "run" / "seed-0" / "correctness.parquet")
+    assert table.attrs["prefix"] == 5
+    assert {"confidence", "deep_thinking", "phi"} < set(table.attrs["metrics"])
+    assert table.attrs["provenance"]["metric_options"]["group"] == 4
+    assert {"confidence_tail", "deep_thinking_prefix", "phi@model.layers.2_prefix"} < set(table)
     results = json.loads((tmp_path / "run" / "correctness" / "results.json").read_text())
     counts = results["seeds"][0]["points"]["model.layers.2"]["counts"]
     assert (counts["problems"], counts["samples"], counts["mixed"], counts["all_right"]) == (12, 24, 9, 3)
@@ -262,6 +269,10 @@ def test_solve_grade_and_rank_by_command(smoke, llama, tmp_path, philens):
         ("reproduce difficulty --model x --problems arithmetic --prompt mine", "There is no prompt 'mine'"),
         ("reproduce difficulty --model x --problems sums --levels 9", "No problem of sums has level 9;"),
         ("solve --model x --problems sums --levels hard", "levels must be given as 1,2 or 2:7"),
+        ("reproduce correctness --model x --prefix 0", "prefix must be at least 1 token, not 0"),
+        ("reproduce correctness --model x --metrics confidance", "did you mean 'confidence'"),
+        ("reproduce difficulty --model x --metric-option groups=3", "There is no metric option 'groups'"),
+        ("rank nothing.jsonl --model x --prefix 0", "prefix must be at least 1 token, not 0"),
         ("reproduce difficulty --model x --layers few", "layers must name blocks as 4,8,12"),
         ("solve --model x", "No problems were named; give --problems."),
         ("solve --model nowhere --problems arithmetic --limit 2 --output here", "nowhere"),

@@ -249,6 +249,27 @@ def test_an_empty_reply_is_a_row_without_numbers(small):
     assert marked["tokens"].tolist() == [2, 0]
 
 
+def test_first_tokens_have_means_of_their_own(small):
+    table = measure_replies(small, CHARACTERS, ["2 + 3 = "] * 3, ["5, or six", "5", ""], prefix=4)
+    (scores,) = score(small, CHARACTERS, "2 + 3 = 5, or six", metrics=METRICS)
+    for metric in METRICS:
+        assert table[f"{metric}_prefix"][0] == pytest.approx(scores.columns[metric][8:12].mean(), rel=1e-4)
+    assert table[["tokens", "tokens_prefix"]].fillna(0).to_numpy().tolist() == [[9, 4], [1, 1], [0, 0]]
+    assert table["phi_prefix"][1] == pytest.approx(table["phi_mean"][1], rel=1e-4)
+
+
+def test_equal_beginnings_have_the_very_same_numbers(small):
+    """Whatever comes after them: in batches of other shapes, rounding would tell long replies from short."""
+    replies = ["5, as " + "I said " * length for length in range(12)]
+    table = measure_replies(small, CHARACTERS, ["2 + 3 = "] * 12, replies, prefix=5, batch_tokens=100)
+    assert table["phi_mean"].nunique() == 12
+    for metric in METRICS:
+        assert table[f"{metric}_prefix"].nunique() == 1
+    others = measure_replies(small, CHARACTERS, ["2 + 4 = "] * 12, replies, prefix=5, batch_tokens=100)
+    assert others["phi_prefix"].nunique() == 1
+    assert others["phi_prefix"][0] != table["phi_prefix"][0]
+
+
 def test_any_number_of_replies_is_read_a_little_ahead(small):
     read = []
 
