@@ -284,7 +284,7 @@ def test_errors_are_one_sentence(philens, tmp_path, monkeypatch, words, message)
     monkeypatch.chdir(tmp_path)
     code, out, err = philens(*words.split())
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"philens: error: [^\n]+\.\n", err.splitlines(keepends=True)[-1]), err
+    assert re.fullmatch(r"philens: error: [^\n]+[.?]\n", err.splitlines(keepends=True)[-1]), err
     assert message in err
 
 
