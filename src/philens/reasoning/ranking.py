@@ -146,7 +146,7 @@ def rank(
     ranked = iter_ranked(lens, tokenizer, groups, rule=rule, **options)
     whole = RankTable(pd.concat([table for _, table in ranked], ignore_index=True))
     if prefix is not None:
-        whole.attrs["saved"] = float(_unwritten(whole) / whole["tokens"].sum())
+        whole.attrs["saved"] = _saved([_tokens(whole)])
     return whole
 
 
@@ -261,9 +261,9 @@ def _ranked(
     if early is not None:
         first, kept, early_rule = pd.DataFrame(early[0]), early[1], early[2]
         places = np.flatnonzero(kept)
-        late = pd.Series(early_rule.scores(first))[~kept].rank(method="min", ascending=False) + len(places)
+        late = pd.Series(early_rule.scores(first)).where(~kept).rank(method="min", ascending=False)
         table, scores, ranks = (one.set_axis(places).reindex(first.index) for one in (table, scores, ranks))
-        ranks = ranks.fillna(late)
+        ranks = ranks.fillna(late + len(places))
         table = first.join(table.drop(columns="tokens"))
         table.insert(0, "kept", kept)
     table.insert(0, "prompt", group.id)
@@ -274,9 +274,17 @@ def _ranked(
     return table.sort_values("rank", kind="stable", ignore_index=True)
 
 
-def _unwritten(table: "pd.DataFrame") -> int:
-    """How many tokens of candidates need not have been written, as they follow the prefix of one not kept."""
-    return int((table["tokens"] - table["tokens_prefix"])[~table["kept"]].sum())
+def _tokens(table: "pd.DataFrame") -> tuple[int, int]:
+    """How many tokens candidates have, and how many of these follow the prefix of one that was not kept, so
+    that they need not have been written."""
+    kept, tokens, first = (table[name].to_numpy() for name in ("kept", "tokens", "tokens_prefix"))
+    return int(tokens.sum()), int((tokens - first)[~kept].sum())
+
+
+def _saved(counts: Iterable[tuple[int, int]]) -> float:
+    """The share of tokens that need not have been written, by what `_tokens` counted."""
+    every, unwritten = map(sum, zip(*counts, strict=True))
+    return unwritten / every
 
 
 def _check_candidates(texts: Any, where: str) -> None:
@@ -439,13 +447,11 @@ def rank_file(
     lens, tokenizer = load()
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
     options |= {"prefix": prefix, "prefix_rule": prefix_rule}
-    tokens = unwritten = 0
+    counts: list[tuple[int, int]] = []
 
     def counted() -> "Iterator[tuple[Candidates, pd.DataFrame]]":
-        nonlocal tokens, unwritten
         for group, table in iter_ranked(lens, tokenizer, groups, rule=rule, **options):
-            tokens += int(table["tokens"].sum())
-            unwritten += _unwritten(table) if prefix is not None else 0
+            counts.extend([_tokens(table)] if prefix is not None else [])
             yield group, table
 
     ranked = counted()
@@ -455,7 +461,7 @@ def rank_file(
         console = Console()
         for group, table in ranked:
             console.print(ranking_table(table, group.prompt, rule.name), "")
-        return Ranked(len(groups), unwritten / tokens if prefix is not None else None)
+        return Ranked(len(groups), _saved(counts) if counts else None)
 
     def lines() -> Iterator[str]:
         for number, (_, table) in enumerate(shown(ranked, "ranking", len(groups))):
@@ -468,4 +474,4 @@ def rank_file(
         utf8_output().writelines(lines())
     else:
         write_atomically(output, lambda file: file.writelines(line.encode() for line in lines()))
-    return Ranked(len(groups), unwritten / tokens if prefix is not None else None)
+    return Ranked(len(groups), _saved(counts) if counts else None)

@@ -319,15 +319,15 @@ def iter_replies(
             while not read.popleft():
                 yield {"tokens": 0}
             own = owned.popleft()
-            row = {"tokens": int(own.sum())}
+            row: Row = {"tokens": int(own.sum())}
             if prefix is not None:
                 first = _first(own, prefix)[: len(scores)]
                 start = scores.token_ids[: _end(first)].tobytes()
                 beginning = beginnings.get(start) or _of_prefix(scores, first, wanted)
                 if whole:  # all of them are held anyway
                     beginnings[start] = beginning
-                row |= beginning
-            yield row | _aggregate(scores, own, wanted) if whole else row
+                row = {**row, **beginning}
+            yield {**row, **_aggregate(scores, own, wanted)} if whole else row
         yield from ({"tokens": 0} for _ in read)
 
     return rows()
