@@ -6,7 +6,7 @@ import torch
 
 from philens.support.errors import ConfigError, RecipeError
 from philens.support.typed import convert, describe, nearest
-from philens.training.build import build_base, build_model
+from philens.training.build import build_base, start_model
 from philens.training.recipe import RECIPES, Recipe, flatten, load_recipe, recipe_keys, recipe_yaml
 from philens.training.trainer import training_rows
 from tiny import tiny_recipe
@@ -240,7 +240,7 @@ def test_models_have_the_size_the_recipe_says(name):
     if recipe.model.tokenizer == "bpe":  # as large a one as the recipe says takes seconds to learn
         recipe = load_recipe(name, {"model.tokenizer": "bytes"})
     with torch.device("meta"):
-        lens = build_model(recipe)
+        lens = start_model(recipe)[0]
     config = lens.base.config
     assert config.hidden_size == recipe.model.hidden_size == lens.phi.hidden_size
     assert config.num_hidden_layers == recipe.model.layers

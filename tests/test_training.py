@@ -28,7 +28,7 @@ from philens.support.errors import (
     TrainingError,
 )
 from philens.training import callbacks, course
-from philens.training.build import build_model
+from philens.training.build import start_model
 from philens.training.course import figure_training  # not the blank one of conftest.py
 from philens.training.evaluated import record_of, rows_of
 from philens.training.evaluation import evaluate_tasks
@@ -266,7 +266,7 @@ def test_before_it_enters_the_layer_changes_nothing(tmp_path):
     """Phase 1 is the training of the plain base model: the layer's weights stay as they were drawn."""
     recipe = tiny_recipe(phi_schedule__start_step=100, train__steps=3, optimizer__weight_decay=0.0)
     lens = train(recipe, tmp_path / "run")
-    fresh = build_model(recipe)
+    fresh = start_model(recipe)[0]
     assert all(torch.equal(v, fresh.phi.state_dict()[k]) for k, v in lens.phi.state_dict().items())
     assert not torch.equal(lens.base.get_input_embeddings().weight, fresh.base.get_input_embeddings().weight)
 
@@ -631,10 +631,10 @@ def test_a_model_that_cannot_be_built_leaves_no_folder(tmp_path):
 def test_several_layers_are_measured_on_formal_languages():
     keys = {"phi__layer": None, "phi__mode": "observe", "phi__layers": [0, 1], "phi_schedule__start_step": 0}
     recipe = tiny_recipe(**keys)
-    lens = build_model(recipe)
+    lens = start_model(recipe)[0]
     metrics = record_of(evaluate_tasks(lens, recipe, 2))
     alone = tiny_recipe(phi__layer=1, phi__mode="observe", phi_schedule__start_step=0)
-    one = build_model(alone)
+    one = start_model(alone)[0]
     one.phi.load_state_dict(lens.layers[1].state_dict())
     expected = record_of(evaluate_tasks(one, alone, 2))
     for name, value in expected.items():

@@ -19,7 +19,7 @@ import yaml
 from philens.bases import gguf, lora, wheels
 from philens.support.errors import AdapterError, ConfigError, PhilensError
 from philens.support.extras import require
-from philens.support.files import same_file
+from philens.support.files import check_file, check_safetensors, check_sums, read_json, same_file
 
 logger = logging.getLogger(__name__)
 
@@ -366,8 +366,6 @@ def _quantization_config(quantization: str | None, dtype: Any) -> Any:
 def _load_model(
     folder: Path, name: str | os.PathLike[str], options: dict[str, Any], dtype: Any, quantized: Any
 ) -> Any:
-    from philens.support.files import check_sums
-
     files = _check_weight_files(folder, name)
     check_sums(folder)
     config, kind, whole = _load_config(folder, name, options, files)
@@ -448,8 +446,6 @@ def _check_fit(info: dict[str, Any], name: str | os.PathLike[str]) -> None:
 
 def check_small_files(folder: Path) -> None:
     """Raise an AdapterError unless the small files of a model or a tokenizer are files, and small."""
-    from philens.support.files import check_file
-
     for path in folder.glob("*"):
         if any(path.match(pattern) for pattern in _TEXT_FILES):
             check_file(path)
@@ -515,8 +511,6 @@ def _load_config(
     import transformers
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, __version__
-
-    from philens.support.files import read_json
 
     raw = read_json(folder / "config.json")
     tensors = 0
@@ -603,8 +597,6 @@ def _unusable(name: str | os.PathLike[str], part: str, error: Exception) -> Adap
 
 def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> list[Path]:
     """The files with a model's weights; raises an AdapterError unless they are whole safetensors files."""
-    from philens.support.files import check_safetensors
-
     files = [_WEIGHTS] if (folder / _WEIGHTS).exists() else _parts(folder)
     if files == [_WEIGHTS] and not os.path.lexists(folder / _WEIGHTS):
         pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -622,8 +614,6 @@ def _parts(folder: Path) -> list[str]:
     Raises:
         AdapterError: the index is damaged.
     """
-    from philens.support.files import read_json
-
     index = folder / _INDEX
     if not index.exists():
         return [_WEIGHTS]

@@ -78,7 +78,7 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
             capsize=3,
             height=0.7,
         )
-    bars.set_yticks(places, [_short_label(name) for name in names])
+    bars.set_yticks(places, [task_label(name).replace(" ", "\n", 1) for name in names])
     bars.set(xlabel=PHI_LABEL)
     for label, name in zip(bars.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == INTERESTING else "normal")
@@ -332,10 +332,6 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
 def _legend_below(axes: "Axes", title: str) -> None:
     style = {"fontsize": FONT - 1, "title_fontsize": FONT - 1, "frameon": False, "ncols": 2}
     axes.legend(title=title, loc="upper left", bbox_to_anchor=(0, -0.18), **style)
-
-
-def _short_label(task: str) -> str:
-    return task_label(task).replace(" ", "\n", 1)
 
 
 def _label_points(

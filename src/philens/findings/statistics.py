@@ -251,7 +251,8 @@ def correlation(
         columns = [rankdata(column) for column in columns]
     columns = [_standardise(column) for column in columns]
     if within:
-        columns = [_centre(column, clusters) for column in columns]
+        # Each minus the mean of its cluster.
+        columns = [x - (np.bincount(clusters, x) / np.bincount(clusters))[clusters] for x in columns]
     moments, matrices = _cross_moments(columns, clusters)
     statistic = lambda sums: _partial_correlation(*_residuals(matrices(sums)))  # noqa: E731
     return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
@@ -454,11 +455,6 @@ def _standardise(column: Floats) -> Floats:
     scale = centred.std()
     # The mean of equal numbers may miss them by rounding, and that must not be blown up to a variable.
     return centred / scale if scale > 1e-12 * np.abs(column).max() else np.zeros_like(column)
-
-
-def _centre(column: Floats, clusters: NDArray[np.int64]) -> Floats:
-    """`column` (N,) minus the mean of its cluster."""
-    return column - (np.bincount(clusters, column) / np.bincount(clusters))[clusters]
 
 
 def _sums_by_cluster(rows: Floats, clusters: NDArray[np.int64], count: int = 0) -> Floats:

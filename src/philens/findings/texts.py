@@ -29,6 +29,7 @@ from philens.findings.text_tokens import (
 from philens.lens.metrics import CONTROLS
 from philens.support.errors import InputError
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
+from philens.tasks.sources import chat_of
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
@@ -85,16 +86,12 @@ def score_texts(
             f"{name} has no user's message and other texts have one; give each one, or score texts alone "
             "with --plain."
         )
-    contents = [_chat(text) if as_chat else text.text for text, as_chat in zip(texts, as_chats, strict=True)]
+    contents = [
+        chat_of(text.user or "", text.text) if as_chat else text.text
+        for text, as_chat in zip(texts, as_chats, strict=True)
+    ]
     names = [text.name for text in texts]
     return iter_scores(lens, tokenizer, contents, window=window, names=names, metrics=metrics)
-
-
-def _chat(text: LevelText) -> list[dict[str, str]]:
-    return [
-        {"role": "user", "content": text.user or ""},
-        {"role": "assistant", "content": text.text},
-    ]
 
 
 def measure_texts(
@@ -161,7 +158,7 @@ def measure_texts(
                 "tokens": sum(map(len, of_level[level])),
                 "sinks": sum(int(one.sinks.sum()) for one in of_level[level]),
                 "tokens_without_surprisal": found["surprisal"].dropped,
-                **{name: _as_dict(found[name]) for name in QUANTITIES},
+                **{name: found[name].as_dict("mean") if found[name].rows else None for name in QUANTITIES},
                 "by_surprisal": phi_by_surprisal(of_level[level], resamples=resamples, seed=seed),
             }
             for level, found in estimates.items()
@@ -310,10 +307,6 @@ def _compare(
         },
         "separated": ours.ci95[0] > theirs.ci95[1] or ours.ci95[1] < theirs.ci95[0],
     }
-
-
-def _as_dict(estimate: statistics.Estimate) -> dict[str, Any] | None:
-    return estimate.as_dict("mean") if estimate.rows else None
 
 
 def _mean(values: Floats) -> float | None:

@@ -215,11 +215,9 @@ class PHiConfig:
                 raise ConfigError('pressure="reconstruction" needs mode="observe".')
 
     def places(self) -> list[Place]:
-        """See `InstrumentConfig`."""
         return [(number, self.module) for number in self.layers or [self.layer]]
 
     def weights(self) -> int:
-        """See `InstrumentConfig`."""
         return len(self.layers or [0]) * self.prior_depth
 
     def latent_width(self, hidden_size: int) -> int:
@@ -275,9 +273,7 @@ class MTDConfig:
         return "mean"
 
     def places(self) -> list[Place]:
-        """See `InstrumentConfig`."""
         return [(-1, None)]
 
     def weights(self) -> int:
-        """See `InstrumentConfig`."""
         return self.depth

@@ -79,7 +79,6 @@ class Gaussian(NamedTuple):
     logvar: Tensor
 
     def detach(self) -> "Gaussian":
-        """See `Told`."""
         return Gaussian(self.mean.detach(), self.logvar.detach())
 
 
@@ -98,23 +97,19 @@ class GaussianLatent:
         return Gaussian(mean, logvar.clamp(self.config.logvar_min, self.config.logvar_max))
 
     def read(self, numbers: Tensor, drawn: bool) -> tuple[Gaussian, Tensor]:
-        """See `Latent`."""
         told = mean, logvar = self._gaussian(numbers)
         return told, torch.addcmul(mean, torch.exp(0.5 * logvar), torch.randn_like(mean)) if drawn else mean
 
     def expect(self, numbers: Tensor | None, posterior: Gaussian) -> Gaussian:
-        """See `Latent`."""
         if numbers is not None:
             return self._gaussian(numbers)
         zero = torch.zeros_like(posterior.mean)
         return Gaussian(zero, zero)
 
     def divergence(self, posterior: Gaussian, prior: Gaussian) -> Tensor:
-        """See `Latent`."""
         return (gaussian_kl if self.config.kl == "exact" else official_kl)(*posterior, *prior)
 
     def losses(self, latent: Tensor, posterior: Gaussian, padding: Tensor | None) -> dict[str, Tensor]:
-        """See `Latent`."""
         if not self.weights["contrastive"]:
             return {}
         # The released code lets padding serve as negatives; a row's padding should not matter.
@@ -137,7 +132,6 @@ class GaussianLatent:
         return 0.5 * torch.log1p((signal * weights).sum((0, 1)) / (noise * weights).sum((0, 1))).sum()
 
     def start_wide(self, bias: Tensor) -> None:
-        """See `Latent`."""
         bias[len(bias) // 2 :] = 2 * math.log(self.width)
 
 
@@ -156,7 +150,6 @@ class PointLatent(GaussianLatent):
         return Gaussian(numbers.float(), torch.zeros_like(numbers, dtype=torch.float32))
 
     def divergence(self, posterior: Gaussian, prior: Gaussian) -> Tensor:
-        """See `Latent`."""
         return 0.5 * (posterior.mean - prior.mean).square().sum(-1)
 
     def start_wide(self, bias: Tensor) -> None:
@@ -179,7 +172,6 @@ class Codes(NamedTuple):
     chosen: Tensor
 
     def detach(self) -> "Codes":
-        """See `Told`."""
         return Codes(*(value.detach() for value in self))
 
 
@@ -189,7 +181,6 @@ class Expected(NamedTuple):
     logprobs: Tensor
 
     def detach(self) -> "Expected":
-        """See `Told`."""
         return Expected(self.logprobs.detach())
 
 
@@ -230,7 +221,6 @@ class CodeLatent(nn.Module):
                 self.before = nn.Parameter(0.02 * torch.randn(books - 1, codes, size))
 
     def read(self, numbers: Tensor, drawn: bool) -> tuple[Codes, Tensor]:
-        """See `Latent`."""
         index, weights, rests, chosen = [], [], [], []
         with torch.autocast(numbers.device.type, enabled=False):
             point = rest = F.normalize(numbers.float(), dim=-1)
@@ -259,7 +249,6 @@ class CodeLatent(nn.Module):
         return math.sqrt(self.vectors.shape[-1]) * torch.stack(chosen).float().sum(0)
 
     def expect(self, numbers: Tensor | None, posterior: Codes) -> Expected:
-        """See `Latent`."""
         return Expected(self.logprobs(numbers, posterior.index))
 
     def logprobs(self, numbers: Tensor | None, index: Tensor) -> Tensor:
@@ -280,7 +269,6 @@ class CodeLatent(nn.Module):
         return torch.stack(found, -2)
 
     def divergence(self, posterior: Codes, prior: Expected) -> Tensor:
-        """See `Latent`."""
         return -(posterior.weights * prior.logprobs).sum((-1, -2))
 
     def losses(self, latent: Tensor, posterior: Codes, padding: Tensor | None) -> dict[str, Tensor]:

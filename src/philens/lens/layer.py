@@ -232,11 +232,9 @@ class PHiLayer(nn.Module):
         )
 
     def read(self, hidden_states: Tensor, current: Pass, memories: Sequence[Memory] = ()) -> PHiOutput:
-        """See `Instrument`."""
         return self(hidden_states, current.attention_mask, current.documents, memories, current.contrastive)
 
     def losses(self, output: PHiOutput, counted: Tensor, weight_scale: Tensor) -> list[Term]:
-        """See `Instrument`."""
         config, weights, count = self.config, counted.float(), counted.sum().clamp(min=1)
         scale = 1.0 if config.reduction == "sum" else 1.0 / output.latent.shape[-1]
         phi = (output.phi * weights).sum() / count

@@ -72,7 +72,6 @@ class MTDHead(nn.Module):
         return 1 + self.config.depth
 
     def read(self, hidden_states: Tensor, current: Pass, memories: Sequence[Memory] = ()) -> MTDOutput:
-        """See `Instrument`."""
         embedded = None
         if self.config.embedding:
             if current.embed is None or current.input_ids is None:

@@ -103,8 +103,9 @@ class Alternatives(Sequence[list[Alternative]]):
     def notes(self) -> list[str]:
         """(T,) each token's rank and alternatives in words, a line each; empty where there are none."""
         return [
-            "\n".join([f"rank {rank}", *map(_line, some)]) if some else ""
+            "\n".join([f"rank {rank}", *lines]) if lines else ""
             for rank, some in zip(self.ranks.tolist(), self, strict=True)
+            for lines in [[f"{percent(one.probability):>6} {visible_spaces(one.text)}" for one in some]]
         ]
 
     def lines(self) -> list[tuple[str, str]]:
@@ -169,10 +170,6 @@ class TokenTexts(dict[int, str]):
                 self[token] = text[len(self._start) :]
             else:
                 self[token] = self._backend.decode([token], skip_special_tokens=False)
-
-
-def _line(one: Alternative) -> str:
-    return f"{percent(one.probability):>6} {visible_spaces(one.text)}"
 
 
 def percent(probability: float) -> str:

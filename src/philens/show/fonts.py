@@ -22,7 +22,7 @@ def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     families = [*rcParams["font.family"]]
     needed = {character for text in texts for character in text if character.isprintable()}
-    missing = {ord(character) for character in needed} - _characters(_usual())
+    missing = {ord(character) for character in needed} - _characters(fontManager.findfont(FontProperties()))
     others = _others() if missing else []
     while others and missing:
         best = max(others, key=lambda one: len(missing & _characters(one.fname)))
@@ -32,10 +32,6 @@ def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
         missing -= _characters(best.fname)
     squares = dict.fromkeys(missing, NONE)
     return [text.translate(squares) for text in texts], families
-
-
-def _usual() -> str:
-    return fontManager.findfont(FontProperties())
 
 
 def _others() -> list[FontEntry]:

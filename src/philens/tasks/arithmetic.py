@@ -85,7 +85,9 @@ def problem_at(index: int, level: int, split: Split = "train", seed: int = 0) ->
         raise ConfigError(f"Arithmetic problems have levels 1 to {len(LEVELS)}, not {level}.")
     if split not in ("train", "test"):
         raise ConfigError(f"Arithmetic problems are for train or test, not {split!r}.")
-    drafts = (_draft(Random(f"arithmetic/{seed}/{level}/{index}/{attempt}"), level) for attempt in integers())
+    randoms = (Random(f"arithmetic/{seed}/{level}/{index}/{attempt}") for attempt in integers())
+    # Half of them are stories; None where a step would have led out of the level's range.
+    drafts = ((_tell if one.random() < 0.5 else _compare)(one, LEVELS[level]) for one in randoms)
     draft = next(one for one in drafts if one is not None and is_test(one.text) == (split == "test"))
     return Problem(
         id=f"arithmetic/{split}/{seed}/{level}/{index}",
@@ -112,11 +114,6 @@ class _Draft:
     @property
     def solution(self) -> str:
         return " ".join([*self.equations, f"#### {self.answer}"])
-
-
-def _draft(random: Random, level: int) -> _Draft | None:
-    """A story or a comparison; None where a step would have led out of the level's range."""
-    return (_tell if random.random() < 0.5 else _compare)(random, LEVELS[level])
 
 
 _FACTORS = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}

@@ -189,14 +189,14 @@ class Made:
 
 def _formal(config: TaskConfig, seed: int, task: str, index: int) -> Document:
     """A document of a formal task as the assistant's reply to a user who asks for one."""
-    return _chat(PROMPT, generate(config, seed, task, index).text(0))
+    return chat_of(PROMPT, generate(config, seed, task, index).text(0))
 
 
 def _arithmetic(seed: int, level: int | None, index: int) -> Document:
     """An arithmetic problem for training with its solution as the assistant's reply; without a level, each in
     turn."""
     problem = problem_at(index, level or index % len(LEVELS) + 1, "train", seed)
-    return _chat(problem.problem, str(problem.solution))
+    return chat_of(problem.problem, str(problem.solution))
 
 
 def _level(name: str | None) -> int | None:
@@ -481,7 +481,7 @@ class Table:
         row = self.rows[index]
         values = [row[name] for name in self.fields]
         if len(values) == 2 and all(isinstance(value, str) for value in values):
-            return _chat(*values)
+            return chat_of(*values)
         value = values[0]
         if value is None:
             return ""
@@ -497,5 +497,6 @@ class Table:
         )
 
 
-def _chat(user: str, assistant: str) -> list[dict[str, str]]:
+def chat_of(user: str, assistant: str) -> list[dict[str, str]]:
+    """A chat of one message and its reply."""
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -100,11 +100,6 @@ def other_attention(base: Any, recipe: Recipe) -> str | None:
     return register_documents()
 
 
-def build_model(recipe: Recipe) -> PHiModel:
-    """The recipe's base model with its PHi layer, fresh."""
-    return start_model(recipe)[0]
-
-
 def attach_fresh(base: Any, recipe: Recipe) -> PHiModel:
     """A base model with the recipe's instruments, fresh. For a recipe without any, the smallest PHi layer
     there is, which stays out of the path and is neither trained nor saved."""

@@ -64,7 +64,8 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
     groups = [{"params": params, "weight_decay": decay} for params, decay in decays if params]
     if groups:
         betas = (recipe.beta1, recipe.beta2)
-        optimizers.append(AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=_has_fused()))
+        fused = torch.accelerator.is_available() or None  # on a CPU, what torch takes by default
+        optimizers.append(AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=fused))
     return ChainedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
 
 
@@ -88,8 +89,3 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 raise ValueError(f"{name} does not fit a parameter of shape {tuple(parameter.shape)}")
             if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
                 raise ValueError(f"{name} is not finite")
-
-
-def _has_fused() -> bool | None:
-    """Fused AdamW where there is an accelerator; on a CPU, what torch takes by default."""
-    return torch.accelerator.is_available() or None
