@@ -99,7 +99,7 @@ def _cell(estimate: Mapping[str, Any], digits: int = 2, name: str = "value") -> 
 
 
 def _nats(estimate: Mapping[str, Any], name: str = "value") -> Text:
-    """Of phi, which is small in small models and hundreds of nats in large ones."""
+    """A value of phi, which is small in small models and hundreds of nats in large ones."""
     return _cell(estimate, 0 if abs(estimate[name] or 0) >= 100 else 1, name)
 
 

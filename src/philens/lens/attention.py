@@ -74,7 +74,7 @@ def document_attention(
 
     Args:
         q, k, v: (B, H, T, C). positions: (B, T), as of `Documents`.
-        scale: of the scores; None means 1 / sqrt(C).
+        scale: factor of the scores; None means 1 / sqrt(C).
 
     Returns:
         (B, H, T, C), and the logarithm of each query's sum of exponentials (B, H, T), for the backward pass.

@@ -49,7 +49,7 @@ class Call:
         return None if make is None else make()
 
     def value(self) -> float:
-        """Of the last token of one row: phi, or mtd where there is no PHi layer."""
+        """Phi of the last token of one row, or its mtd where there is no PHi layer."""
         if self.lens.layers:
             return float(self.current.outputs[0].phi[0, -1])
         assert self.shallow is not None

@@ -77,8 +77,8 @@ class CheckReport:
         base: class of the base model.
         mode: `bottleneck` or `observe`.
         points: the insertion points.
-        base_dtype: of the base's weights.
-        layer_dtype: of the layers' weights.
+        base_dtype: precision of the base's weights.
+        layer_dtype: precision of the layers' weights.
         base_parameters: how many the base has.
         base_trainable: how many of them are trained.
         layer_parameters: how many the layers have.

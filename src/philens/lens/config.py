@@ -70,7 +70,7 @@ class InstrumentConfig(Protocol):
         kind: its name in recipes and files.
         mode: `bottleneck` if it replaces hidden states, `observe` if it leaves them as they are.
         pressure: what is asked of the next-token distributions that come of the states it makes.
-        pressure_share: of the rows of a training pass, the share for which that is asked.
+        pressure_share: share of a training pass's rows for which that is asked.
         inference: `sample` if its values in evaluation are drawn.
     """
 
@@ -109,7 +109,7 @@ class PHiConfig:
             the path; `distill`, the divergence of the next-token distribution with the layer in the path from
             the base's own, which teaches the base nothing new; or, when observing, `reconstruction` of the
             hidden states, for which the blocks above need not run.
-        pressure_share: of the rows of a training pass, the share whose next-token distributions press: the
+        pressure_share: share of a training pass's rows whose next-token distributions press: the
             blocks above run for these alone, drawn anew for each pass, at least one.
         reconstruction_weight: weight of the reconstruction loss, the share of the hidden states' variance
             that is lost, averaged over dimensions.

@@ -434,7 +434,7 @@ class LensCore(nn.Module):
         """What presses on instruments: for each the pass with it in the path, and the untouched one.
 
         Args:
-            outputs: of the pass that all rows went through, at least up to the deepest instrument.
+            outputs: outputs of the pass that all rows went through, at least up to the deepest instrument.
             untouched: what that pass returned, if it went on without any; None makes one if it is needed.
         """
         # A compiler cannot follow how blocks are passed over.
@@ -602,8 +602,8 @@ class LensCore(nn.Module):
 
         Args:
             input_ids: (B, T), as read before.
-            arguments: of the base's forward.
-            number: of the instrument, in `instruments`.
+            arguments: arguments of the base's forward.
+            number: number of the instrument, in `instruments`.
             decoded: (B, T, D) its `hidden_states`.
             forms: what `recorded_forms` noted of `blocks_below` in that pass.
 

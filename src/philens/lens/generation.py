@@ -79,7 +79,7 @@ def generate(
         steer: how far what is drawn from lies from the model's predictions (0) towards those of a shallow
             head (1) or, below 0, away from them, at the same entropy; see `steered`. `top_k` comes before
             it, also in greedy generation, and temperature and `top_p` after it. Scores stay the model's.
-        options: of the base's `generate`.
+        options: options of the base's `generate`.
 
     Raises:
         InputError: the base cannot generate, or overflows, or tokens cannot be streamed or steered.

@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     Attributes:
         config: class of its options.
         module: class of its parts.
-        file: of its weights in an adapter.
+        file: file of its weights in an adapter.
         title: what people call it.
     """
 

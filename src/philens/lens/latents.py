@@ -34,7 +34,7 @@ class Latent(Protocol):
         numbers: how many numbers the encoder and the prior give for each latent dimension.
         is_random: whether a latent can be drawn; else it is what the encoder says.
         width: how wide latents are at first, with `init="near_identity"`.
-        weights: of the losses that it has beside phi, by name.
+        weights: weights of the losses that it has beside phi, by name.
     """
 
     numbers: int

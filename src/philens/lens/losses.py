@@ -367,7 +367,7 @@ def add_losses(
     Args:
         labels, predicted: (b, T) and (b, T - 1), as of `counted_tokens`; of the rows of `passes`.
         counted: (B, T), likewise, of all rows.
-        outputs: of the instruments; none while they are disabled.
+        outputs: outputs of the instruments; none while they are disabled.
         passes: for each instrument the pass with it in the path, None where there is none; without any, the
             base's.
         untouched: the base's own pass, if there was one beside these.

@@ -52,7 +52,7 @@ class Batch:
         lens: the model.
         input_ids: (B, T).
         places: (N,), those of the B * T tokens whose values are wanted.
-        output: of the pass.
+        output: output of the pass.
         logit_lens: what watched it, for metrics that need blocks.
     """
 
@@ -79,7 +79,7 @@ class Metric:
     """A column of scores.
 
     Attributes:
-        name: of the column.
+        name: name of the column.
         function: what makes it; each kind says of what.
         meaning: in a line.
         unit: empty for a plain number.
@@ -132,7 +132,7 @@ class OfHead(Metric):
 
 
 class Likeliest(NamedTuple):
-    """Of n distributions, how far down the token that came is, and the k likeliest ones, the likeliest first.
+    """How far down n distributions the tokens that came are, and the k likeliest ones, the likeliest first.
 
     Attributes:
         ranks: (n,) 1 if none is likelier than the one that came, and so on; 0 where there is no distribution.

@@ -35,7 +35,7 @@ def first_row(input_ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
     """(T,) tokens of the first of the chosen rows (B,) of (B, T), without padding on the left.
 
     Args:
-        mask: of the prompts, 0 on padding; each may have become several rows.
+        mask: mask of the prompts, 0 on padding; each may have become several rows.
     """
     row = int(chosen.nonzero()[0, 0])
     padded = mask[row * len(mask) // len(input_ids)] == 0

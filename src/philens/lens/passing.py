@@ -48,7 +48,7 @@ class Pass:
         stop: end the pass when the first so many instruments have run; 0 runs it to its end.
         contrastive: compute the contrastive loss.
         replaced: an instrument's number and the states (B, T, D) that go on from its place: none runs.
-        outputs: of the instruments that ran, by number.
+        outputs: what the instruments that ran found, by number.
     """
 
     input_ids: Tensor | None = None
@@ -67,7 +67,7 @@ class Rows:
 
     Args:
         chosen: their numbers; None means all.
-        shape: of the batch's token ids, (B, T).
+        shape: shape of the batch's token ids, (B, T).
     """
 
     def __init__(self, chosen: Tensor | None, shape: Sequence[int]) -> None:

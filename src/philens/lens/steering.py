@@ -61,7 +61,7 @@ class Steering(LogitsProcessor):
     Args:
         lens: with a shallow head.
         alpha: where on the circle.
-        top_k: of the model's likeliest tokens; 0 means all, None as many as `transformers` takes.
+        top_k: number of the model's likeliest tokens; 0 means all, None as many as `transformers` takes.
 
     Raises:
         InputError: there is no such head, or no such place.

@@ -61,8 +61,7 @@ class Corpus:
             all but the last also compressed (`.gz`, `.zst`); the same, and folders of records, as
             `s3://bucket/path`, `gs://` or what else pyarrow or fsspec opens; `-` for text or JSON from
             standard input; Hub data sets, streamed, as `hub:owner/name` or `hub:owner/name:config`.
-        field: of records, the field (column) with the text or the messages; by default `text`, else
-            `messages`.
+        field: field (column) of records with the text or the messages; by default `text`, else `messages`.
         by: what in a text file is a document: the `file` or a `line`. Texts of more than MAX_CHARACTERS
             become several documents either way.
         split: split of Hub data sets.

@@ -78,8 +78,8 @@ def parts_of(text: str, messages: Sequence[Span] = (), steps: Steps | None = Non
     else of the text.
 
     Args:
-        text: of a chat, what the template made of it.
-        messages: of a chat, its messages.
+        text: the text; what the template made of a chat.
+        messages: the messages of a chat.
         steps: which there are to be; None for none.
     """
     found, whole = [], []

@@ -460,11 +460,11 @@ def token_places(text: str, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class _SpanTotals(NamedTuple):
-    """Of S spans, (S,) each.
+    """What is known of S spans, (S,) each.
 
     Attributes:
         starts, ends, tokens: characters, and how many tokens.
-        sums: of each column the sum over the tokens that have a value, NaN where none has, and their number.
+        sums: sum of each column over the tokens that have a value, NaN where none has, and their number.
         groups: what `of_groups` says of the columns that have it.
     """
 

@@ -24,7 +24,7 @@ def stream(
     Tokens that end within a character are held back until it is whole; their values are summed.
 
     Args:
-        options: of `philens.lens.generation.generate`.
+        options: options of `philens.lens.generation.generate`.
 
     Raises:
         InputError: an empty prompt, or tokens cannot be streamed.

@@ -138,7 +138,7 @@ def render(tokenizer: Any, messages: Messages, where: str, tokenize: bool = Fals
     """What the tokenizer's template makes of a chat that `plain_chat` gave, whatever the day.
 
     Args:
-        options: of `apply_chat_template`.
+        options: options of `apply_chat_template`.
 
     Raises:
         InputError: the template refuses the chat, or leaves out its tool calls or what the system is to say.
@@ -308,7 +308,7 @@ def encode_chat(tokenizer: Any, messages: Any, where: str = "") -> Encoded:
     joined by blank lines, roles left out, between BOS and EOS where the tokenizer has them.
 
     Args:
-        tokenizer: of transformers, a fast one.
+        tokenizer: a fast tokenizer of transformers.
         messages: each with `role` and `content`: text, text parts, or null with `tool_calls`.
         where: what errors call the chat; by default its roles.
 

@@ -21,11 +21,11 @@ class Problem:
         answer: the final answer.
         solution: a worked solution that ends in the answer, as a model should write it.
         level: difficulty; 1 to 5 in MATH and `arithmetic`.
-        steps: of GSM8K, how many calculator annotations (`<<48/2=24>>`) the solution has; None where its
-            author wrote none.
+        steps: number of calculator annotations (`<<48/2=24>>`) in a solution of GSM8K; None where its author
+            wrote none.
         kind: how answers are compared: `number`, or `math` for anything written in LaTeX.
         subject: field of mathematics.
-        results: of GSM8K, characters of the solution that followed a calculator annotation, where the result
+        results: characters of GSM8K's solution that followed a calculator annotation, where the result
             that its author calculated begins. No part of what a problem is: it does not count when two are
             compared.
     """

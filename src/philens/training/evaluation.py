@@ -91,7 +91,7 @@ def _means_of(lens: PHiModel, documents: TokenDocuments, batch_size: int) -> dic
 
 
 def _batch_sums(lens: PHiModel, rows: dict[str, Tensor]) -> dict[str, tuple[Any, Any]]:
-    """Of each measure its sum and the number of tokens that it is a sum over."""
+    """The sum of each measure, and the number of tokens that it is a sum over."""
     counted, predicted = counted_tokens(rows["labels"], rows["attention_mask"], None)
     output = lens(**rows, returns="states")
     losses = dict(output.losses)
