@@ -87,7 +87,7 @@ def find_insertion_point(base: nn.Module, layer: int | None, module: str | None)
 _NAMES = ("hidden_states", "last_hidden_state")
 
 
-def parts_of(output: Any) -> dict[Any, Any]:
+def fields_of(output: Any) -> dict[Any, Any]:
     """What a module's output holds, by name or number: a tuple, list, dict, dataclass or `ModelOutput`; of
     anything else nothing."""
     if isinstance(output, Mapping):  # ModelOutput is one
@@ -99,7 +99,7 @@ def parts_of(output: Any) -> dict[Any, Any]:
     return dict(enumerate(output)) if isinstance(output, tuple | list) else {}
 
 
-def with_parts(output: Any, changed: Mapping[Any, Any]) -> Any:
+def with_fields(output: Any, changed: Mapping[Any, Any]) -> Any:
     """An output of the same form, with other things in some of its places."""
     if isinstance(output, Mapping):
         other: Any = copy.copy(output)
@@ -116,7 +116,7 @@ def with_parts(output: Any, changed: Mapping[Any, Any]) -> Any:
 
 
 def _place(output: Any) -> Any:
-    parts = parts_of(output)
+    parts = fields_of(output)
     named = [name for name in _NAMES if isinstance(parts.get(name), Tensor)]
     return next(iter([*named, *parts]), None)
 
@@ -127,7 +127,7 @@ def states_of(output: Any, module: nn.Module) -> Tensor:
     Raises:
         InsertionError: that is no tensor.
     """
-    states = output if isinstance(output, Tensor) else parts_of(output).get(_place(output), output)
+    states = output if isinstance(output, Tensor) else fields_of(output).get(_place(output), output)
     if not isinstance(states, Tensor):
         raise InsertionError(
             f"{type(module).__name__} returns {type(states).__name__}, not hidden states; "
@@ -138,7 +138,7 @@ def states_of(output: Any, module: nn.Module) -> Tensor:
 
 def with_states(output: Any, states: Tensor) -> Any:
     """What a module returned with other hidden states, in the same form."""
-    return states if isinstance(output, Tensor) else with_parts(output, {_place(output): states})
+    return states if isinstance(output, Tensor) else with_fields(output, {_place(output): states})
 
 
 def transform_output(
@@ -190,7 +190,7 @@ def _modules_that_fit(module: nn.Module, args: Any, kwargs: Any, width: int) -> 
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            states = output if isinstance(output, Tensor) else parts_of(output).get(_place(output))
+            states = output if isinstance(output, Tensor) else fields_of(output).get(_place(output))
             if isinstance(states, Tensor) and states.ndim == 3 and states.shape[-1] == width:
                 found.append(name)
 

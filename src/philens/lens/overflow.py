@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from philens.lens.core import LensCore
-from philens.lens.insertion import find_blocks, parts_of
+from philens.lens.insertion import fields_of, find_blocks
 from philens.support.errors import InputError, InsertionError
 
 Overflow = Literal["error", "nan"]
@@ -117,5 +117,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of floats in what a module takes or returns."""
     if isinstance(value, Tensor) and value.is_floating_point():
         yield value
-    for part in parts_of(value).values():
+    for part in fields_of(value).values():
         yield from _tensors(part)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from philens.lens.config import InstrumentConfig
-from philens.lens.insertion import parts_of, with_parts
+from philens.lens.insertion import fields_of, with_fields
 from philens.lens.prior import Memory
 
 
@@ -83,8 +83,8 @@ class Rows:
         if isinstance(value, Tensor):
             rows, length = self.shape
             return self.take(value) if value.shape[:1] == (rows,) and length in value.shape[1:] else value
-        parts = parts_of(value)
-        return with_parts(value, {name: self.of(part) for name, part in parts.items()}) if parts else value
+        parts = fields_of(value)
+        return with_fields(value, {name: self.of(part) for name, part in parts.items()}) if parts else value
 
 
 class Pressing(NamedTuple):
