@@ -124,10 +124,8 @@ def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:
         "Counter-intuitive: the wrong solution has the lower surprisal; intuitive: the right one. What goes "
         "along with surprisal is good there and bad here by this selection alone; balanced is the mean of "
         "both.\n" + _exclusions(results) + _verdict(results, "right solutions have the higher phi"),
+        *("rule", *_SUBSET_LABELS.values()),
     )
-    table.add_column("rule")
-    for subset in SUBSETS:
-        table.add_column(_SUBSET_LABELS[subset], justify="right", no_wrap=True)
     for rule in results["choice"]["all"]["rules"]:
         cells = [results["choice"][subset]["rules"][rule] for subset in SUBSETS]
         table.add_row(label(rule), *(_cell(cell, "accuracy", 100, 1) for cell in cells))
@@ -140,16 +138,10 @@ def correctness_levels_table(results: Mapping[str, Any], of: str = "") -> Table:
         _title(f"By {results['by']}", of),
         "Percent, and correlation of phi with being right given surprisal; 95 % intervals over problems."
         + _few(results["levels"], lambda found: found["choice"]["all"]["problems"]),
+        *(f"{results['by']}\npairs", "solved", "highest\nphi", "lowest\nsurprisal"),
+        *("phi, counter-\nintuitive", "correlation\nof phi"),
+        whole=(True, True),
     )
-    table.add_column(f"{results['by']}\npairs", no_wrap=True)
-    for heading in (
-        "solved",
-        "highest\nphi",
-        "lowest\nsurprisal",
-        "phi, counter-\nintuitive",
-        "correlation\nof phi",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
     for level, found in results["levels"].items():
         choice = found["choice"]
         table.add_row(
@@ -171,8 +163,8 @@ def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> 
         "differ in difficulty too; those of the same level or problem do not, or less."
         + _ALL_ELSE
         * ("all_else" in results["partial"]["pooled"]["phi_mean"]),
+        *_GIVEN_COLUMNS,
     )
-    _add_given(table)
     for kind, found in results["partial"].items():
         table.add_row(Text(label(kind), style="bold"))
         rows = [name for name, held in found.items() if isinstance(held, Mapping)]
@@ -189,9 +181,9 @@ def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
         _title("Taking one of all solutions of a problem", of),
         f"Percent right, with 95 % intervals over {count_of(selection['problems'], 'problem')} of "
         f"{counts_text([samples['fewest'], samples['most']], 'solutions')}; gain: over a random one.",
+        *("rule", "right", "gain"),
+        whole=(True, True),
     )
-    for heading in ("rule", "right", "gain"):
-        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for rule, found in selection["rules"].items():
         table.add_row(
             label(rule),
@@ -209,9 +201,9 @@ def early_table(results: Mapping[str, Any], of: str = "") -> Table:
         "Percent right, with 95 % intervals over problems, of a random one of those kept, of their majority, "
         "and of the one that is best by the same metric over all its tokens. Saved: tokens of the others "
         "that need not have been written, in percent of all.",
+        *("kept", "tokens saved", *map(label, ("random", "majority")), "the best one"),
+        whole=(True, True),
     )
-    for heading in ("kept", "tokens saved", *map(label, ("random", "majority")), "the best one"):
-        table.add_column(heading, justify="left" if heading == "kept" else "right", no_wrap=True)
     everything = [selection["rules"].get(name) for name in ("random", "majority")]
     table.add_row("all", "", *(_cell(found, "accuracy", 100, 1) for found in everything), end_section=True)
     for rule, found in early["rules"].items():
@@ -226,17 +218,16 @@ def early_table(results: Mapping[str, Any], of: str = "") -> Table:
 
 def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
     """Per level: phi, surprisal, entropy and length of solutions."""
+    names = ("phi_mean", "phi_sum", *BASELINES)
     table = new_table(
         _title(f"Solutions by {results['by']}", of),
         "Means over solutions with 95 % intervals over problems; nats per token, phi sum in nats.\n"
         + _exclusions(results)
         + _verdict(results, "phi grows with difficulty")
         + _few(results["levels"], lambda found: found["problems"]),
+        *(f"{results['by']}\nproblems", *map(label, names)),
+        whole=(True, True),
     )
-    table.add_column(f"{results['by']}\nproblems", no_wrap=True)
-    names = ("phi_mean", "phi_sum", *BASELINES)
-    for name in names:
-        table.add_column(label(name), justify="right", no_wrap=True)
     for level, found in results["levels"].items():
         table.add_row(
             Text(f"{level}\n{found['problems']:,}"), *(_cell(found[name], "mean") for name in names)
@@ -250,23 +241,18 @@ def difficulty_correlations_table(results: Mapping[str, Any], of: str = "") -> T
         _title(f"Spearman's correlation with {results['by']}", of),
         "Given others as the columns say (of ranks), with 95 % intervals over problems."
         + _ALL_ELSE * ("all_else" in results["partial"]["phi_mean"]),
+        *_GIVEN_COLUMNS,
     )
-    _add_given(table)
     for name, alone in results["spearman"].items():
         _add_correlations(table, name, {GIVEN[0]: alone, **results["partial"].get(name, {})})
     return table
 
 
+_GIVEN_COLUMNS = ("", *(f"given\n{label(given)}" for given in GIVEN[:-1]))
 _ALL_ELSE = (
     "\nAll else: surprisal, entropy, length, phi of a layer that was never trained, and the size of the "
     "hidden state."
 )
-
-
-def _add_given(table: Table) -> None:
-    table.add_column("")
-    for given in GIVEN[:-1]:
-        table.add_column(f"given\n{label(given)}", justify="right", no_wrap=True)
 
 
 def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_section: bool = False) -> None:
@@ -281,10 +267,8 @@ def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_sec
 
 def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
     """The headline numbers at each insertion point, with the intervals that hold all at once."""
-    table = new_table(_title("Insertion points", of), sweep["note"])
-    table.add_column("", no_wrap=True)
-    for heading in ("value", f"{100 * sweep['level']:.2f} % interval", "chance"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "value", f"{100 * sweep['level']:.2f} % interval", "chance")
+    table = new_table(_title("Insertion points", of), sweep["note"], *headings, whole=(True, True))
     points = sweep["points"]
     for name in headline_names(sweep):
         table.add_row(Text(label(name), style="bold"))
@@ -305,10 +289,7 @@ def headline_spread_table(spread: Mapping[str, Any], of: str = "") -> Table:
     """What `philens.findings.combine_seeds` made of either finding's headline numbers."""
     holds = spread.get("holds")
     caption = f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
-    table = new_table(_title("Over seeds", of), caption)
-    table.add_column("")
-    for heading in ("mean", "sd", "lowest", "highest", "seeds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(_title("Over seeds", of), caption, "", "mean", "sd", "lowest", "highest", "seeds")
     for name, item in spread["headline"].items():
         found = item.get("value")
         if found:

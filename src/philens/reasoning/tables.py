@@ -42,10 +42,8 @@ def reference_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
 
 def marks_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
     """Of `philens.reasoning.grading.marks_report`: agreement with the marks, and every disagreement."""
-    table = new_table("The grader against the marks", "")
-    table.add_column("solutions of", no_wrap=True)
-    for heading in ("solutions", "agreed", "marked right", "graded right", "without answer"):
-        table.add_column(heading, justify="right")
+    headings = ("solutions of", "solutions", "agreed", "marked right", "graded right", "without answer")
+    table = new_table("The grader against the marks", "", *headings, whole=(True, False))
     for origin, counts in report["origins"].items():
         table.add_row(
             escape(origin),
