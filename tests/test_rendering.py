@@ -251,6 +251,14 @@ def test_replies_are_read_as_they_were_asked_for(lens: Any, tokenizer: Tokenizer
     np.testing.assert_allclose(ranked["phi_mean"], by_hand["phi_mean"], atol=1e-5)
     np.testing.assert_allclose(ranked["surprisal_mean"], by_hand["surprisal_mean"], atol=1e-5)
     assert list(ranked["tokens"]) == [1, 1]
+    directly = measure_replies(lens, tokenizer, [QUESTION] * 2, ["5", "6"], **chosen)
+    np.testing.assert_allclose(directly["phi_mean"], by_hand["phi_mean"], atol=1e-5)
+    reward = philens.PHiReward(lens, tokenizer, **chosen)
+    answers = [[{"role": "assistant", "content": text}] for text in "56"]
+    np.testing.assert_allclose(reward([QUESTION] * 2, answers), by_hand["phi_mean"], atol=1e-5)
+    assert reward([QUESTION], answers[:1]) != philens.PHiReward(lens, tokenizer)([QUESTION], answers[:1])
+    with pytest.raises(ConfigError, match="no variable 'thinking'"):  # before any training
+        philens.PHiReward(lens, tokenizer, chat_options={"thinking": False})
     ids = prompt_ids(with_rendering(tokenizer, Rendering(**chosen)), QUESTION)
     assert ids == tokenizer(prompt, add_special_tokens=False).input_ids
 

@@ -10,6 +10,7 @@ from philens.reasoning.solutions import measure_replies
 from philens.scoring.texts import Text, as_texts
 from philens.support.errors import InputError
 from philens.tasks.chat import content_text
+from philens.tasks.rendering import Rendering, with_rendering
 
 if TYPE_CHECKING:
     from philens.lens.model import PHiModel
@@ -28,10 +29,11 @@ class PHiReward:
         tokenizer: the lens's, which need not be the policy's.
         rule: as in `philens.rank`; `lowest_` rewards with the negative of the column.
         batch_tokens: tokens read at once, padding included.
-        window: as in `philens.score`.
+        window: as in `philens.score`, like `chat_options`, `system` and `bos`; these are to be those with
+            which the policy is prompted.
 
     Raises:
-        ConfigError: no rule.
+        ConfigError: no rule; chat options that the template does not have, or no BOS.
     """
 
     def __init__(
@@ -42,8 +44,12 @@ class PHiReward:
         *,
         batch_tokens: int = 4096,
         window: int | None = None,
+        chat_options: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        bos: bool = False,
     ) -> None:
-        self.lens, self.tokenizer = lens, tokenizer
+        self.lens = lens
+        self.tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
         self.rule = Rule.parse(rule) if isinstance(rule, str) else rule
         self.batch_tokens, self.window = batch_tokens, window
         self.__name__ = self.rule.name  # TRL logs the reward under it

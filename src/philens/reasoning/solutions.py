@@ -24,7 +24,7 @@ from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 from philens.tasks.chat import chat_prompt, end_marks, plain_chat, refuse_plain_text, refuse_tool_calls
 from philens.tasks.problem import messages
-from philens.tasks.rendering import Rendering, rendering_of, set_rendering
+from philens.tasks.rendering import Rendering, rendering_of, set_rendering, with_rendering
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +85,9 @@ def measure_replies(
     prefix: int | None = None,
     batch_tokens: int = 4096,
     window: int | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    bos: bool = False,
 ) -> "pd.DataFrame":
     """Measure replies, each after its prompt.
 
@@ -97,7 +100,7 @@ def measure_replies(
         metrics: metrics of the tokens, as `philens.score` takes them.
         prefix: also take means over so many tokens from each reply's beginning.
         batch_tokens: tokens read at once, padding included; numbers do not depend on it.
-        window: as in `philens.score`.
+        window: as in `philens.score`, like `chat_options`, `system` and `bos`.
 
     Returns:
         A row for each reply, in order: `tokens`, and for each metric m over these n tokens `m_mean`, `m_sum`,
@@ -110,7 +113,7 @@ def measure_replies(
     Raises:
         InputError: not one prompt for each reply; no reply with a token; a chat that the template refuses; or
             what `philens.score` raises.
-        ConfigError: a prefix below 1.
+        ConfigError: a prefix below 1; chat options that the template does not have, or no BOS.
     """
     import pandas as pd
 
@@ -119,6 +122,7 @@ def measure_replies(
         raise InputError(
             f"There are {len(prompts)} prompts and {len(replies)} replies; give one prompt for each reply."
         )
+    tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
     pairs = zip(prompts, replies, strict=True)
     names = (f"replies[{number}]" for number in range(len(replies)))
     options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
