@@ -1,6 +1,7 @@
 """Findings from synthetic tables with known answers, and how they are written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.controls import PERMUTED, control_rows, measure_pairs
 from philens.findings.figures import figure_tasks
 from philens.findings.tasks import measure_tasks, task_rows
 from philens.scoring.documents import TokenTable
@@ -190,6 +192,63 @@ def test_curves_hold_every_token_once() -> None:
         assert sum(point["tokens"] for point in curve["points"]) == curve["tokens"]
     assert len(curve_rows(results)) == sum(len(curve["points"]) for curve in results["curves"])
     assert len(correlation_rows(results)) == 2 * 3 * 4
+
+
+def test_a_control_with_the_same_relation_leaves_nothing() -> None:
+    """Phi is the untrained phi and noise: what it says of description length the untrained one says, too."""
+    table = make_table({"in_context_language": 5.0}, documents=80, slope=(0.004, 0.004))
+    random = np.random.default_rng(1)
+    noisy = replace(table, phi=table.phi + random.normal(size=table.phi.shape).astype(np.float32) * 0.2)
+    results = measure_complexity(noisy, controls={"untrained": table.phi})
+    assert results["holds"]
+    found = results["controls"]
+    assert not found["holds"]
+    assert found["strongest"] == "untrained"
+    assert found["left"]["value"] < 0
+    low, high = found["given_all"]["ci95"]
+    assert low < 0 < high
+    assert found["controls"]["untrained"]["phi_given_it"]["value"] == pytest.approx(0, abs=0.05)
+    assert {row["of"] for row in control_rows(results)} == {"phi", "untrained", PERMUTED}
+
+
+def test_controls_without_the_relation_leave_it_whole() -> None:
+    table = make_table({"in_context_language": 5.0}, documents=400, slope=(0.004, 0.004))
+    noise = np.random.default_rng(1).normal(size=table.phi.shape).astype(np.float32)
+    results = measure_complexity(table, controls={"untrained": noise})
+    found, whole = results["controls"], results["token_wise"]["whole"]["partial_given_surprisal"]
+    assert found["phi"]["given_fixed"] == whole
+    for control in found["controls"].values():
+        assert control["given_fixed"]["value"] == pytest.approx(0, abs=0.05)
+    assert found["holds"]
+    assert found["left"]["value"] == pytest.approx(whole["value"], abs=0.05)
+    assert found["given_all"]["value"] == pytest.approx(whole["value"], abs=0.05)
+    assert results["pairs"]["shares"]["phi"]["ci95"][0] > 0.8
+    low, high = results["pairs"]["shares"]["untrained"]["ci95"]
+    assert low < 0.5 < high
+
+
+def test_a_bend_in_surprisal_is_seen_by_the_permutation() -> None:
+    """Phi goes with the cube of surprisal, and surprisal with description length: a line in surprisal leaves
+    some of that, and so it does of what is permuted among tokens of like surprisal."""
+    table = make_table({"in_context_language": 5.0}, documents=80)
+    surprisal = table.surprisal * (table.docs.description_length[table.document] / 120).astype(np.float32)
+    bent = replace(table, surprisal=surprisal, phi=np.nan_to_num(surprisal) ** 3)
+    found = measure_complexity(bent)["controls"]
+    permuted = found["controls"][PERMUTED]["given_fixed"]
+    assert abs(permuted["value"]) > 0.05
+    assert found["left"]["value"] == pytest.approx(0, abs=0.03)
+    assert not found["holds"]
+
+
+def test_pairs_are_of_like_surprisal() -> None:
+    random = np.random.default_rng(0)
+    surprisal, length = random.normal(size=400), random.normal(size=400)
+    found = measure_pairs({"both": surprisal + length, "surprisal_alone": surprisal}, surprisal, length)
+    assert found["pairs"] == 200
+    assert found["shares"]["both"]["ci95"][0] > 0.9
+    assert found["shares"]["surprisal_alone"] == found["shares"]["surprisal"]
+    low, high = found["shares"]["surprisal"]["ci95"]
+    assert low < 0.5 < high
 
 
 def test_complexity_of_two_documents_has_numbers_or_none() -> None:

@@ -4,12 +4,14 @@ import os
 import signal
 
 import pytest
+import torch
 
 from conftest import quickly_found
 from philens import cli
-from philens.findings.reproduce import measure, reproduce
-from philens.support.errors import ConfigError, TrainingError
+from philens.findings.reproduce import UNTRAINED, measure, reproduce, untrained
+from philens.support.errors import AdapterError, ConfigError, TrainingError
 from philens.tasks.automata import TASKS
+from philens.training.opening import load_run
 from philens.training.trainer import PHiTrainer
 from tiny import TINY, as_options
 
@@ -19,6 +21,7 @@ OPTIONS = as_options(KEYS)
 TASKS_FILES = {"results.json", "tasks.csv", "tasks.png", "tasks.svg"}
 COMPLEXITY_FILES = {
     "results.json",
+    "complexity_controls.csv",
     "complexity_correlations.csv",
     "complexity_curves.csv",
     "complexity.png",
@@ -87,6 +90,38 @@ def test_complexity_results(runs):
     results = results_of(folder / "complexity")
     assert (results["finding"], results["scale"], results["seed"]) == ("complexity", "smoke", 0)
     assert "seeds" not in results
+    models = [f"untrained_model-{seed}" for seed in range(UNTRAINED)]
+    assert set(results["controls"]["controls"]) == {"untrained_layer", *models, "permuted"}
+    assert set(results["pairs"]["shares"]) == {"surprisal", "phi", "untrained_layer", *models}
+
+
+def test_another_run_as_a_control(runs, tmp_path):
+    _, folder = runs
+    run, other = (folder / f"seed-{number}" for number in (0, 1))
+    results = reproduce(
+        "complexity", "smoke", tmp_path, model=run, documents=2, controls=[str(other), str(run)]
+    )
+    found = results["controls"]["controls"]
+    assert found[str(run)]["given_fixed"] == results["controls"]["phi"]["given_fixed"]
+    assert found[str(other)]["given_fixed"] != found[str(run)]["given_fixed"]
+    with pytest.raises(AdapterError, match="nothing is not a run folder"):
+        reproduce("complexity", "smoke", tmp_path, model=run, documents=2, controls=["nothing"])
+
+
+def test_an_untrained_layer_leaves_the_trained_model_alone(runs):
+    _, folder = runs
+    lens, recipe = load_run(folder / "seed-0")
+    before = {name: value.clone() for name, value in lens.state_dict().items()}
+    layer, model = (untrained(lens, recipe, 0, base_too) for base_too in (False, True))
+    for name, value in lens.state_dict().items():
+        assert torch.equal(value, before[name])
+    for name, value in lens.base.state_dict().items():
+        assert torch.equal(value, layer.base.state_dict()[name])
+    assert any(
+        not torch.equal(value, model.base.state_dict()[name])
+        for name, value in lens.base.state_dict().items()
+    )
+    assert (layer.layers[0].scale != 1).any()  # calibrated
 
 
 def test_tables_and_figures(runs):
@@ -130,8 +165,6 @@ def test_another_recipe_in_the_same_folder(runs):
 
 def test_the_same_documents_are_measured_again(runs):
     _, folder = runs
-    from philens.training.opening import load_run
-
     lens, recipe = load_run(folder / "seed-0")
     tables = [measure(lens, recipe, ("random", "copy"), n) for n in (3, 3)]
     assert (tables[0].docs.tokens == tables[1].docs.tokens).all()

@@ -43,6 +43,7 @@ def reproduce_complexity(
     seeds: int = 1,
     documents: int | None = None,
     kl: Literal["exact", "official"] | None = None,
+    controls: str | None = None,
     **keys: Any,
 ) -> None:
     """With surprisal held fixed, phi follows what there is to infer. Recipe keys as --key value.
@@ -55,8 +56,10 @@ def reproduce_complexity(
         seeds: how many models to train and measure.
         documents: a quarter of the documents measured.
         kl: formula that phi is measured with; by default the one it was trained with.
+        controls: finished runs, separated by commas, whose phi stands beside that of untrained ones.
     """
-    _reproduce_formal("complexity", scale, architecture, output, model, seeds, documents, kl, keys)
+    runs = [run.strip() for run in (controls or "").split(",") if run.strip()]
+    _reproduce_formal("complexity", scale, architecture, output, model, seeds, documents, kl, keys, runs)
 
 
 def reproduce_gain(
@@ -67,6 +70,7 @@ def reproduce_gain(
     seeds: int = 1,
     documents: int | None = None,
     kl: Literal["exact", "official"] | None = None,
+    controls: str | None = None,
     **keys: Any,
 ) -> None:
     """Phi against what an ideal learner learns from each letter; our own finding. Recipe keys as --key value.
@@ -79,8 +83,10 @@ def reproduce_gain(
         seeds: how many models to train and measure.
         documents: a quarter of the documents measured.
         kl: formula that phi is measured with; by default the one it was trained with.
+        controls: finished runs, separated by commas, whose phi stands beside that of untrained ones.
     """
-    _reproduce_formal("gain", scale, architecture, output, model, seeds, documents, kl, keys)
+    runs = [run.strip() for run in (controls or "").split(",") if run.strip()]
+    _reproduce_formal("gain", scale, architecture, output, model, seeds, documents, kl, keys, runs)
 
 
 def _reproduce_formal(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
+from philens.findings.controls import measure_controls, measure_pairs
 from philens.findings.tasks import INTERESTING
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
@@ -38,6 +39,7 @@ def measure_complexity(
     *,
     description_length_bins: int = 4,
     surprisal_bins: int = 8,
+    controls: Mapping[str, NDArray[np.floating]] | None = None,
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -49,6 +51,10 @@ def measure_complexity(
     description length, that of surprisal (the baseline), and partial correlations of phi given surprisal, and
     given surprisal and its square (linear). Intervals resample documents. `holds` says that the token-wise
     partial correlation given surprisal lies above zero with its interval.
+
+    `controls` (`measure_controls`) has the same correlation given surprisal of `controls`, other phis (N,) of
+    the same tokens by name; the harder one holds surprisal's square, position, and the entropies before and
+    after the token fixed, too. `pairs` (`measure_pairs`) has pairs of documents of like surprisal.
 
     Raises InputError where fewer than two documents of in-context language can be used.
     """
@@ -74,16 +80,23 @@ def measure_complexity(
         token_wise[part] = _correlate(
             phi[mask], surprisal[mask], lengths[document[mask]], document[mask], options
         )
-        present, index, count = np.unique(document[mask], return_inverse=True, return_counts=True)
+        present = np.unique(document[mask])
         document_means[part] = _correlate(
-            np.bincount(index, weights=phi[mask]) / count,
-            np.bincount(index, weights=surprisal[mask]) / count,
+            _means(phi[mask], document[mask]),
+            _means(surprisal[mask], document[mask]),
             lengths[present],
             present,
             options,
         )
         for level in (token_wise, document_means):
             level[part] = {**level[part], "tokens": int(mask.sum()), "documents": len(present)}
+
+    every = {name: values[usable].astype(np.float64) for name, values in (controls or {}).items()}
+    means = {name: _means(column, document) for name, column in {"phi": phi, **every}.items()}
+    more = [surprisal, surprisal**2, position.astype(np.float64)]
+    if table.entropy is not None:
+        after = np.append(table.entropy[1:], np.nan)  # a document's first token has none
+        more += [entropy[usable].astype(np.float64) for entropy in (table.entropy, after)]
 
     low = token_wise["whole"]["partial_given_surprisal"]["ci95"][0]
     return {
@@ -96,6 +109,18 @@ def measure_complexity(
         ),
         "token_wise": token_wise,
         "document_means": document_means,
+        "controls": measure_controls(
+            phi,
+            lengths[document],
+            document,
+            every,
+            [surprisal],
+            more,
+            surprisal=surprisal,
+            position=position.astype(np.float64),
+            **options,
+        ),
+        "pairs": measure_pairs(means, _means(surprisal, document), lengths[measured], **options),
         "holds": low is not None and low > 0,
     }
 
@@ -141,6 +166,12 @@ def _correlate(
         ),
     }
     return {name: estimates[name].as_dict() for name in CORRELATIONS}
+
+
+def _means(values: Floats, document: NDArray[np.int64]) -> Floats:
+    """Each document's mean of `values` (N,)."""
+    index, count = np.unique(document, return_inverse=True, return_counts=True)[1:]
+    return np.bincount(index, weights=values) / count
 
 
 def _curves(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
+from philens.findings.controls import measure_controls
 from philens.findings.tasks import INTERESTING
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS, TaskConfig
@@ -32,6 +33,7 @@ def measure_gain(
     *,
     depth: int = 3,
     bins: int = 4,
+    controls: Mapping[str, NDArray[np.floating]] | None = None,
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -44,6 +46,9 @@ def measure_gain(
     what description length still says when surprisal, position and gain are held fixed. `cells` is mean phi
     by quarters of surprisal and, in each, of gain. Intervals resample documents. `holds` says that the
     partial correlation given all that lies above zero with its interval.
+
+    `controls` (`measure_controls`) has the rank correlation with gain given surprisal and position of
+    `controls`, other phis (N,) of the same tokens by name; the harder one is that of `holds`.
 
     Raises:
         InputError: fewer than two documents of in-context language.
@@ -90,6 +95,18 @@ def measure_gain(
         },
         "gain": float(gain[usable].mean()),
         "correlations": found,
+        "controls": measure_controls(
+            phi,
+            gain,
+            document,
+            {name: values[rows].astype(np.float64) for name, values in (controls or {}).items()},
+            placed,
+            [*placed, learners, before, after],
+            surprisal=surprisal,
+            position=position,
+            rank=True,
+            **options,
+        ),
         "cells": _cells(phi[usable], surprisal[usable], gain[usable], document[usable], bins, options),
         "holds": low is not None and low > 0,
     }

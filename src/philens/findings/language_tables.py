@@ -42,6 +42,8 @@ def formal_tables(make: Callable[[Mapping[str, Any]], Table], results: Mapping[s
         if "seeds" in results:
             table.title = Text(f"Seed {one['seed']}: {table.title}", style="bold")
         yield table
+        if "controls" in one:
+            yield controls_table(one["controls"], one.get("pairs"))
     if "spread" in results:
         yield spread_table(results["spread"])
 
@@ -99,6 +101,34 @@ def complexity_table(results: Mapping[str, Any]) -> Table:
             # The interval on its own line: four columns must fit 80 characters.
             row = [Text(cell.replace(" [", "\n[")) for cell in cells]
             table.add_row(Text(part.replace("_", " ")), *row, end_section=part == PARTS[-1])
+    return table
+
+
+def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None) -> Table:
+    """Phi's partial correlation beside those of what learned nothing, and what is left of it."""
+    left, every = (
+        estimate_text(controls[key]["value"], controls[key]["ci95"], 3) for key in ("left", "given_all")
+    )
+    caption = [
+        "Partial correlations as above, given what the finding holds fixed, and given more.",
+        f"phi minus the nearest control ({controls['strongest']}): {left}.",
+        f"phi given more and every control's phi: {every}.",
+    ]
+    if pairs:
+        caption.append(
+            f"pairs: of {pairs['pairs']} pairs of documents of like surprisal, in how many the one"
+        )
+        caption.append("with the longer description has the higher mean; chance is 0.5.")
+    table = new_table("Controls", "\n".join(caption))
+    table.add_column("of")
+    for heading in ("as found", "given more", "phi, given this", *(["pairs"] if pairs else [])):
+        table.add_column(heading, justify="right")
+    for name, found in ({"phi": controls["phi"]} | controls["controls"]).items():
+        cells = [found.get(key) for key in ("given_fixed", "given_more", "phi_given_it")]
+        texts = [estimate_text(cell["value"], cell["ci95"], 3) if cell else "" for cell in cells]
+        share = pairs and pairs["shares"].get(name)
+        texts += [estimate_text(share["share"], share["ci95"]) if share else ""] if pairs else []
+        table.add_row(Text(name.replace("_", " ")), *(Text(text.replace(" [", "\n[")) for text in texts))
     return table
 
 

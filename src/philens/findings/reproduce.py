@@ -1,7 +1,7 @@
 """From a scale to a finding: train what is not trained yet, measure, write."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from philens.findings import Results, combine_seeds, use_formula, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
+from philens.findings.controls import control_rows
 from philens.findings.figures import figure_complexity, figure_gain, figure_tasks
 from philens.findings.gain import gain_cell_rows, gain_rows, measure_gain
 from philens.findings.language_tables import complexity_table, formal_tables, gain_table, tasks_table
@@ -33,6 +35,7 @@ from philens.tasks.results import (
     make_sentences,
     mark_solutions,
 )
+from philens.training.build import attach_fresh, set_attention
 from philens.training.opening import finished_model, load_lens, load_run
 from philens.training.recipe import Recipe, load_recipe
 
@@ -55,6 +58,8 @@ RECIPES = {
     ("paper", "transformer"): "transformer_pfa",
     ("paper", "lstm"): "lstm_pfa",
 }
+# Models that were never trained, which phi is compared with.
+UNTRAINED = 3
 # One for each template that sentences of results are made by.
 FEWEST_SENTENCES = 6
 # Findings are measured on documents that neither training nor its evaluations read.
@@ -75,46 +80,90 @@ class FormalFinding(NamedTuple):
     """A finding on formal languages.
 
     Attributes:
-        measure: its results, of scored documents that the recipe's model read.
+        measure: its results, of scored documents that the recipe's model read, and other phis of their tokens
+            by name.
         rows: functions from results to the rows of its CSV files, by their names.
         draw: its figure.
         table: what is printed of it.
         tasks: the languages that it is about.
         share: how many times as many documents as of others are measured of each.
+        controlled: whether it compares phi with that of others, which learned nothing.
     """
 
-    measure: Callable[[TokenTable, Recipe], dict[str, Any]]
+    measure: Callable[[TokenTable, Recipe, Mapping[str, NDArray[np.float32]]], dict[str, Any]]
     rows: Mapping[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]
     draw: Callable[[Mapping[str, Any]], "Figure"]
     table: Callable[[Mapping[str, Any]], "Table"]
     tasks: tuple[str, ...] = TASKS
     share: int = 1
+    controlled: bool = False
 
 
 # Description lengths and gains need more automata than means of tasks do.
 FINDINGS = {
     "tasks": FormalFinding(
-        lambda table, recipe: measure_tasks(table, seed=recipe.seed),
+        lambda table, recipe, _: measure_tasks(table, seed=recipe.seed),
         {"tasks": task_rows},
         *(figure_tasks, tasks_table),
     ),
     "complexity": FormalFinding(
-        lambda table, recipe: measure_complexity(table, seed=recipe.seed),
-        {"complexity_curves": curve_rows, "complexity_correlations": correlation_rows},
-        *(figure_complexity, complexity_table, (INTERESTING,), 4),
+        lambda table, recipe, others: measure_complexity(table, controls=others, seed=recipe.seed),
+        {
+            "complexity_curves": curve_rows,
+            "complexity_correlations": correlation_rows,
+            "complexity_controls": control_rows,
+        },
+        *(figure_complexity, complexity_table, (INTERESTING,), 4, True),
     ),
     "gain": FormalFinding(
-        lambda table, recipe: measure_gain(table, recipe.data.tasks, seed=recipe.seed),
-        {"gain_cells": gain_cell_rows, "gain_correlations": gain_rows},
-        *(figure_gain, gain_table, (INTERESTING,), 4),
+        lambda table, recipe, others: measure_gain(
+            table, recipe.data.tasks, controls=others, seed=recipe.seed
+        ),
+        {"gain_cells": gain_cell_rows, "gain_correlations": gain_rows, "gain_controls": control_rows},
+        *(figure_gain, gain_table, (INTERESTING,), 4, True),
     ),
 }
 
 
-def find(finding: str, lens: PHiModel, recipe: Recipe, documents: int) -> dict[str, Any]:
-    """The results of one finding on one model."""
+def find(
+    finding: str, lens: PHiModel, recipe: Recipe, documents: int, controls: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The results of one finding on one model; `controls` are runs whose phi is compared with its."""
     one = FINDINGS[finding]
-    return one.measure(measure(lens, recipe, one.tasks, one.share * documents), recipe)
+    table = measure(lens, recipe, one.tasks, one.share * documents)
+    others = _others(lens, recipe, controls) if one.controlled else ()
+    return one.measure(
+        table, recipe, {name: score_documents(other, table.docs).phi for name, other in others}
+    )
+
+
+def _others(lens: PHiModel, recipe: Recipe, runs: Sequence[str]) -> Iterator[tuple[str, PHiModel]]:
+    """What phi is compared with, one at a time: an untrained layer in this base, and in untrained ones, all
+    calibrated; and other runs."""
+    for seed in range(UNTRAINED):
+        if not seed:
+            yield "untrained_layer", untrained(lens, recipe, seed, base_too=False)
+        yield f"untrained_model-{seed}", untrained(lens, recipe, seed, base_too=True)
+    for run in runs:
+        other, _ = load_run(run)
+        prepare(other, lens.config.kl)
+        yield run, other
+
+
+def untrained(lens: PHiModel, recipe: Recipe, seed: int, base_too: bool) -> PHiModel:
+    """This model as it was before its first step, drawn from `seed`: its layer, calibrated, and with
+    `base_too` its base, which else is the trained one."""
+    from philens.training.trainer import calibrate, training_rows
+
+    torch.manual_seed(seed)
+    base = type(lens.base)(lens.base.config)
+    if not base_too:
+        base.load_state_dict(lens.base.state_dict())
+    set_attention(base, recipe)
+    fresh = attach_fresh(base, recipe)
+    calibrate(fresh, training_rows(recipe))
+    prepare(fresh, lens.config.kl)
+    return fresh
 
 
 def write(finding: str, folder: Path, results: dict[str, Any], run: dict[str, Any]) -> None:
@@ -134,6 +183,7 @@ def reproduce(
     documents: int | None = None,
     kl: Literal["exact", "official"] | None = None,
     overrides: dict[str, Any] | None = None,
+    controls: Sequence[str] = (),
 ) -> Results:
     """Reproduce a finding of the paper.
 
@@ -150,8 +200,10 @@ def reproduce(
         documents: measured of each task; None takes the scale's number.
         kl: formula that phi is measured with, whatever it was trained with.
         overrides: recipe keys to replace.
+        controls: finished runs whose phi is compared with the model's, on the same documents.
 
     Raises:
+        AdapterError: a control is not a finished run.
         ConfigError: an unknown finding or scale, or options that exclude each other.
         KeyboardInterrupt: the user stopped the training; the same call goes on.
     """
@@ -178,7 +230,7 @@ def reproduce(
             recipe = replace(recipe, seed=recipe.seed + number)
             lens = trained(recipe, output / f"seed-{recipe.seed}")
         prepare(lens, kl)
-        every.append(find(finding, lens, recipe, documents))
+        every.append(find(finding, lens, recipe, documents, controls))
         runs.append(
             {
                 "finding": finding,

@@ -16,7 +16,7 @@ from philens.support.errors import InputError
 from philens.tasks.automata import Documents
 from philens.tasks.packing import pad
 
-_SURPRISAL = {"surprisal": metrics.surprisal}
+_OF_PREDICTIONS = {"surprisal": metrics.surprisal, "entropy": metrics.entropy}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class TokenTable:
             document's first token.
         document: (N,) index of the token's document.
         mtd: (N,) multiple-token divergence in nats; None without a shallow head.
+        entropy: (N,) of the distribution before the token, in nats; NaN as surprisal.
     """
 
     docs: Documents
@@ -38,6 +39,7 @@ class TokenTable:
     surprisal: NDArray[np.float32]
     document: NDArray[np.int64]
     mtd: NDArray[np.float32] | None = None
+    entropy: NDArray[np.float32] | None = None
 
 
 def score_documents(
@@ -61,7 +63,7 @@ def score_documents(
         raise InputError("There is nothing to score; give at least one document.")
     if (docs.lengths < 1).any():
         raise InputError("There is an empty document; every document needs at least one token.")
-    surprisal = np.full(len(docs.tokens), np.nan, np.float32)
+    surprisal, entropy = np.full((2, len(docs.tokens)), np.nan, np.float32)
     several = (len(lens.layers),) if isinstance(getattr(lens, "phi", None), nn.ModuleList) else ()
     phi = np.full((len(docs.tokens), *several), np.nan, np.float32)
     mtd = np.full(len(docs.tokens), np.nan, np.float32) if lens.enabled and lens.parts_of("mtd") else None
@@ -76,13 +78,14 @@ def score_documents(
             input_ids, places = rows["input_ids"].to(device), real.to(device)
             output = lens(input_ids, returns="states")
             place = np.concatenate([np.arange(*docs.offsets[number : number + 2]) for number in chosen])
-            found = metrics.predictions(output, input_ids, places, _SURPRISAL)[0]["surprisal"]
-            surprisal[place] = found.cpu().numpy()
+            found = metrics.predictions(output, input_ids, places, _OF_PREDICTIONS)[0]
+            surprisal[place], entropy[place] = (found[name].cpu().numpy() for name in _OF_PREDICTIONS)
             if output.phi is not None:
                 phi[place] = output.phi.flatten(0, 1)[places].cpu().numpy()
             if mtd is not None and output.shallow is not None:
                 mtd[place] = divergence(output, output.shallow(), places).cpu().numpy()
-    table = TokenTable(docs, phi, surprisal, np.repeat(np.arange(len(docs)), docs.lengths), mtd)
+    document = np.repeat(np.arange(len(docs)), docs.lengths)
+    table = TokenTable(docs, phi, surprisal, document, mtd, entropy)
     _treat_overflow(lens, table, overflow, batch_size)
     return table
 
@@ -90,7 +93,7 @@ def score_documents(
 def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch_size: int) -> None:
     """Raise an error where tokens with one before them have values that are not finite, or make those NaN."""
     columns = [table.surprisal, *([table.phi] if lens.enabled and lens.layers else [])]
-    columns += [] if table.mtd is None else [table.mtd]
+    columns += [column for column in (table.mtd, table.entropy) if column is not None]
     later = np.ones(len(table.surprisal), bool)
     later[table.docs.offsets[:-1]] = False
     lost = [~np.isfinite(values.T) & later for values in columns]
@@ -99,8 +102,9 @@ def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch
         if batch_size > 1:  # what fills a batch may overflow, too, and spoil what comes before it
             alone = score_documents(lens, table.docs.select([number]), 1, "nan")
             table.surprisal[place], table.phi[place] = alone.surprisal, alone.phi
-            if table.mtd is not None:
-                table.mtd[place] = alone.mtd
+            for mine, its in ((table.mtd, alone.mtd), (table.entropy, alone.entropy)):
+                if mine is not None:
+                    mine[place] = its
         elif overflow == "nan":
             for values, broken in zip(columns, lost, strict=True):
                 values.T[broken] = np.nan
