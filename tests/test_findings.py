@@ -240,6 +240,23 @@ def test_a_bend_in_surprisal_is_seen_by_the_permutation() -> None:
     assert not found["holds"]
 
 
+def test_letters_explain_what_only_goes_with_them() -> None:
+    """Phi grows with the number of letters, and so does description length."""
+    table = make_table({"in_context_language": 5.0}, documents=200)
+    random = np.random.default_rng(2)
+    letters = random.integers(2, 18, size=200)
+    tokens = 97 + np.arange(len(table.phi)) % letters[table.document]
+    lengths = letters * 10 + random.normal(size=200) * 20
+    docs = replace(table.docs, tokens=tokens.astype(np.uint8), description_length=lengths)
+    phi = table.phi + letters[table.document].astype(np.float32) * 0.1
+    results = measure_complexity(replace(table, docs=docs, phi=phi))
+    found = results["controls"]
+    assert results["holds"]
+    assert found["phi"]["given_fixed"]["ci95"][0] > 0.3
+    assert found["phi"]["given_letters"]["value"] == pytest.approx(0, abs=0.1)
+    assert not found["holds"]
+
+
 def test_pairs_are_of_like_surprisal() -> None:
     random = np.random.default_rng(0)
     surprisal, length = random.normal(size=400), random.normal(size=400)

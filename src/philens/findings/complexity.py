@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
-from philens.findings.controls import measure_controls, measure_pairs
+from philens.findings.controls import different_letters, measure_controls, measure_pairs
 from philens.findings.tasks import INTERESTING
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
@@ -69,7 +69,7 @@ def measure_complexity(
             f"Complexity needs at least two scored documents of {INTERESTING}; generate more of them."
         )
     phi, surprisal = table.phi[usable].astype(np.float64), table.surprisal[usable].astype(np.float64)
-    options = {"resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
 
     position = np.flatnonzero(usable) - docs.offsets[document]
     early = 2 * position < docs.lengths[document]
@@ -118,6 +118,7 @@ def measure_complexity(
             more,
             surprisal=surprisal,
             position=position.astype(np.float64),
+            letters=different_letters(docs)[usable],
             **options,
         ),
         "pairs": measure_pairs(means, _means(surprisal, document), lengths[measured], **options),

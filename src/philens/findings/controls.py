@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
+from philens.tasks.automata import Documents
 
 Floats = NDArray[np.float64]
 
@@ -30,6 +31,7 @@ def measure_controls(
     *,
     surprisal: Floats,
     position: Floats,
+    letters: Floats,
     rank: bool = False,
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
@@ -41,14 +43,15 @@ def measure_controls(
         fixed: covariates, (N,) each, of the finding.
         more: those of a harder one.
         surprisal: (N,) and `position` (N,): the target is permuted in bins of both.
+        letters: (N,) `different_letters`, which a text shows on its surface.
         rank: correlate ranks.
 
     Returns:
-        `phi` and, by name, `controls`, each with `given_fixed` and `given_more`; of controls `difference`,
-        phi minus the control given the fixed, and `phi_given_it`, phi with the control held fixed as well.
-        `strongest` names the control nearest to phi or above it, and `left` is its difference.
-        `given_all` is phi's given more and every other phi. `holds` says that both lie above zero with their
-        intervals.
+        `phi` and, by name, `controls`, each with `given_fixed`, `given_letters` (and the fixed) and
+        `given_more`; of controls `difference`, phi minus the control given the fixed, and `phi_given_it`, phi
+        with the control held fixed as well. `strongest` names the control nearest to phi or above it, and
+        `left` is its difference. `given_all` is phi's given more, letters and every other phi. `holds` says
+        that `left`, `given_all` and phi's `given_letters` lie above zero with their intervals.
     """
 
     def partial(x: Floats, y: Floats, covariates: Sequence[Floats]) -> statistics.Estimate:
@@ -62,19 +65,25 @@ def measure_controls(
     for name, (x, y) in compared.items():
         given = partial(x, y, fixed)
         differences[name] = statistics.difference(whole, given)
-        beside = {"given_fixed": given, "given_more": partial(x, y, more), "difference": differences[name]}
+        beside = {"given_fixed": given, "given_letters": partial(x, y, [*fixed, letters])}
+        beside |= {"given_more": partial(x, y, more), "difference": differences[name]}
         if name != PERMUTED:
             beside["phi_given_it"] = partial(phi, target, [*fixed, x])
         found[name] = {key: one.as_dict() for key, one in beside.items()}
     strongest = min(differences, key=lambda name: np.nan_to_num(differences[name].value, nan=np.inf))
-    given_all = partial(phi, target, [*more, *controls.values()])
+    given_letters = partial(phi, target, [*fixed, letters])
+    given_all = partial(phi, target, [*more, letters, *controls.values()])
     return {
-        "phi": {"given_fixed": whole.as_dict(), "given_more": partial(phi, target, more).as_dict()},
+        "phi": {
+            "given_fixed": whole.as_dict(),
+            "given_letters": given_letters.as_dict(),
+            "given_more": partial(phi, target, more).as_dict(),
+        },
         "controls": found,
         "strongest": strongest,
         "left": differences[strongest].as_dict(),
         "given_all": given_all.as_dict(),
-        "holds": all(one.ci95[0] > 0 for one in (differences[strongest], given_all)),
+        "holds": all(one.ci95[0] > 0 for one in (differences[strongest], given_letters, given_all)),
     }
 
 
@@ -105,6 +114,12 @@ def measure_pairs(
         for name, column in ({"surprisal": surprisal} | dict(values)).items()
     }
     return {"pairs": len(side), "shares": found}
+
+
+def different_letters(docs: Documents) -> Floats:
+    """(N,) how many different tokens the document of each token has."""
+    found = [len(np.unique(docs.tokens[slice(*docs.offsets[i : i + 2])])) for i in range(len(docs))]
+    return np.repeat(np.array(found, np.float64), docs.lengths)
 
 
 def control_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

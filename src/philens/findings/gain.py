@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
-from philens.findings.controls import measure_controls
+from philens.findings.controls import different_letters, measure_controls
 from philens.findings.tasks import INTERESTING
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS, TaskConfig
@@ -104,6 +104,7 @@ def measure_gain(
             [*placed, learners, before, after],
             surprisal=surprisal,
             position=position,
+            letters=different_letters(docs),
             rank=True,
             **options,
         ),

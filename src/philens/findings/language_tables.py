@@ -110,9 +110,10 @@ def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None)
         estimate_text(controls[key]["value"], controls[key]["ci95"], 3) for key in ("left", "given_all")
     )
     caption = [
-        "Partial correlations as above, given what the finding holds fixed, and given more.",
+        "Partial correlations as above, given what the finding holds fixed; given that and",
+        "how many different letters the document has; and given more.",
         f"phi minus the nearest control ({controls['strongest']}): {left}.",
-        f"phi given more and every control's phi: {every}.",
+        f"phi given more, letters and every control's phi: {every}.",
     ]
     if pairs:
         caption.append(
@@ -121,10 +122,16 @@ def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None)
         caption.append("with the longer description has the higher mean; chance is 0.5.")
     table = new_table("Controls", "\n".join(caption))
     table.add_column("of")
-    for heading in ("as found", "given more", "phi, given this", *(["pairs"] if pairs else [])):
+    for heading in (
+        "as found",
+        "given letters",
+        "given more",
+        "phi, given this",
+        *(["pairs"] if pairs else []),
+    ):
         table.add_column(heading, justify="right")
     for name, found in ({"phi": controls["phi"]} | controls["controls"]).items():
-        cells = [found.get(key) for key in ("given_fixed", "given_more", "phi_given_it")]
+        cells = [found.get(key) for key in ("given_fixed", "given_letters", "given_more", "phi_given_it")]
         texts = [estimate_text(cell["value"], cell["ci95"], 3) if cell else "" for cell in cells]
         share = pairs and pairs["shares"].get(name)
         texts += [estimate_text(share["share"], share["ci95"]) if share else ""] if pairs else []
