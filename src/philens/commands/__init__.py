@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from philens.commands import lens, reasoning, reproduce
+from philens.commands import compare, lens, reasoning, reproduce
 
 Command = Callable[..., int | None]
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "difficulty": reproduce.reproduce_difficulty,
         "correctness": reproduce.reproduce_correctness,
     },
+    "compare": compare.compare,
     "solve": reasoning.solve,
     "grade": reasoning.grade,
     "rank": reasoning.rank,

@@ -89,7 +89,7 @@ def reproduce_texts(
     points: list[dict[str, Any]] = []
     scores: list[TokenScores] = []
     here: list[TokenScores] = []
-    for adapter, lens in _lenses(first, found):
+    for adapter, lens in lenses(first, found):
         if points and _is_last(points[-1], adapter, lens):
             continue
         prepare(lens, kl)
@@ -144,7 +144,7 @@ def write_texts(
     write_text_page(folder / "page.html", results, scored, run["provenance"])
 
 
-def _lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:
+def lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:
     """Each adapter with its lens, in the same base; `first` has the first one."""
     yield adapters[0] if adapters else None, first
     base = first.detach() if len(adapters) > 1 else first.base

@@ -221,8 +221,12 @@ def _level_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
-    """The tokens that count, and their columns."""
+def counted(text: LevelText, scores: "TokenScores") -> NDArray[np.bool_]:
+    """(T,) the tokens that count: those of the text itself, in a chat the assistant's.
+
+    Raises:
+        InputError: a chat whose template left out the assistant's words.
+    """
     starts, ends = scores.offsets.T
     counts = ends > starts
     reply = next((span for span in scores.spans if span.name == "assistant"), None)
@@ -230,6 +234,12 @@ def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
         counts &= (ends > reply.start) & (starts < reply.end)
     if not counts.any():
         raise InputError(f"The chat template leaves out {text.name}; score texts alone (--plain).")
+    return counts
+
+
+def _counted(text: LevelText, scores: "TokenScores") -> CountedTokens:
+    """The tokens that count, and their columns."""
+    counts = counted(text, scores)
     found = {name: column[counts].astype(np.float64) for name, column in scores.without_sinks().items()}
     phi, surprisal, sinks = found["phi"], found["surprisal"], scores.sinks[counts]
     missing = np.full(len(phi), np.nan)

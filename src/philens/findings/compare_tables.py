@@ -1,0 +1,93 @@
+"""A comparison of instruments: functions from its results to rows of CSV files and tables for a terminal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from philens.findings.statistics import flat
+from philens.show.terminal import count_of, estimate_text, new_table
+from philens.support.output import visible
+
+
+def result_rows(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results of `philens.findings.compare` as rows for CSV files, by name."""
+    apart = ("first", "second", "interesting", "boring", "column")
+    tables = {
+        "levels": [
+            {"level": level, "texts": one["texts"], "tokens": one["tokens"], "column": name}
+            | flat("mean", mean, "mean")
+            for level, one in results["levels"].items()
+            for name, mean in one["columns"].items()
+        ],
+        "ratios": [
+            {key: one[key] for key in apart if key in one} | flat("ratio", one) for one in results["ratios"]
+        ],
+        "complexity": [
+            {"column": name, "given": one["given"]} | flat("correlation", one)
+            for name, one in results["complexity"].items()
+        ],
+        "agreement": [
+            {key: one[key] for key in apart if key in one}
+            | flat("spearman", one)
+            | flat("within_texts", one["within_texts"])
+            for one in results["agreement"]
+        ],
+        "disagreement": [
+            {"first": pair["first"], "second": pair["second"]}
+            | {key: value for key, value in kind.items() if key not in ("difference", "text", "place")}
+            | flat("difference", kind["difference"])
+            for pair in results["disagreement"]
+            for kind in pair["kinds"]
+        ],
+        "cost": results["cost"],
+    }
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """What to print of a comparison."""
+    columns, levels = results["columns"], results["levels"]
+    told = f"{count_of(results['tokens'], 'token')} of {count_of(results['texts'], 'text')} with a value in "
+    told += f"every column; {results['tokens_left_out']:,} left out. 95 % intervals over texts."
+    table = new_table("Means", told, "", *levels)
+    for name in columns:
+        found = [one["columns"][name] for one in levels.values()]
+        table.add_row(name, *(estimate_text(one["mean"], one["ci95"]) for one in found))
+    yield table
+    if results["ratios"]:
+        claims = list(dict.fromkeys((one["interesting"], one["boring"]) for one in results["ratios"]))
+        table = new_table("Interesting ÷ boring", "", "", *(f"{high} ÷ {low}" for high, low in claims))
+        of = {(one["column"], one["interesting"], one["boring"]): one for one in results["ratios"]}
+        for name in columns:
+            found = [of[name, high, low] for high, low in claims]
+            table.add_row(name, *(estimate_text(one["value"], one["ci95"]) for one in found))
+        yield table
+    if results["complexity"]:
+        table = new_table("Correlation with description length", "", "", "correlation", "given")
+        for name, one in results["complexity"].items():
+            table.add_row(name, estimate_text(one["value"], one["ci95"], 3), one["given"] or "nothing")
+        yield table
+    table = new_table("Agreement: rank correlation over tokens", "", "", "", "all", "within texts")
+    for one in results["agreement"]:
+        within = estimate_text(one["within_texts"]["value"], one["within_texts"]["ci95"])
+        table.add_row(one["first"], one["second"], estimate_text(one["value"], one["ci95"]), within)
+    yield table
+    told = "Mean rank of a kind of token less that in the second column, the largest differences first."
+    table = new_table("Disagreement", told, "", "", "higher in the first", "lower", whole=(False, False))
+    for pair in results["disagreement"]:
+        sides = [
+            " ".join(f"{visible(repr(kind['token']))} {value:+.2f}" for kind, value in found)
+            for found in _by_sign(pair["kinds"])
+        ]
+        table.add_row(pair["first"], pair["second"], *sides)
+    yield table
+    table = new_table("Cost: time ÷ a plain forward pass", "Alone; from the lowest to the highest.", "", "")
+    for one in results["cost"]:
+        table.add_row(one["column"], estimate_text(one["median"], [one["lowest"], one["highest"]]))
+    yield table
+
+
+def _by_sign(kinds: list[dict[str, Any]]) -> list[list[tuple[dict[str, Any], float]]]:
+    known = [(kind, kind["difference"]["value"]) for kind in kinds]
+    return [[one for one in known if one[1] > 0], [one for one in known if one[1] <= 0]]
