@@ -25,8 +25,8 @@ def compare(
         model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
             brings a layer.
         adapter: PHi layers and shallow heads, folders or Hub ids separated by commas; by default the run's.
-        metrics: what is compared, separated by commas (docs/scoring.md says what each is); by default phi, mtd,
-            settling_depth, surprisals and entropy.
+        metrics: what is compared, separated by commas (docs/scoring.md says what each is); by default phi,
+            mtd, settling_depth, surprisals and entropy.
         output: folder for results; by default runs/compare-MODEL.
         documents: texts of each level, at most; by default all, of formal tasks 100.
         tokens: tokens of each text that are read, from its beginning; 0 means all.

@@ -1,9 +1,9 @@
 """Several instruments on the same tokens of the same texts: what each says, and on which tokens they differ.
 
-A *column* is a metric, at an adapter where it is of one: `phi@run-0`, `mtd@head`, `surprisal`. Tokens are those
-for which every column has a value, without what is an attention sink to any layer: one set for all questions.
-Ranks are a token's among all of these, from 0 to 1, so that nats and numbers of blocks compare. Intervals
-resample texts.
+A *column* is a metric, at an adapter where it is of one: `phi@run-0`, `mtd@head`, `surprisal`. Tokens are
+those for which every column has a value, without what is an attention sink to any layer: one set for all
+questions. Ranks are a token's among all of these, from 0 to 1, so that nats and numbers of blocks compare.
+Intervals resample texts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -47,7 +47,7 @@ def _dots(axes: Any, names: Sequence[str], found: Sequence[Mapping[str, Any]], k
         if one[key] is not None:
             axes.errorbar(one[key], row, xerr=error_of(one, key), fmt="o", color=_BLUE, capsize=3)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -91,7 +91,7 @@ def _agreement(results: Mapping[str, Any]) -> Figure:
     for row, column in np.argwhere(np.isfinite(values)):
         value = values[row, column]
         colour = "white" if abs(value) > 0.6 else "black"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=FONT, color=colour)
+        axes.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=FONT, color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
     axes.set_yticks(range(len(columns)), columns)
     axes.set_title("rank correlation over tokens; above the diagonal within texts", fontsize=FONT, loc="left")
@@ -128,8 +128,7 @@ def _cost(results: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     spread = [{"value": one["median"], "ci95": [one["lowest"], one["highest"]]} for one in found]
     _dots(axes, [one["column"] for one in found], spread, "value")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time ÷ a plain forward pass: median, lowest and highest")
     set_fonts(figure)

@@ -34,7 +34,7 @@ from philens.training.recipe import Recipe
 # Without any named, those of these that an adapter can have.
 METRICS_COMPARED = (*INSTRUMENTS[:3], "surprisal", "surprisal_with_layer", "entropy")
 # What is read to know what reading costs, and how often.
-COST_TOKENS, REPEATS = 1024, 5
+COST_TOKENS, REPEATS = 256, 5
 
 
 def compare(
@@ -73,7 +73,8 @@ def compare(
         raise ConfigError(f"documents must be at least 2, not {documents}.")
     if tokens < 0:
         raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
-    found = [path for one in adapters for path in (adapters_in(one) or [str(one)])] or adapters_in(model)
+    found = [path for one in adapters for path in (adapters_in(one) or [str(one)])]
+    found = list(dict.fromkeys(found or adapters_in(model)))
     first, tokenizer = load_lens(model, found[0] if found else None, dtype=dtype)
     run = RunFolder(model)
     recipe = run.recipe() if run.exists else None

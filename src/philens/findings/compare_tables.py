@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from philens.findings.statistics import flat
-from philens.show.terminal import count_of, estimate_text, new_table
+from philens.show.terminal import count_of, estimate_text, new_table, number_text
 from philens.support.output import visible
 
 
@@ -49,26 +49,32 @@ def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """What to print of a comparison."""
     columns, levels = results["columns"], results["levels"]
     told = f"{count_of(results['tokens'], 'token')} of {count_of(results['texts'], 'text')} with a value in "
-    told += f"every column; {results['tokens_left_out']:,} left out. 95 % intervals over texts."
-    table = new_table("Means", told, "", *levels)
+    told += (
+        f"every column; {results['tokens_left_out']:,} left out. levels.csv and ratios.csv have intervals."
+    )
+    whole = {"whole": (True, False)}
+    table = new_table("Means", told, "", *(level.replace("_", " ") for level in levels), **whole)
     for name in columns:
-        found = [one["columns"][name] for one in levels.values()]
-        table.add_row(name, *(estimate_text(one["mean"], one["ci95"]) for one in found))
+        table.add_row(name, *(number_text(one["columns"][name]["mean"], 2) for one in levels.values()))
     yield table
     if results["ratios"]:
         claims = list(dict.fromkeys((one["interesting"], one["boring"]) for one in results["ratios"]))
-        table = new_table("Interesting ÷ boring", "", "", *(f"{high} ÷ {low}" for high, low in claims))
-        of = {(one["column"], one["interesting"], one["boring"]): one for one in results["ratios"]}
+        headings = (f"{high} ÷ {low}".replace("_", " ") for high, low in claims)
+        table = new_table("Interesting ÷ boring", "", "", *headings, **whole)
+        of = {(one["column"], one["interesting"], one["boring"]): one["value"] for one in results["ratios"]}
         for name in columns:
-            found = [of[name, high, low] for high, low in claims]
-            table.add_row(name, *(estimate_text(one["value"], one["ci95"]) for one in found))
+            table.add_row(name, *(number_text(of[name, high, low], 2) for high, low in claims))
         yield table
     if results["complexity"]:
-        table = new_table("Correlation with description length", "", "", "correlation", "given")
+        table = new_table(
+            "Correlation with description length", "", "", "correlation", "given", whole=(True, False)
+        )
         for name, one in results["complexity"].items():
             table.add_row(name, estimate_text(one["value"], one["ci95"], 3), one["given"] or "nothing")
         yield table
-    table = new_table("Agreement: rank correlation over tokens", "", "", "", "all", "within texts")
+    table = new_table(
+        "Agreement: rank correlation over tokens", "", "", "", "all", "within texts", whole=(False, False)
+    )
     for one in results["agreement"]:
         within = estimate_text(one["within_texts"]["value"], one["within_texts"]["ci95"])
         table.add_row(one["first"], one["second"], estimate_text(one["value"], one["ci95"]), within)
