@@ -70,12 +70,12 @@ def token_frame(
         part |= {} if lengths is None else {"description_length": lengths[number]}
         parts.append(pd.DataFrame(part | columns))
     frame = pd.concat(parts, ignore_index=True)
-    columns = frame.columns[frame.columns.get_loc("token") + 1 :].difference(["description_length"])
+    columns = columns_of(frame)
     whole = np.isfinite(frame[columns].to_numpy(np.float64)).all(axis=1)
     if not whole.any():
         raise InputError(f"No token has a value in each of {', '.join(columns)}; ask for fewer metrics.")
     frame.attrs["left_out"] = int((~whole).sum())
-    return frame[whole].reset_index(drop=True)
+    return frame.loc[whole].reset_index(drop=True)
 
 
 def _columns(label: str, scores: "TokenScores") -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -88,7 +88,7 @@ def columns_of(frame: "pd.DataFrame") -> list[str]:
     """The columns that are compared, those of one metric together."""
     order = list(METRICS)
     found = [Column(name) for name in frame.columns if Column(name).metric in METRICS]
-    return sorted(found, key=lambda column: order.index(column.metric))
+    return [*sorted(found, key=lambda column: order.index(Column(column).metric))]
 
 
 def measure_comparison(
@@ -110,12 +110,12 @@ def measure_comparison(
     means: dict[str, dict[str, statistics.Estimate]] = {}
     for number, (level, rows) in enumerate(frame.groupby("level", sort=False)):
         # A seed for each level: equal ones would resample two levels in step.
-        own = options | {"seed": (seed, number)}
+        own: dict[str, Any] = {"resamples": resamples, "seed": (seed, number)}
         means[str(level)] = {name: statistics.mean(rows[name], rows["text"], **own) for name in columns}
     return {
         "columns": columns,
         "tokens": len(frame),
-        "texts": int(frame["text"].nunique()),
+        "texts": len(np.unique(text)),
         "tokens_left_out": frame.attrs.get("left_out", 0),
         "levels": {
             level: {
@@ -165,12 +165,13 @@ def disagreeing_kinds(frame: "pd.DataFrame", first: str, second: str, **options:
         count=("text", "size"), texts=("text", "nunique"), a=("a", "mean"), b=("b", "mean")
     )
     groups = groups[(groups["count"] >= OCCURRENCES) & (groups["texts"] >= TEXTS)]
-    apart = (groups["a"] - groups["b"]).abs().sort_values(ascending=False, kind="stable")
+    apart = np.abs(np.asarray(groups["a"]) - np.asarray(groups["b"]))
     kinds = []
-    for token in apart.index[:KINDS]:
-        rows, group = found[found["token"] == token], groups.loc[token]
+    for place in np.argsort(-apart, kind="stable")[:KINDS].tolist():
+        token, group = groups.index[place], groups.iloc[place]
+        rows = found[found["token"] == token]
         estimate = statistics.mean(rows["difference"], rows["text"], **options)
-        clearest = rows.loc[(rows["difference"] * np.sign(estimate.value)).idxmax()]
+        clearest = rows.iloc[int(np.argmax(np.asarray(rows["difference"]) * np.sign(estimate.value)))]
         kinds.append(
             {"token": token, "occurrences": int(group["count"]), "texts": int(group["texts"])}
             | {"rank_of_first": float(group["a"]), "rank_of_second": float(group["b"])}

@@ -165,7 +165,7 @@ def write_compare_page(
         if pieces:
             about = "Ranks from 0 to 1 among all tokens; the last but six of each part is the token told of."
             title = f"{pair['first']} and {pair['second']}"
-            units = dict.fromkeys(names, "")
+            units: dict[str, str] = dict.fromkeys(names, "")
             documents.append(PageDocument(title, about, pieces, columns, spans, units=units))
     return write_page(path, "Tokens that instruments disagree on", documents, names if documents else None)
 

@@ -49,9 +49,7 @@ def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """What to print of a comparison."""
     columns, levels = results["columns"], results["levels"]
     told = f"{count_of(results['tokens'], 'token')} of {count_of(results['texts'], 'text')} with a value in "
-    told += (
-        f"every column; {results['tokens_left_out']:,} left out. levels.csv and ratios.csv have intervals."
-    )
+    told += f"every column; {results['tokens_left_out']:,} left out. Intervals: levels.csv, ratios.csv."
     whole = {"whole": (True, False)}
     table = new_table("Means", told, "", *(level.replace("_", " ") for level in levels), **whole)
     for name in columns:
