@@ -7,7 +7,7 @@ from philens.commands.show import console, say
 
 
 def compare(
-    texts: Path | None = None,
+    levels: Path | None = None,
     model: str = "smollm2",
     adapter: str | None = None,
     metrics: str | None = None,
@@ -20,7 +20,7 @@ def compare(
     """Read the same texts with several instruments in one model, and say how they differ and what they cost.
 
     Args:
-        texts: a folder of texts by level, or of your own; by default texts that philens has, and for a run on
+        levels: a folder of texts by level, or of your own; by default texts that philens has, and for a run on
             formal languages documents of its tasks.
         model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
             brings a layer.
@@ -37,7 +37,7 @@ def compare(
 
     folder = output or Path("runs") / f"compare-{Path(model).name}"
     adapters, wanted = _names(adapter) or [], _names(metrics)
-    for table in compare(model, adapters, texts, wanted, folder, documents, tokens, plain, dtype).tables():
+    for table in compare(model, adapters, levels, wanted, folder, documents, tokens, plain, dtype).tables():
         console().print(table)
     say(f"Wrote {folder}.")
 
