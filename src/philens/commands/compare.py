@@ -20,8 +20,8 @@ def compare(
     """Read the same texts with several instruments in one model, and say how they differ and what they cost.
 
     Args:
-        levels: a folder of texts by level, or of your own; by default texts that philens has, and for a run on
-            formal languages documents of its tasks.
+        levels: a folder of texts by level, or of your own; by default texts that philens has, and of a run
+            on formal languages documents of its tasks.
         model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
             brings a layer.
         adapter: PHi layers and shallow heads, folders or Hub ids separated by commas; by default the run's.
