@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from philens.commands.show import console, say
+from philens.support.typed import words
 
 
 def compare(
@@ -36,12 +37,7 @@ def compare(
     from philens.findings.compare_run import compare
 
     folder = output or Path("runs") / f"compare-{Path(model).name}"
-    adapters, wanted = _names(adapter) or [], _names(metrics)
+    adapters, wanted = words(adapter), words(metrics) or None
     for table in compare(model, adapters, levels, wanted, folder, documents, tokens, plain, dtype).tables():
         console().print(table)
     say(f"Wrote {folder}.")
-
-
-def _names(text: str | None) -> list[str] | None:
-    """Names separated by commas."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
