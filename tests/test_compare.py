@@ -116,7 +116,7 @@ def test_two_adapters_and_one_column_of_the_base(tmp_path: Path) -> None:
 
 
 def test_one_column_has_nothing_to_agree_with() -> None:
-    found = measure_comparison(planted()[["level", "text", "place", "token", "phi@x"]])
+    found = measure_comparison(planted().loc[:, ["level", "text", "place", "token", "phi@x"]])
     found |= {"cost": []}
     assert set(result_rows(found)) == {"levels", "ratios"}
     assert compare_figures(found).keys() == {"levels", "cost"}
