@@ -15,7 +15,7 @@ from philens.findings import Results, write_finding
 from philens.findings.compare import INSTRUMENTS, measure_comparison, of_adapter, token_frame
 from philens.findings.compare_tables import compare_tables, result_rows
 from philens.findings.reproduce import MEASURING_SEED
-from philens.findings.reproduce_texts import TOKENS, lenses
+from philens.findings.reproduce_texts import TOKENS, check_reading, lenses
 from philens.findings.texts import cut_texts, score_texts
 from philens.lens.metrics import METRICS, read_batch
 from philens.lens.model import PHiModel
@@ -69,10 +69,7 @@ def compare(
     Raises:
         PhilensError: texts, model or adapters are missing, damaged or do not fit.
     """
-    if documents is not None and documents < 2:
-        raise ConfigError(f"documents must be at least 2, not {documents}.")
-    if tokens < 0:
-        raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
+    check_reading(documents, tokens)
     found = [path for one in adapters for path in (adapters_in(one) or [str(one)])]
     found = list(dict.fromkeys(found or adapters_in(model)))
     first, tokenizer = load_lens(model, found[0] if found else None, dtype=dtype)

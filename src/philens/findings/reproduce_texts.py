@@ -68,10 +68,7 @@ def reproduce_texts(
     Raises:
         PhilensError: texts, model or layer are missing, damaged or do not fit.
     """
-    if documents is not None and documents < 2:
-        raise ConfigError(f"documents must be at least 2, not {documents}.")
-    if tokens < 0:
-        raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
+    check_reading(documents, tokens)
     found = [path for one in adapters for path in (adapters_in(one, checkpoints) or [str(one)])]
     if checkpoints and not adapters:
         found = adapters_in(model, checkpoints)
@@ -119,6 +116,14 @@ def reproduce_texts(
     }
     write_texts(output / "texts", results, run, list(zip(texts, here, strict=True)))
     return Results(run | results, all_texts_tables)
+
+
+def check_reading(documents: int | None, tokens: int) -> None:
+    """Raise a ConfigError unless so many texts of a level, and tokens of a text, can be read."""
+    if documents is not None and documents < 2:
+        raise ConfigError(f"documents must be at least 2, not {documents}.")
+    if tokens < 0:
+        raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
 
 
 def write_texts(
