@@ -4,8 +4,8 @@
 
 A run of `--rows` packed rows a step is trained for one step more than `--steps`, and then again from its
 checkpoint at `--steps`, as after a kill: the last loss must come out the same. Floating-point operations are
-those of all matrix products of one step, counted as they run (attention's own are left out: a few per cent with
-documents of the paper's length). Hours are the whole run's operations over what the GPU reaches: its peak
+those of all matrix products of one step, counted as they run (attention's own are left out: a few per cent
+with documents of the paper's length). Hours are the whole run's operations over what the GPU reaches: peak
 times `--utilisation`.
 """
 
