@@ -54,6 +54,16 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
+def own_head_keys(config: Any) -> str:
+    """A pattern of the names that the weights of a multi-token head have in a checkpoint: they come as blocks
+    after the last one, as DeepSeek-V3's. It matches nothing where a config does not speak of such a head."""
+    text = config.get_text_config(decoder=True)
+    if not (heads := getattr(text, "num_mtp_layers", None)):
+        return "(?!)"
+    numbers = range(text.num_hidden_layers, text.num_hidden_layers + heads)
+    return rf"(^|\.)layers\.({'|'.join(map(str, numbers))})\."
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module gets back the mode it had."""

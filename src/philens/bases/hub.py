@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from philens.bases import gguf, lora, wheels
+from philens.bases.facts import own_head_keys
 from philens.support.errors import AdapterError, ConfigError, PhilensError
 from philens.support.extras import require
 from philens.support.files import check_file, check_safetensors, check_sums, read_json, same_file
@@ -387,7 +388,10 @@ def _load_model(
         return base, info
 
     base, info = load(kind, dtype=dtype, quantization_config=quantized)
-    info["unexpected_keys"] = _without_computed(info["unexpected_keys"], files, name)
+    keys, head = info["unexpected_keys"], re.compile(own_head_keys(config))
+    if any(head.search(key) and key.endswith(".eh_proj.weight") for key in keys):
+        keys = [key for key in keys if not head.search(key)]  # `bases.own_head` reads them
+    info["unexpected_keys"] = _without_computed(keys, files, name)
     if info["unexpected_keys"] and whole is not None:
         # The text part does not know the weights that see or hear; the model with all parts must.
         info["unexpected_keys"] = load(whole, device_map="meta")[1]["unexpected_keys"]

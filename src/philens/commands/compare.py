@@ -26,6 +26,7 @@ def compare(
         model: a finished run, or a base model, a folder, GGUF file or Hub id; or smollm2, for which philens
             brings a layer.
         adapter: PHi layers and shallow heads, folders or Hub ids separated by commas; by default the run's.
+            own is the multi-token head that the model brings along.
         metrics: what is compared, separated by commas (docs/scoring.md says what each is); by default phi,
             mtd, settling_depth, surprisals and entropy.
         output: folder for results; by default runs/compare-MODEL.

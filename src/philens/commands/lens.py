@@ -125,7 +125,8 @@ def score(
             data set of the Hub.
         model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
             for which philens brings one.
-        adapter: the PHi layer, a folder or Hub id.
+        adapter: the PHi layer or shallow head, a folder or Hub id; own is the multi-token head that the model
+            brings along.
         metrics: columns, separated by commas: phi, mtd, surprisal, surprisal_with_layer, entropy, ...; by
             default what the adapter measures, and surprisal.
         field: field of records that holds the text or a chat's messages; by default text, else messages.

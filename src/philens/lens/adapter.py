@@ -22,6 +22,7 @@ from philens.bases import hub
 from philens.bases.facts import merged_from, quantization_of
 from philens.bases.fingerprint import fingerprints
 from philens.lens.card import model_card
+from philens.lens.config import MTDConfig
 from philens.lens.core import LensCore
 from philens.lens.instrument import KINDS, make_parts, titles
 from philens.support.errors import AdapterError, ConfigError, OutputError, PhilensError
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 Lens = TypeVar("Lens", bound=LensCore)
 
 FORMAT = 2
+OWN = "own"  # what the multi-token head that a base brings along is loaded by
 CONFIG_FILE, CARD_FILE = "adapter_config.json", "README.md"
 _KEYS = {"format", "module_paths", "hidden_size", "base", "training", "versions", "weights_sha256"}
 _OWN_HASH = "config_sha256"
@@ -91,7 +93,12 @@ def save_adapter(
 
     Raises:
         OutputError: it cannot be written.
+        ConfigError: the multi-token head is the base's own.
     """
+    if lens.has_own_head:
+        raise ConfigError(
+            "The multi-token head of a base is saved with the base; load it as the adapter 'own'."
+        )
     training = getattr(lens, "record", None) if training is None else training
     kinds = [config.kind for config in lens.configs]
     description = {
@@ -195,6 +202,10 @@ def load_as(
     mode: Literal["bottleneck", "observe"] | None = None,
 ) -> Lens:
     """A lens of this class with saved instruments, in evaluation mode; see `philens.load`."""
+    if folder == OWN and not hub.is_folder(folder):
+        lens = kind(base, MTDConfig(own=True))
+        lens.source = OWN
+        return lens.eval()
     folder, source = _find(folder, revision)
     description = _read_description(folder)
     names = description.get("instruments", ["phi"])

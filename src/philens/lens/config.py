@@ -233,6 +233,8 @@ class MTDConfig:
     It observes what leaves the last block, and is trained to predict what the base predicts.
 
     Attributes:
+        own: the multi-token head that the base brings along, if it does, is measured as it is. Its options
+            are not ours to choose, and nothing is trained.
         embedding: the head reads the newest token, too; without it, it knows the tokens before that alone.
         depth: Transformer blocks of the head.
         heads: attention heads of a block; None means one for every 64 dimensions.
@@ -241,6 +243,7 @@ class MTDConfig:
 
     kind: ClassVar[str] = "mtd"
 
+    own: bool = False
     embedding: bool = True
     depth: int = 1
     heads: int | None = None
@@ -253,6 +256,11 @@ class MTDConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value!r}.")
+        if self.own and (not self.embedding or self.depth > 1 or self.heads or self.mlp_size):
+            raise ConfigError(
+                "own takes the multi-token head of the base as it is; leave out embedding, depth, heads and "
+                "mlp_size."
+            )
 
     # What every instrument has to say; here there is no choice.
 

@@ -89,7 +89,7 @@ class LensCore(nn.Module):
         if len(points) < len(places):
             raise ConfigError(f"layers {config.layers} name the same block twice; name each once.")
         widths = [hidden_width(self.base, module) for module in points.values()]
-        setattr(self, config.kind, make_parts(config, widths))
+        setattr(self, config.kind, make_parts(config, widths, self.base))
         for part, module in zip(self.parts_of(config.kind), points.values(), strict=True):
             parameter = next(iter(module.parameters()), next(iter(self.base.parameters()), None))
             if parameter is not None:
@@ -125,6 +125,11 @@ class LensCore(nn.Module):
                 f"{who} needs a PHi layer, and this model has a {titles(self.configs)} alone; give another "
                 "model or adapter."
             )
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the shallow head is one that the base brought along."""
+        return any(getattr(config, "own", False) for config in self.configs)
 
     @property
     def column_points(self) -> list[str | None]:
@@ -417,8 +422,10 @@ class LensCore(nn.Module):
             forms: what `recorded_forms` noted of `blocks_below` in it.
         """
         for number, output in current.outputs.items():
+            states = output.hidden_states
+            if self.instruments[number].final:
+                return partial(PHiModelOutput, head=self._output_head(), head_states=states)
             if self.instruments[number].compared:
-                states = output.hidden_states
                 return partial(self.read_again, input_ids, {"use_cache": False}, number, states, forms)
         return None
 
@@ -493,6 +500,10 @@ class LensCore(nn.Module):
             raise InputError('returns="phi" needs the PHi layer, which is disabled; enable() it first.')
         if labels is not None and (returns == "phi" or cache is not None):
             raise InputError('Losses need the whole text at once, and not returns="phi"; leave out labels.')
+        if labels is not None and self.enabled and self.has_own_head:
+            raise InputError(
+                "The multi-token head of the base is measured as it is, and not trained; leave out labels."
+            )
         trains = labels is not None and self.enabled and torch.is_grad_enabled()
         if trains and self.parts_of("mtd") and any(p.requires_grad for p in self.base.parameters()):
             raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from philens.lens.config import InstrumentConfig, MTDConfig, PHiConfig
 from philens.lens.layer import PHiLayer
 from philens.lens.mtd import MTDHead
+from philens.lens.own_head import OwnHead
 from philens.lens.passing import Pass, Reading, Term
 from philens.lens.prior import Memory
 
@@ -27,11 +28,13 @@ class Instrument(Protocol):
             base's own diverges (`PHiModelOutput.shallow`).
         surprisal: what the next-token loss of the states that it makes is called.
         divergence: what the divergence of those predictions from the base's own is called.
+        final: its states are what the base's output head reads: nothing comes between.
     """
 
     config: Any
     hidden_size: int
     compared: bool
+    final: bool
     surprisal: str
     divergence: str
 
@@ -75,13 +78,16 @@ KINDS = {
 }
 
 
-def make_parts(config: Any, widths: Sequence[int]) -> nn.Module:
+def make_parts(config: Any, widths: Sequence[int], base: nn.Module | None = None) -> nn.Module:
     """What an instrument has in each of its places, fresh: an `nn.ModuleList` where there may be several.
 
     Args:
         config: its options.
         widths: D in each place.
+        base: the model that it goes into, where that is at hand.
     """
+    if getattr(config, "own", False):
+        return OwnHead(base, config)
     parts = [KINDS[config.kind].module(width, config) for width in widths]
     return parts[0] if getattr(config, "layers", None) is None else nn.ModuleList(parts)
 

@@ -77,7 +77,7 @@ class PHiLayer(nn.Module):
     shift: Tensor
     scale: Tensor
     sink_norm: Tensor
-    compared = False
+    compared = final = False
     surprisal, divergence = "surprisal", "divergence"
 
     def __init__(self, hidden_size: int, config: PHiConfig | None = None) -> None:

@@ -112,6 +112,7 @@ def load(
     Args:
         base: the base model, with the weights it had; in another precision or quantized, it is still itself.
         folder: an adapter folder, or a Hub id where there is no such folder. Of a run folder, its adapter.
+            `own` is the multi-token head that the base brings along, as `MTDConfig(own=True)`.
         revision: branch, tag or commit on the Hub.
         mode: `bottleneck` or `observe`, whichever it was trained in; None keeps that.
 

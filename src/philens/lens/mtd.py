@@ -44,7 +44,7 @@ class MTDHead(nn.Module):
         ConfigError: sizes that do not fit together.
     """
 
-    compared = True
+    compared, final = True, False
     surprisal, divergence = "surprisal_shallow", "mtd"
 
     def __init__(self, hidden_size: int, config: MTDConfig | None = None) -> None:

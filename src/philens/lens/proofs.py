@@ -43,11 +43,25 @@ class Trial:
     def values(self, output: PHiModelOutput, ids: Tensor) -> list[Tensor]:
         """Phi and mtd, where there are layers and a head, enabled, and log-probabilities (B, T, V)."""
         logprobs = output.logits_at(slice(0, ids.shape[1])).log_softmax(-1)
-        return [value for value in (output.phi, output.mtd, logprobs) if value is not None]
+        return [value for value in (output.phi, self.mtd(output), logprobs) if value is not None]
+
+    def mtd(self, output: Any) -> Tensor | None:
+        """Its mtd; -1 on first tokens where they have none. Others that are no numbers show elsewhere."""
+        return output.mtd.nan_to_num(-1.0) if self.lens.has_own_head and self.lens.enabled else output.mtd
 
     def read(self, ids: Tensor, **options: Any) -> list[Tensor]:
         """The same of texts (B, T)."""
         return self.values(self.lens(ids, **options), ids)
+
+    def labels(self) -> Tensor:
+        """(B, T) those of `ids`, for a loss.
+
+        Raises:
+            NotApplicable: nothing is trained.
+        """
+        if self.lens.has_own_head:
+            raise NotApplicable("the multi-token head is the base's own")
+        return self.ids
 
     def documents(self) -> list[Tensor]:
         """The texts, cut to different lengths (1, t)."""
@@ -67,7 +81,7 @@ class Trial:
         embedding = token_embedding(lens.base) if model is None else None
         handle = None if embedding is None else embedding.register_forward_hook(note)
         try:
-            output = (lens if model is None else model)(self.ids, labels=self.ids)
+            output = (lens if model is None else model)(self.ids, labels=self.labels())
         finally:
             if handle is not None:
                 handle.remove()
@@ -118,7 +132,7 @@ def _disabled(trial: Trial) -> Pairs:
 def _gradient(trial: Trial) -> Pairs:
     layer = list(trial.lens.attached.parameters())
     with torch.enable_grad():
-        loss = trial.lens(trial.ids, labels=trial.ids).loss
+        loss = trial.lens(trial.ids, labels=trial.labels()).loss
         reached = _leaves(loss)
         gradients = torch.autograd.grad(loss, layer, allow_unused=True)
     if any(id(parameter) in reached for parameter in trial.lens.base.parameters()):
@@ -203,8 +217,9 @@ def _early_exit(trial: Trial) -> Pairs:
 @_promise("states", 'with logits made in parts (returns="states")')
 def _states(trial: Trial) -> Pairs:
     yield from zip(trial.read(trial.ids, returns="states"), trial.read(trial.ids), strict=True)
-    whole, parts = (trial.lens(trial.ids, labels=trial.ids, returns=r) for r in ("logits", "states"))
-    yield parts.loss, whole.loss
+    if not trial.lens.has_own_head:
+        whole, parts = (trial.lens(trial.ids, labels=trial.ids, returns=r) for r in ("logits", "states"))
+        yield parts.loss, whole.loss
 
 
 @_promise("observing", "observing leaves logits bit-identical", exact=True, of_base=False)
@@ -243,7 +258,7 @@ def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
     for row, ids in enumerate(generated.sequences):
         output = lens(ids[None])
         yield generated.surprisal[row, 1:], token_surprisal(output, ids[None])[0, 1:]
-        for one, expected in ((generated.phi, output.phi), (generated.mtd, output.mtd)):
+        for one, expected in ((generated.phi, output.phi), (trial.mtd(generated), trial.mtd(output))):
             if one is not None and expected is not None:
                 yield one[row], expected[0]
         if not options.get("do_sample") and options.get("num_beams", 1) == 1:
@@ -329,6 +344,7 @@ def _compiled(trial: Trial) -> Pairs:
 
 @_promise("saved", "saved and loaded", of_base=False)
 def _saved(trial: Trial) -> Pairs:
+    trial.labels()
     lens, expected = trial.lens, trial.read(trial.ids)
     with tempfile.TemporaryDirectory() as folder, lens.disabled():
         save_adapter(lens, folder)

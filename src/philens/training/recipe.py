@@ -521,6 +521,8 @@ def _check_model(recipe: Recipe) -> None:
             "A shallow head (mtd) learns what a trained base predicts, and leaves it as it is; give "
             "model.base, and leave model.frozen true."
         )
+    if recipe.mtd is not None and recipe.mtd.own:
+        raise RecipeError("mtd.own measures a head of the base as it is, and trains none; leave it out.")
     if recipe.mtd is not None and recipe.phi is not None and recipe.phi.mode != "observe":
         raise RecipeError("A PHi layer beside a shallow head only observes; set phi.mode to observe.")
     if model.base is None:
