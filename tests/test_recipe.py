@@ -14,7 +14,9 @@ from tiny import tiny_recipe
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 ARITHMETIC = ("arithmetic_phi", "arithmetic_phi_smoke")
 # What must be given to a recipe.
-GIVEN = {name: {"model.base": "owner/name"} for name in ("any_model", "small_mtd", *ARITHMETIC)}
+GIVEN = {
+    name: {"model.base": "owner/name"} for name in ("any_model", "small_layer", "small_mtd", *ARITHMETIC)
+}
 PRETRAINED = [*GIVEN, "llama_3_2_3b", "smollm2"]
 
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "tasks": reproduce.reproduce_tasks,
         "complexity": reproduce.reproduce_complexity,
         "gain": reproduce.reproduce_gain,
+        "knobs": reproduce.reproduce_knobs,
         "texts": reproduce.reproduce_texts,
         "results": reproduce.reproduce_results,
         "difficulty": reproduce.reproduce_difficulty,

@@ -101,6 +101,32 @@ def _reproduce_formal(
     say(f"Wrote {folder / finding}.")
 
 
+def reproduce_knobs(
+    model: str | None = None,
+    grid: Path | None = None,
+    recipe: str = "small_layer",
+    output: Path | None = None,
+    documents: int = 100,
+    **keys: Any,
+) -> None:
+    """Findings 1 and 2 in layers of one base, trained with one knob at a time otherwise. Keys as --key value.
+
+    Args:
+        model: base of formal languages, a folder or Hub id, which stays frozen; by default one is trained.
+        grid: a YAML file of knobs, each with settings by name, and the recipe keys of each; by default
+            insertion point, weight, latent size, prior, formula, base, steps and seed.
+        recipe: what all layers are trained by but for their setting, a YAML file or name.
+        output: folder for runs and results; by default runs/knobs.
+        documents: documents measured of each boring task, and a quarter of those of in-context language.
+    """
+    from philens.findings.knobs import GRID, reproduce_knobs
+
+    folder = output or Path("runs") / "knobs"
+    for table in reproduce_knobs(model, folder, grid or GRID, recipe, documents, keys).tables():
+        console().print(table)
+    say(f"Wrote {folder / 'knobs'}.")
+
+
 def reproduce_texts(
     levels: Path | None = None,
     model: str = "smollm2",

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
 from philens.findings.complexity import PARTS
@@ -327,6 +328,82 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
     set_fonts(figure)
     return figure
+
+
+# Columns of settings that a band of knobs has room for.
+_BAND = 15
+_KNOB_LINES = {
+    "ratios": {
+        "memorized_sequences": "÷ memorized sequences",
+        "memorized_programs": "÷ memorized programs",
+        "random": "÷ random",
+    },
+    "correlations": {
+        "given_surprisal": "description length, given surprisal",
+        "given_letters": "... and the number of letters",
+        "gain": "an ideal learner's gain, given surprisal and position",
+    },
+}
+_KNOB_STYLES = {
+    "given_surprisal": ("#D55E00", "o"),
+    "given_letters": ("#E69F00", "^"),
+    "gain": ("#009E73", "D"),
+}
+
+
+def figure_knobs(results: Mapping[str, Any]) -> Figure:
+    """Ratios of phi (above) and its correlations (below) at every setting, a panel a knob; dotted: those of
+    an untrained layer."""
+    knobs: dict[str, list[Mapping[str, Any]]] = {}
+    for one in results["settings"]:
+        knobs.setdefault(one["knob"], []).append(one)
+    bands: list[list[str]] = [[]]
+    for knob, settings in knobs.items():
+        if bands[-1] and sum(len(knobs[name]) for name in bands[-1]) + len(settings) > _BAND:
+            bands.append([])
+        bands[-1].append(knob)
+    figure = new_figure(height=0.8 + 4.2 * len(bands))
+    for band, part in zip(bands, np.atleast_1d(figure.subfigures(len(bands), 1)), strict=True):
+        widths = [max(len(knobs[knob]), 2) for knob in band]
+        rows = part.subplots(2, len(band), sharey="row", sharex="col", squeeze=False, width_ratios=widths)
+        for column, knob in zip(rows.T, band, strict=True):
+            for axes, kind in zip(column, _KNOB_LINES, strict=True):
+                _draw_knob(axes, kind, knobs[knob], results["untrained"])
+            column[0].set_title(knob, fontsize=FONT + 1)
+            column[1].set_xticks(range(len(knobs[knob])), [one["setting"] for one in knobs[knob]])
+            column[1].tick_params(axis="x", rotation=30)
+        rows[0, 0].set_ylabel("phi of in-context language ÷")
+        rows[1, 0].set_ylabel("partial correlation of phi")
+    handles, labels = zip(
+        *(pair for row in rows for pair in zip(*row[0].get_legend_handles_labels(), strict=True)), strict=True
+    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=FONT - 1, frameon=False)
+    set_fonts(figure)
+    return figure
+
+
+def _draw_knob(
+    axes: "Axes", kind: str, settings: Sequence[Mapping[str, Any]], untrained: Mapping[str, Any]
+) -> None:
+    name = "ratio" if kind == "ratios" else "value"
+    lines = {key: label for key, label in _KNOB_LINES[kind].items() if key in untrained[kind]}
+    for number, (key, label) in enumerate(lines.items()):
+        colour, marker = (_KNOB_STYLES if kind == "correlations" else TASK_STYLES)[key]
+        found = [one[kind][key] for one in settings]
+        places = np.arange(len(found)) + 0.1 * (number - 1)
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1, "elinewidth": 1.5}
+        values = np.array([one[name] for one in found], dtype=float)
+        errors = np.concatenate([error_of(one, name) for one in found], axis=1)
+        axes.errorbar(places, values, yerr=errors, label=label, **style)
+        if untrained[kind][key][name] is not None:
+            axes.axhline(untrained[kind][key][name], color=colour, linewidth=1, linestyle=":")
+    axes.axhline(1 if kind == "ratios" else 0, color="black", linewidth=0.8)
+    axes.set_xlim(-0.5, len(settings) - 0.5)
+    if kind == "ratios":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
 
 
 def _legend_below(axes: "Axes", title: str) -> None:

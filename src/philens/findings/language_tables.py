@@ -157,6 +157,29 @@ def gain_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def knobs_table(results: Mapping[str, Any]) -> Table:
+    """Phi of in-context language, its ratios and correlations, for each setting of each knob."""
+    table = new_table(
+        "What moves phi",
+        "95 % intervals over documents. gap: surprisal of in-context language with the layer minus without;\n"
+        "÷: its phi over a boring task's; length: its correlation with description length, given surprisal;\n"
+        "letters: given the number of letters, too; gain: rank correlation with an ideal learner's gain.",
+        *("knob", "phi", "gap", "÷ strings", "÷ programs", "÷ random", "length", "letters", "gain"),
+        whole=(True, False),
+    )
+    rows: list[Mapping[str, Any]] = [{"knob": "untrained layer", **results["untrained"]}]
+    for one in [*rows, *results["settings"]]:
+        if one["knob"] != rows[-1]["knob"] or len(rows) == 1:
+            table.add_row(Text(one["knob"], style="bold"))
+        rows.append(one)
+        cells = [estimate_text(one["phi"]["mean"], one["phi"]["ci95"], 1)]
+        cells.append(estimate_text(one["loss_gap"]["value"], one["loss_gap"]["ci95"]))
+        cells += [estimate_text(ratio["ratio"], ratio["ci95"]) for ratio in one["ratios"].values()]
+        cells += [estimate_text(found["value"], found["ci95"]) for found in one["correlations"].values()]
+        table.add_row(Text(one.get("setting", "")), *(Text(cell.replace(" [", "\n[")) for cell in cells))
+    return table
+
+
 def texts_table(results: Mapping[str, Any]) -> Table:
     """Per level of text: phi, surprisal and gap with their intervals, and the paper's phi and surprisal."""
     levels = results["levels"]

@@ -333,17 +333,8 @@ def load_recipe(
     Raises:
         RecipeError: the file cannot be read, or a key is unknown or ill-typed.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        path = find_recipe(path)
-        try:
-            values = yaml.load(read_text(path, _MAX_BYTES), _Loader) or {}
-        except AdapterError as error:
-            raise RecipeError(str(error)) from error
-        except Exception as error:  # odd numbers and dates raise what they like
-            raise RecipeError(f"{path} cannot be read as YAML ({reason(error)}); correct it.") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {shown(values)}.')
+    path = None if path is None else find_recipe(path)
+    values = {} if path is None else read_keys(path)
     flat = flatten(values)
     for key in flat:
         _check_key(key, str(path), wrote)
@@ -371,6 +362,23 @@ def load_recipe(
     recipe: Recipe = _build(Recipe, Recipe(), _nested(flat))
     check_recipe(recipe)
     return recipe
+
+
+def read_keys(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or holds something else.
+    """
+    try:
+        values = yaml.load(read_text(path, _MAX_BYTES), _Loader) or {}
+    except AdapterError as error:
+        raise RecipeError(str(error)) from error
+    except Exception as error:  # odd numbers and dates raise what they like
+        raise RecipeError(f"{path} cannot be read as YAML ({reason(error)}); correct it.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f'{path} must hold keys and values, such as "seed: 1", not {shown(values)}.')
+    return values
 
 
 def _read_yaml(key: str, text: str) -> Any:

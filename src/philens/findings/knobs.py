@@ -1,0 +1,184 @@
+"""What moves phi: layers in one frozen base, trained alike but for one knob at a time; findings 1 and 2 of it.
+
+It says where a finding would be another one, had the layer been trained otherwise.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from philens.findings import Results, statistics, write_finding
+from philens.findings.complexity import measure_complexity
+from philens.findings.figures import figure_knobs
+from philens.findings.gain import measure_gain
+from philens.findings.language_tables import knobs_table
+from philens.findings.reproduce import measure, prepare, trained, untrained
+from philens.findings.tasks import BORING, INTERESTING, measure_tasks
+from philens.lens.model import PHiModel
+from philens.scoring.documents import TokenTable
+from philens.support.errors import ConfigError
+from philens.support.typed import shown
+from philens.support.versions import versions
+from philens.training.folder import RunFolder
+from philens.training.recipe import Recipe, load_recipe, read_keys
+
+logger = logging.getLogger(__name__)
+
+GRID = Path(__file__).with_name("knobs.yaml")
+"""The knobs that are turned unless others are given."""
+CORRELATIONS = ("given_surprisal", "given_letters", "gain")
+UNTRAINED, COMMON = "untrained", "common"
+
+
+class Setting(NamedTuple):
+    """One way to train a layer.
+
+    Attributes:
+        knob: what differs from the recipe of all.
+        name: what it is set to.
+        recipe: the whole recipe.
+        run: name of the run's folder; settings that are the recipe of all share one.
+    """
+
+    knob: str
+    name: str
+    recipe: Recipe
+    run: str
+
+
+def read_settings(grid: Path, recipe: str, overrides: Mapping[str, Any]) -> list[Setting]:
+    """The settings of a file of knobs, in its order.
+
+    Raises:
+        RecipeError: the file, or a recipe, cannot be read.
+        ConfigError: the file holds something else than knobs.
+    """
+    common, settings = load_recipe(recipe, {**overrides}), []
+    for knob, values in read_keys(grid).items():
+        if not isinstance(values, dict) or not all(isinstance(keys, dict) for keys in values.values()):
+            raise ConfigError(
+                f"{grid} must hold settings by name under {shown(knob)}, each with keys of a recipe, such as "
+                f'"first: {{phi.layer: 0}}", not {shown(values)}.'
+            )
+        for name, keys in values.items():
+            one = load_recipe(recipe, {**overrides, **keys})
+            run = COMMON if one == common else re.sub(r"[^\w.-]+", "-", f"{knob}-{name}")
+            settings.append(Setting(str(knob), str(name), one, run))
+    if not settings:
+        raise ConfigError(f"{grid} holds no setting; give knobs with settings by name.")
+    return settings
+
+
+def reproduce_knobs(
+    base: str | None,
+    output: Path,
+    grid: Path = GRID,
+    recipe: str = "small_layer",
+    documents: int = 100,
+    overrides: Mapping[str, Any] | None = None,
+) -> Results:
+    """Train a layer for each setting of `grid` in one base of formal languages, and measure findings 1 and 2.
+
+    `output/RUN` is each training, made or resumed as needed; `output/knobs` holds the results.
+
+    Args:
+        base: the base, a folder or Hub id, which stays frozen unless a setting says otherwise; None trains
+            one in `output/base`, by the recipe `small` without a layer.
+        output: folder of runs and results.
+        grid: a YAML file: knobs by name, their settings by name, and recipe keys of each.
+        recipe: what all layers are trained by, but for their setting; a YAML file or name.
+        documents: documents measured of each boring task; four times as many of in-context language.
+        overrides: recipe keys to replace in all.
+
+    Raises:
+        ConfigError: too few documents, or the file holds something else than knobs.
+        PhilensError: the base, the file or a recipe cannot be read, or as `philens.training.trainer.train`.
+        KeyboardInterrupt: the user stopped a training; the same call goes on.
+    """
+    if documents < 2:
+        raise ConfigError(f"documents must be at least 2, not {documents}.")
+    if base is None:
+        trained(load_recipe("small", {"phi": None, "phi_schedule.start_step": 0}), output / "base")
+        base = str(RunFolder(output / "base").model)
+    every = {**(overrides or {}), "model.base": base}
+    common, settings = load_recipe(recipe, every), read_settings(grid, recipe, every)
+    reader = _Reader(common, documents)
+    runs: dict[str, dict[str, Any]] = {}
+    # First the recipe of all: whether it works is seen before the others are trained.
+    for one in [Setting("", "", common, COMMON), *settings]:
+        if one.run in runs:
+            continue
+        lens = trained(one.recipe, output / one.run)
+        if not runs:
+            runs[UNTRAINED] = reader.read(untrained(lens, common, common.seed, base_too=False))
+        prepare(lens, None)
+        runs[one.run] = reader.read(lens)
+        logger.info("%s: phi of in-context language %.2f nats.", one.run, runs[one.run]["phi"]["mean"])
+    results = {
+        "documents": documents,
+        "untrained": runs[UNTRAINED],
+        "settings": [
+            {"knob": one.knob, "setting": one.name, "run": one.run, **runs[one.run]} for one in settings
+        ],
+    }
+    run = {"finding": "knobs", "base": Path(base).name, "versions": versions(), "recipe": asdict(common)}
+    tables, figures = {"knobs": knob_rows(results)}, {"knobs": figure_knobs(results)}
+    write_finding(output / "knobs", results, tables, figures, run)
+    return Results(run | results, partial(lambda one: [knobs_table(one)]))
+
+
+class _Reader:
+    """Reads the same documents with each layer, and once with the base alone."""
+
+    def __init__(self, recipe: Recipe, documents: int) -> None:
+        self.recipe, self.documents = recipe, documents
+        self.alone: TokenTable | None = None
+
+    def read(self, lens: PHiModel) -> dict[str, Any]:
+        """Findings 1 and 2 of one layer, and what the layer costs in surprisal."""
+        seed = {"seed": self.recipe.seed}
+        tasks = measure_tasks(measure(lens, self.recipe, (INTERESTING, *BORING), self.documents), **seed)
+        table = self._in_context(lens)
+        if self.alone is None:
+            with lens.disabled():
+                self.alone = self._in_context(lens)
+        with_layer, without = (
+            statistics.mean(one.surprisal, one.document, **seed) for one in (table, self.alone)
+        )
+        complexity = measure_complexity(table, **seed)
+        correlations = {
+            "given_surprisal": complexity["token_wise"]["whole"]["partial_given_surprisal"],
+            "given_letters": complexity["controls"]["phi"]["given_letters"],
+        }
+        if not self.recipe.data.tasks.noise_probability:
+            gain = measure_gain(table, self.recipe.data.tasks, **seed)
+            correlations["gain"] = gain["correlations"]["given_surprisal_and_position"]
+        return {
+            "phi": statistics.mean(table.phi, table.document, **seed).as_dict("mean"),
+            "surprisal": with_layer.as_dict("mean"),
+            "loss_gap": statistics.difference(with_layer, without).as_dict(),
+            "ratios": tasks["ratios"],
+            "correlations": correlations,
+        }
+
+    def _in_context(self, lens: PHiModel) -> TokenTable:
+        return measure(lens, self.recipe, (INTERESTING,), 4 * self.documents)
+
+
+def knob_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of `reproduce_knobs` as rows for a CSV file, one for each setting."""
+    every = [{"knob": UNTRAINED, "setting": "", "run": "", **results["untrained"]}, *results["settings"]]
+    return [{key: one[key] for key in ("knob", "setting", "run")} | dict(_columns(one)) for one in every]
+
+
+def _columns(one: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, key in (("phi", "mean"), ("surprisal", "mean"), ("loss_gap", "value")):
+        yield from statistics.flat(name, one[name], key).items()
+    for task in BORING:
+        yield from statistics.flat(f"over_{task}", one["ratios"].get(task), "ratio").items()
+    for name in CORRELATIONS:
+        yield from statistics.flat(name, one["correlations"].get(name)).items()
