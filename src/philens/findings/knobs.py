@@ -1,4 +1,4 @@
-"""What moves phi: layers in one frozen base, trained alike but for one knob at a time; findings 1 and 2 of it.
+"""What moves phi: layers in one frozen base, trained alike but for one knob; findings 1 and 2 of each.
 
 It says where a finding would be another one, had the layer been trained otherwise.
 """
