@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from philens.findings.complexity import PARTS
@@ -334,14 +334,14 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
 _BAND = 15
 _KNOB_LINES = {
     "ratios": {
-        "memorized_sequences": "÷ memorized sequences",
-        "memorized_programs": "÷ memorized programs",
-        "random": "÷ random",
+        "memorized_sequences": "in-context ÷ memorized sequences",
+        "memorized_programs": "in-context ÷ memorized programs",
+        "random": "in-context ÷ random",
     },
     "correlations": {
-        "given_surprisal": "description length, given surprisal",
-        "given_letters": "... and the number of letters",
-        "gain": "an ideal learner's gain, given surprisal and position",
+        "given_surprisal": "with description length, given surprisal",
+        "given_letters": "the same, given the number of letters, too",
+        "gain": "with an ideal learner's gain, given surprisal and position",
     },
 }
 _KNOB_STYLES = {
@@ -352,8 +352,8 @@ _KNOB_STYLES = {
 
 
 def figure_knobs(results: Mapping[str, Any]) -> Figure:
-    """Ratios of phi (above) and its correlations (below) at every setting, a panel a knob; dotted: those of
-    an untrained layer."""
+    """Ratios of phi (above) and its correlations (below) at every setting, a panel a knob. Dotted: those of
+    an untrained layer; grey: what is the recipe of all."""
     knobs: dict[str, list[Mapping[str, Any]]] = {}
     for one in results["settings"]:
         knobs.setdefault(one["knob"], []).append(one)
@@ -363,16 +363,23 @@ def figure_knobs(results: Mapping[str, Any]) -> Figure:
             bands.append([])
         bands[-1].append(knob)
     figure = new_figure(height=0.8 + 4.2 * len(bands))
+    first: dict[str, Axes] = {}
     for band, part in zip(bands, np.atleast_1d(figure.subfigures(len(bands), 1)), strict=True):
         widths = [max(len(knobs[knob]), 2) for knob in band]
-        rows = part.subplots(2, len(band), sharey="row", sharex="col", squeeze=False, width_ratios=widths)
+        rows = part.subplots(2, len(band), sharex="col", squeeze=False, width_ratios=widths)
         for column, knob in zip(rows.T, band, strict=True):
             for axes, kind in zip(column, _KNOB_LINES, strict=True):
+                axes.sharey(first.setdefault(kind, axes))
                 _draw_knob(axes, kind, knobs[knob], results["untrained"])
+                for place, one in enumerate(knobs[knob]):
+                    if one["run"] == results["common"]:
+                        axes.axvspan(place - 0.4, place + 0.4, color="#EEEEEE", zorder=0)
             column[0].set_title(knob, fontsize=FONT + 1)
             column[1].set_xticks(range(len(knobs[knob])), [one["setting"] for one in knobs[knob]])
             column[1].tick_params(axis="x", rotation=30)
-        rows[0, 0].set_ylabel("phi of in-context language ÷")
+        for axes in rows[:, 1:].flat:
+            axes.tick_params(labelleft=False)
+        rows[0, 0].set_ylabel("ratio of phi")
         rows[1, 0].set_ylabel("partial correlation of phi")
     handles, labels = zip(
         *(pair for row in rows for pair in zip(*row[0].get_legend_handles_labels(), strict=True)), strict=True
@@ -391,7 +398,7 @@ def _draw_knob(
         colour, marker = (_KNOB_STYLES if kind == "correlations" else TASK_STYLES)[key]
         found = [one[kind][key] for one in settings]
         places = np.arange(len(found)) + 0.1 * (number - 1)
-        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1, "elinewidth": 1.5}
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 0.7, "elinewidth": 1.5}
         values = np.array([one[name] for one in found], dtype=float)
         errors = np.concatenate([error_of(one, name) for one in found], axis=1)
         axes.errorbar(places, values, yerr=errors, label=label, **style)
@@ -401,9 +408,9 @@ def _draw_knob(
     axes.set_xlim(-0.5, len(settings) - 0.5)
     if kind == "ratios":
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend_below(axes: "Axes", title: str) -> None:

@@ -120,6 +120,7 @@ def reproduce_knobs(
         logger.info("%s: phi of in-context language %.2f nats.", one.run, runs[one.run]["phi"]["mean"])
     results = {
         "documents": documents,
+        "common": COMMON,
         "untrained": runs[UNTRAINED],
         "settings": [
             {"knob": one.knob, "setting": one.name, "run": one.run, **runs[one.run]} for one in settings

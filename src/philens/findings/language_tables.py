@@ -161,23 +161,33 @@ def knobs_table(results: Mapping[str, Any]) -> Table:
     """Phi of in-context language, its ratios and correlations, for each setting of each knob."""
     table = new_table(
         "What moves phi",
-        "95 % intervals over documents. gap: surprisal of in-context language with the layer minus without;\n"
-        "÷: its phi over a boring task's; length: its correlation with description length, given surprisal;\n"
-        "letters: given the number of letters, too; gain: rank correlation with an ideal learner's gain.",
+        "phi of in-context language, nats; gap: its surprisal with the layer less without;\n"
+        "÷: its phi over a boring task's; length: correlation with description length,\n"
+        "given surprisal; letters: given the number of letters, too; gain: rank\n"
+        "correlation with an ideal learner's gain, given surprisal and position. In\n"
+        "brackets: 1, or of correlations 0, is in the 95 % interval over documents.",
         *("knob", "phi", "gap", "÷ strings", "÷ programs", "÷ random", "length", "letters", "gain"),
-        whole=(True, False),
+        whole=(True, True),
     )
-    rows: list[Mapping[str, Any]] = [{"knob": "untrained layer", **results["untrained"]}]
-    for one in [*rows, *results["settings"]]:
-        if one["knob"] != rows[-1]["knob"] or len(rows) == 1:
+    knob = "untrained layer"
+    for one in [{"knob": knob, "setting": ""}, *results["settings"]]:
+        measured = one if "phi" in one else results["untrained"]
+        if one["knob"] != knob:
+            table.add_section()
             table.add_row(Text(one["knob"], style="bold"))
-        rows.append(one)
-        cells = [estimate_text(one["phi"]["mean"], one["phi"]["ci95"], 1)]
-        cells.append(estimate_text(one["loss_gap"]["value"], one["loss_gap"]["ci95"]))
-        cells += [estimate_text(ratio["ratio"], ratio["ci95"]) for ratio in one["ratios"].values()]
-        cells += [estimate_text(found["value"], found["ci95"]) for found in one["correlations"].values()]
-        table.add_row(Text(one.get("setting", "")), *(Text(cell.replace(" [", "\n[")) for cell in cells))
+        knob = one["knob"]
+        cells = [number_text(measured["phi"]["mean"], 1), number_text(measured["loss_gap"]["value"], 2)]
+        cells += [_told_from(ratio["ratio"], ratio["ci95"], 1) for ratio in measured["ratios"].values()]
+        cells += [_told_from(found["value"], found["ci95"], 0) for found in measured["correlations"].values()]
+        table.add_row(Text(one["setting"] or knob), *map(Text, cells))
     return table
+
+
+def _told_from(value: float | None, interval: Sequence[float | None], none: float) -> str:
+    """A value, in brackets where its interval has the value that would say nothing."""
+    low, high = interval
+    shown = number_text(value, 2)
+    return shown if low is not None and high is not None and (low > none or high < none) else f"({shown})"
 
 
 def texts_table(results: Mapping[str, Any]) -> Table:
