@@ -105,7 +105,7 @@ def test_files_and_table(found, base, grid, capsys):
     again = reproduce_knobs(str(base), output, grid, documents=4, overrides=KEYS)  # nothing is trained again
     assert again["settings"] == results["settings"]
     (table,) = again.tables()
-    assert table.row_count == len(results["settings"]) + 1 + len(KNOBS) + 1
+    assert table.row_count == len(results["settings"]) + 1 + len(KNOBS)
 
 
 def test_a_base_is_trained_where_none_is_given(monkeypatch, tmp_path):

@@ -364,7 +364,7 @@ def figure_knobs(results: Mapping[str, Any]) -> Figure:
         bands[-1].append(knob)
     figure = new_figure(height=0.8 + 4.2 * len(bands))
     first: dict[str, Axes] = {}
-    for band, part in zip(bands, np.atleast_1d(figure.subfigures(len(bands), 1)), strict=True):
+    for band, part in zip(bands, figure.subfigures(len(bands), 1, squeeze=False)[:, 0], strict=True):
         widths = [max(len(knobs[knob]), 2) for knob in band]
         rows = part.subplots(2, len(band), sharex="col", squeeze=False, width_ratios=widths)
         for column, knob in zip(rows.T, band, strict=True):

@@ -141,7 +141,7 @@ class _Reader:
 
     def read(self, lens: PHiModel) -> dict[str, Any]:
         """Findings 1 and 2 of one layer, and what the layer costs in surprisal."""
-        seed = {"seed": self.recipe.seed}
+        seed: dict[str, Any] = {"seed": self.recipe.seed}
         tasks = measure_tasks(measure(lens, self.recipe, (INTERESTING, *BORING), self.documents), **seed)
         table = self._in_context(lens)
         if self.alone is None:
