@@ -234,6 +234,31 @@ def test_the_base_gets_no_gradient_and_gives_what_it_gave(tokens):
     assert all(weight.requires_grad for weight in base.parameters())
 
 
+@pytest.mark.parametrize("returns", ["logits", "states"])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_trained_with_the_base_no_gradient_is_held_back(tokens, returns, frozen_head):
+    lens = attach(make_llama(tie_word_embeddings=False), MTDConfig())
+    model, head = lens.base.model, lens.base.lm_head
+    head.requires_grad_(not frozen_head)
+    trained = [p for p in lens.parameters() if p.requires_grad]
+    states = []
+    with lens.disabled():
+        handle = model.layers[-1].register_forward_hook(lambda *args: states.append(args[-1]))
+        base = lens.base(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+        handle.remove()
+    shallow = lens.mtd(states[0], model.embed_tokens(tokens)).hidden_states
+    shallow = head(model.norm(shallow))[:, :-1].log_softmax(-1)
+    surprisal = -base.gather(-1, tokens[:, 1:, None]).mean()
+    mtd = (base.exp() * (base - shallow)).sum(-1).mean()
+    expected = torch.autograd.grad(surprisal + mtd, trained)
+    out = lens(tokens, labels=tokens, returns=returns)
+    torch.testing.assert_close(out.loss, surprisal + mtd)
+    torch.testing.assert_close(out.losses["mtd"], mtd.detach())
+    torch.testing.assert_close(out.losses["surprisal_base"], surprisal.detach())
+    for one, other in zip(torch.autograd.grad(out.loss, trained), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_training_lowers_it(tokens):
     lens = attach(make_llama(), MTDConfig())
     lens.freeze_base()
@@ -453,15 +478,39 @@ def test_trained_by_a_recipe(base, tmp_path, both):
     assert score(lens, CHARACTERS, "abc")[0].columns.keys() >= {"mtd", "surprisal"}
 
 
-def test_a_resumed_run_is_the_run(base, tmp_path):
-    recipe = load_recipe(None, options(base, **{"train.steps": 6, "train.save_every": 3}))
-    train(recipe, tmp_path / "whole")
-    whole = (tmp_path / "whole" / "adapter" / "mtd_head.safetensors").read_bytes()
-    run = tmp_path / "whole"
-    for name in ("checkpoint-6", "adapter"):
+def together(**changes):
+    """A head and its base, both from nothing."""
+    values = tiny_values(mtd__heads=2, train__steps=30, optimizer__learning_rate=1e-2)
+    return load_recipe(None, {k: v for k, v in values.items() if not k.startswith("phi")} | changes)
+
+
+def test_trained_with_its_base_from_nothing(tmp_path):
+    recipe = together()
+    train(recipe, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    course = [record for record in records if "mtd" in record]
+    for name in ("surprisal_base", "surprisal_shallow"):
+        assert course[-1][name] < course[0][name] - 0.5
+    assert course[-1]["mtd"] < 0.2 * max(record["mtd"] for record in course)
+    for record in course:
+        assert record["loss"] == pytest.approx(record["surprisal_base"] + record["mtd"], rel=1e-4)
+    lens, again = philens.load_run(tmp_path / "run")
+    assert again == recipe
+    assert score(lens, CHARACTERS, "abc")[0].columns.keys() >= {"mtd", "surprisal"}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_resumed_run_is_the_run(base, tmp_path, alone):
+    changes = {"train.steps": 6, "train.save_every": 3}
+    recipe = load_recipe(None, options(base, **changes)) if alone else together(**changes)
+    run, files = tmp_path / "whole", ["adapter/mtd_head.safetensors"]
+    files += [] if alone else ["model/model.safetensors"]
+    train(recipe, run)
+    whole = [(run / file).read_bytes() for file in files]
+    for name in ("checkpoint-6", *(file.split("/")[0] for file in files)):
         (run / name).rename(tmp_path / name)
     train(recipe, run, resume=True)
-    assert (run / "adapter" / "mtd_head.safetensors").read_bytes() == whole
+    assert [(run / file).read_bytes() for file in files] == whole
 
 
 def test_its_key_in_a_recipe(tmp_path):
@@ -476,8 +525,8 @@ def test_its_key_in_a_recipe(tmp_path):
     assert both.phi is not None
     assert load_recipe(path, {"mtd": None, "phi": {}}).mtd is None
     for changes, told in (
-        ({"model.base": None}, "give model.base"),
-        ({"model.frozen": False}, "leave model.frozen true"),
+        ({"model.base": None, "phi.mode": "observe"}, "give model.base"),
+        ({"model.frozen": False, "phi.mode": "observe"}, "leave model.frozen true"),
         ({"phi.layer": 1}, "set phi.mode to observe"),
         ({"mtd.depth": 1001}, "mtd.depth must be at most 1000"),
         ({"mtd.depth": 0}, "depth must be positive"),
@@ -491,10 +540,10 @@ def test_its_key_in_a_recipe(tmp_path):
 # Errors.
 
 
-def test_a_base_that_would_be_trained(tokens):
-    lens = attach(make_llama(), MTDConfig())
+def test_a_base_that_would_be_trained_beside_a_layer(tokens):
+    lens = attach(make_llama(), [WATCHING, MTDConfig()])
     assert lens(tokens).mtd is not None
-    with pytest.raises(InputError, match=r"must not train it; call freeze_base\(\) first"):
+    with pytest.raises(InputError, match=r"stays as it is; call freeze_base\(\) first"):
         lens(tokens, labels=tokens)
     with torch.no_grad():
         assert lens(tokens, labels=tokens).loss > 0

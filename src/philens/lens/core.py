@@ -164,7 +164,7 @@ class LensCore(nn.Module):
         if 0 < current.stop <= number:  # the pass ends without it
             return hidden_states
         memories = current.memories[number] if current.memories else ()
-        states = hidden_states.detach() if observe else hidden_states
+        states = hidden_states.detach() if observe and not current.joint else hidden_states
         output: Any = self.instruments[number].read(states, current, memories)
         current.outputs[number] = output
         if len(current.outputs) == current.stop:
@@ -328,7 +328,8 @@ class LensCore(nn.Module):
             kwargs: passed to the base model.
 
         Raises:
-            InputError: shapes that do not fit; labels where a shallow head would train the base.
+            InputError: shapes that do not fit; labels where nothing is trained, or a shallow head beside a
+                PHi layer would train the base.
         """
         cache = find_cache({"cache": cache} | kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
@@ -362,6 +363,7 @@ class LensCore(nn.Module):
             prior_memories(cache, counts) if cache is not None and counts else (),
             stop=wanted if returns == "phi" or pressing.part else 0,
             contrastive=labels is not None,
+            joint=self._is_joint(labels),
         )
         forms: dict[int, Any] = {}
         with contextlib.ExitStack() as stack:
@@ -404,6 +406,7 @@ class LensCore(nn.Module):
                 self.instruments,
                 self.weight_scale,
                 self._points,
+                current.joint,
             )
             if pressing.again and not self._observing and (path := passes[0]) is not None:
                 # Who asks for logits asks for those with the layer in the path.
@@ -411,6 +414,11 @@ class LensCore(nn.Module):
                 if returns == "logits" and path.logits is None and path.head is not None:
                     result.logits = path.head(path.head_states)  # pyright: ignore[reportArgumentType]
         return result
+
+    def _is_joint(self, labels: Tensor | None) -> bool:
+        """Whether a pass trains a shallow head and the base together."""
+        trains = labels is not None and self.enabled and torch.is_grad_enabled()
+        return trains and bool(self.parts_of("mtd")) and any(p.requires_grad for p in self.base.parameters())
 
     def shallow_pass(
         self, input_ids: Tensor, current: Pass, forms: dict[int, Any]
@@ -504,10 +512,9 @@ class LensCore(nn.Module):
             raise InputError(
                 "The multi-token head of the base is measured as it is, and not trained; leave out labels."
             )
-        trains = labels is not None and self.enabled and torch.is_grad_enabled()
-        if trains and self.parts_of("mtd") and any(p.requires_grad for p in self.base.parameters()):
+        if self.layers and self._is_joint(labels):
             raise InputError(
-                "A shallow head learns what the base predicts, and must not train it; call freeze_base() "
+                "A shallow head beside a PHi layer learns in a base that stays as it is; call freeze_base() "
                 "first, or leave out labels."
             )
 

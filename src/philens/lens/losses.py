@@ -211,11 +211,15 @@ class Divergence(NamedTuple):
 
 
 def divergence_from(
-    untouched: PHiModelOutput, passes: Sequence[PHiModelOutput], labels: Tensor, predicted: Tensor
+    untouched: PHiModelOutput,
+    passes: Sequence[PHiModelOutput],
+    labels: Tensor,
+    predicted: Tensor,
+    joint: bool = False,
 ) -> Divergence:
     """Means over the predicted tokens (B, T - 1); logits that were not made yet are made in parts.
 
-    Nothing reaches the base's own distribution: it is what the layers are to keep.
+    No gradient reaches the base's own distribution, which is what instruments are to keep, unless `joint`.
     """
     mask, targets = F.pad(predicted, (0, 1)).flatten(), F.pad(labels[:, 1:], (0, 1)).flatten()
     whole = untouched.logits is not None or any(one.logits is not None for one in passes)
@@ -225,7 +229,7 @@ def divergence_from(
         mask, targets, states = mask[places], targets[places], [one[places] for one in states]
     head: Any = nn.Identity() if whole else untouched.head
     frozen = type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters())
-    if frozen:
+    if frozen and not joint:
         sums = _LinearComparison.apply(
             head.weight, head.bias, targets, mask, torch.is_grad_enabled(), *states
         )
@@ -233,7 +237,7 @@ def divergence_from(
         sums = states[0].new_zeros(2 * len(passes) + 1, dtype=torch.float32)
         size = max(1, COMPARED_AT_ONCE // (states[0].shape[-1] if whole else len(head.weight)))
         for some in _stretches_of(len(mask), size):
-            inputs = [head, targets[some], mask[some], *(one[some] for one in states)]
+            inputs = [head, targets[some], mask[some], joint, *(one[some] for one in states)]
             sums = sums + checkpoint(_compare, *inputs, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
     found = sums / predicted.sum().clamp(min=1)  # pyright: ignore[reportOperatorIssue]
     return Divergence(found[: len(passes)], found[len(passes) : -1], found[-1])
@@ -252,9 +256,9 @@ def _before_comparison(one: PHiModelOutput, whole: bool) -> Tensor:
     return one.head(one.head_states) if whole else one.head_states
 
 
-def _compare(head: Any, targets: Tensor, mask: Tensor, base: Tensor, *states: Tensor) -> Tensor:
+def _compare(head: Any, targets: Tensor, mask: Tensor, joint: bool, base: Tensor, *states: Tensor) -> Tensor:
     """Sums over (N,) positions: of n passes' divergences, of their surprisals, of the base's: (2 n + 1,)."""
-    with torch.no_grad():
+    with torch.set_grad_enabled(joint and torch.is_grad_enabled()):
         own = F.log_softmax(head(base).float(), -1)
     others = [F.log_softmax(head(one).float(), -1) for one in states]
     losses = [(own.exp() * (own - one)).sum(-1) for one in others]
@@ -361,6 +365,7 @@ def add_losses(
     instruments: Sequence[Instrument],
     weight_scale: Tensor,
     points: Sequence[str | None],
+    joint: bool = False,
 ) -> None:
     """Set `loss` and `losses`.
 
@@ -374,6 +379,7 @@ def add_losses(
         instruments: those of the lens.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
         points: what the parts of each instrument are named after.
+        joint: the base is trained, too, with its shallow head: by its next-token loss and by the divergence.
     """
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
@@ -386,8 +392,10 @@ def add_losses(
     compared = [one for one in through if outputs and one[0].config.pressure == "distill"]
     if compared:
         assert untouched is not None
-        found = divergence_from(untouched, [one for *_, one in compared], labels, predicted)  # pyright: ignore[reportArgumentType]
+        found = divergence_from(untouched, [one for *_, one in compared], labels, predicted, joint)  # pyright: ignore[reportArgumentType]
         parts["surprisal_base"] = found.surprisal_base
+        if joint:
+            total = total + found.surprisal_base
         for number, (instrument, point, _) in enumerate(compared):
             parts[column_name(instrument.surprisal, point)] = found.surprisal[number].detach()
             parts[column_name(instrument.divergence, point)] = found.divergence[number]

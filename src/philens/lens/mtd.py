@@ -3,6 +3,13 @@
 What the base predicts after a token, and a head that is one Transformer block deep does not, took more than
 that block's computation: MTD(t) = KL(base(. | x_<=t) || head(. | x_<t[, x_t])) in nats.
 
+A head that is trained in a frozen base changes nothing of it. Trained together with a base, the loss is the
+base's next-token loss + MTD, and no gradient is held back: MTD reaches the states that the head reads and the
+distribution that it is to predict. So the base pays, in nats, for what the head cannot follow, as it pays phi
+where a PHi layer is trained with it, and computes more only where its own predictions gain by it. Were the
+base's distribution held back, it would be pressed to serve the head as well as it can, and never to do
+without more; were all held back, the base would be one trained alone, which the frozen way gives as well.
+
 Source: arXiv 2512.22944. Shapes: B rows, T tokens, D hidden size.
 """
 

@@ -47,6 +47,7 @@ class Pass:
         memories: for each instrument, what it kept of earlier tokens; empty without a cache.
         stop: end the pass when the first so many instruments have run; 0 runs it to its end.
         contrastive: compute the contrastive loss.
+        joint: the base is trained by what it lets a shallow head read, too.
         replaced: an instrument's number and the states (B, T, D) that go on from its place: none runs.
         outputs: what the instruments that ran found, by number.
     """
@@ -58,6 +59,7 @@ class Pass:
     memories: Sequence[Sequence[Memory]] = ()
     stop: int = 0
     contrastive: bool = False
+    joint: bool = False
     replaced: tuple[int, Tensor] | None = None
     outputs: dict[int, Any] = field(default_factory=dict)
 

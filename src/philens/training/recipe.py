@@ -35,7 +35,7 @@ class ModelRecipe:
         revision: revision of the base on the Hub.
         dtype: precision of the base's weights; `auto` is what they are stored in.
         quantization: precision of the base's weights, when they are loaded; needs philens[quantize].
-        frozen: train only the PHi layer in the base. The base is then not saved with it.
+        frozen: train only the PHi layer or shallow head in the base. The base is then not saved with it.
         trust_remote_code: run code that comes with the base.
         attention: how the base computes it in training, an `attn_implementation` of transformers. `auto` is
             its own choice, but for packs on a CPU: there it is one that passes over what lies between
@@ -198,7 +198,8 @@ class Recipe:
         seed: seed of weights, noise and, without `data.seed`, training documents.
         model: the base model.
         phi: the PHi layer; null for none. With neither this nor `mtd` the base model is trained alone.
-        mtd: a shallow head in a trained, frozen base; given without `phi`, there is no PHi layer.
+        mtd: a shallow head, in a frozen base or trained together with one; given without `phi`, there is no
+            PHi layer.
         phi_schedule: when the layer enters.
         data: what is read.
         optimizer: its options and schedule.
@@ -524,15 +525,15 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     model, parts = recipe.model, recipe.data.parts
-    if recipe.mtd is not None and (model.base is None or not model.frozen):
-        raise RecipeError(
-            "A shallow head (mtd) learns what a trained base predicts, and leaves it as it is; give "
-            "model.base, and leave model.frozen true."
-        )
     if recipe.mtd is not None and recipe.mtd.own:
         raise RecipeError("mtd.own measures a head of the base as it is, and trains none; leave it out.")
     if recipe.mtd is not None and recipe.phi is not None and recipe.phi.mode != "observe":
         raise RecipeError("A PHi layer beside a shallow head only observes; set phi.mode to observe.")
+    if recipe.mtd is not None and recipe.phi is not None and (model.base is None or not model.frozen):
+        raise RecipeError(
+            "A shallow head beside a PHi layer learns in a trained base that stays as it is; give model.base, "
+            "and leave model.frozen true."
+        )
     if model.base is None:
         if any(part.source == SELF for part in parts.values()):
             raise RecipeError("A source self is text that a trained base writes; give model.base.")
