@@ -367,6 +367,44 @@ def test_phi_is_the_length_of_codes_in_an_arithmetic_code(tmp_path):
     assert len(bits) < 0.97 * fixed  # by what was learned
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("books", [1, 3])
+def test_settings_that_were_published(books):
+    """1,024 codes at a width of 768, for a few steps and a short text."""
+    sizes = {"hidden_size": 768, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.02}
+    base = make_llama(**sizes, num_attention_heads=12, num_key_value_heads=12)
+    lens = attach(base, PHiConfig(layer=0, codebooks=books)).train()
+    lens.freeze_base()
+    (ids, text), losses = torch.randint(3, 128, (2, 2, 32)), []
+    lens.calibrate([{"input_ids": ids}])
+    optimizer = Adam(lens.phi.parameters(), lr=1e-3)
+    for _ in range(8):
+        out = lens(ids, labels=ids)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.losses)
+    assert all(math.isfinite(value) for one in losses for value in one.values())
+    for name in ("codebook", "commitment"):
+        assert losses[-1][name] < losses[0][name]
+    with evaluating(lens):
+        (found,) = lens(text, returns="phi").layer_outputs
+        index = found.posterior.index
+        assert (found.phi.shape, index.shape) == ((2, 32), (2, 32, books))
+        assert lens.phi.codes.vectors.shape == (books, 1024, 768)
+        told, coder = index[0].tolist(), Coder()
+
+        def put(t, q, logprobs):
+            coder.encode(told[t][q], logprobs)
+            return told[t][q]
+
+        follow(lens.phi, len(told), put)
+        bits = coder.finish()
+        decoder = Coder(list(bits))
+        assert follow(lens.phi, len(told), lambda t, q, p: decoder.decode(p)).tolist() == told
+    assert len(bits) * math.log(2) == pytest.approx(float(found.phi[0].sum()), rel=0.01)
+
+
 # In models
 
 

@@ -344,17 +344,28 @@ def test_a_process_that_is_killed(tmp_path):
     assert json.loads((checkpoint / "recipe.json").read_text())["train"]["steps"] == 100_000
 
 
-def test_a_shallow_head_in_two_processes(base, tmp_path):
-    values = tiny_values(**FROZEN | {"model__base": str(base), "mtd__heads": 2})
-    kept = {k: v for k, v in values.items() if not k.startswith(("phi", "model.")) or k == "model.base"}
-    recipe = load_recipe(None, kept)
-    assert recipe.phi is None
-    train(recipe, tmp_path / "one")
-    done = launch(
-        [scenario(tmp_path, "two", recipe), scenario(tmp_path, "sharded", recipe, shard=True)], tmp_path
-    )
-    for run in ("two", "sharded"):
-        codes = (tmp_path / f"{run}.codes").read_text().split()
-        assert codes == ["0", "0"], done.stdout + done.stderr
-        assert_same_run(tmp_path / run, tmp_path / "one")
-    assert any("mtd_head" in name for name in weights_of(tmp_path / "two"))
+def test_other_instruments_in_two_processes(base, tmp_path):
+    """A shallow head, in a base and with one from nothing; codes, most of which no token of a step has."""
+    values = tiny_values(**FROZEN, mtd__heads=2)
+    together = {key: value for key, value in values.items() if not key.startswith("phi")}
+    frozen = {key: value for key, value in together.items() if not key.startswith("model.")}
+    recipes = {
+        "head": load_recipe(None, frozen | {"model.base": str(base)}),
+        "together": load_recipe(None, together),
+        "codes": tiny_recipe(**FROZEN, phi__codebooks=2, phi__codes=128),
+    }
+    scenarios = []
+    for name, recipe in recipes.items():
+        train(recipe, tmp_path / name)
+        scenarios += [
+            scenario(tmp_path, f"{name}-two", recipe),
+            scenario(tmp_path, f"{name}-sharded", recipe, shard=True),
+        ]
+    done = launch(scenarios, tmp_path)
+    for one in scenarios:
+        assert Path(one["codes"]).read_text().split() == ["0", "0"], done.stdout + done.stderr
+    for name in recipes:
+        assert_same_run(tmp_path / f"{name}-two", tmp_path / name)
+        assert_same_run(tmp_path / f"{name}-sharded", tmp_path / name)
+    assert any("mtd_head" in name for name in weights_of(tmp_path / "together-two"))
+    assert any("codes.vectors" in name for name in weights_of(tmp_path / "codes-two"))

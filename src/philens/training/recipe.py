@@ -531,8 +531,8 @@ def _check_model(recipe: Recipe) -> None:
         raise RecipeError("A PHi layer beside a shallow head only observes; set phi.mode to observe.")
     if recipe.mtd is not None and recipe.phi is not None and (model.base is None or not model.frozen):
         raise RecipeError(
-            "A shallow head beside a PHi layer learns in a trained base that stays as it is; give model.base, "
-            "and leave model.frozen true."
+            "A shallow head beside a PHi layer learns in a trained base that stays as it is; give "
+            "model.base, and leave model.frozen true."
         )
     if model.base is None:
         if any(part.source == SELF for part in parts.values()):
