@@ -89,7 +89,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["levels"]) == set(TASKS)
     assert results["columns"][0] == "phi@small"
-    assert results["complexity"]["phi@small"]["given"] == "surprisal_with_layer@small"
+    assert results["complexity"]["phi@small"]["given"] == "surprisal"
     assert results["complexity"]["surprisal"]["given"] is None
     names = {"levels", "ratios", "complexity", "agreement", "disagreement", "cost"}
     assert (

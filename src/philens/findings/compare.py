@@ -98,9 +98,10 @@ def measure_comparison(
 
     `levels`: means of each column at each level. `ratios`: of an interesting level's mean to a boring one's
     (of formal tasks also to `copy`, a known false positive). `complexity`: in in-context language, each
-    column's linear correlation with description length given surprisal, that of the layer's path where the
-    column is of a layer in the path; of surprisal its plain correlation. `agreement`: rank correlation of any
-    two columns over tokens, and `within_texts`, where what differs between texts plays no part.
+    column's linear correlation with description length given the base's own surprisal, the same for all, so
+    that no column has another one's model held fixed; of surprisal its plain correlation. `agreement`: rank
+    correlation of any two columns over tokens, and `within_texts`, where what differs between texts plays no
+    part.
     `disagreement`, of any two instruments: the kinds of token (the same string) with the largest mean
     differences of ranks, the first one's less the second one's; intervals are each kind's own.
     """
@@ -198,11 +199,9 @@ def _complexity(
     rows = frame[frame["level"] == IN_CONTEXT]
     found = {}
     for name in map(Column, columns):
-        of_path = column_name("surprisal_with_layer", name.point)
-        given = next((one for one in (of_path, "surprisal") if one in columns and name.point), None)
-        given = given or ("surprisal" if "surprisal" in columns else None)
-        fixed = [] if given is None or name.metric.startswith("surprisal") else [rows[given]]
-        found[name] = {"given": given if fixed else None} | statistics.correlation(
+        held = "surprisal" in columns and not name.metric.startswith("surprisal")
+        fixed = [rows["surprisal"]] if held else []
+        found[name] = {"given": "surprisal" if held else None} | statistics.correlation(
             rows[name], rows["description_length"], rows["text"], fixed, **options
         ).as_dict()
     return found
