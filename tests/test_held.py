@@ -3,6 +3,7 @@
 import pytest
 import torch
 from benchmarks.peak import peak_bytes
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import philens.lens.losses
@@ -109,6 +110,31 @@ def test_the_base_alone_is_one_graph_too(backend):
     torch.compiler.reset()
     lens.compile(fullgraph=True, dynamic=False, backend=backend)
     assert learn(lens, batch)[0].loss.isfinite()
+
+
+def test_the_compiled_base_alone_learns():
+    """By the compiler that trainings use: it makes one tensor of the loss and of its only part, surprisal."""
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.map, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+        def forward(self, input_ids):
+            return self.head(self.map(self.embed(input_ids)))
+
+    lens = attach(Three(), PHiConfig(module="map", prior_heads=2)).train()
+    lens.disable()
+    tokens = torch.randint(0, 20, (2, 9))
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected, gradients = learn(lens, batch)
+    torch.compiler.reset()
+    lens.compile(fullgraph=True, dynamic=False)
+    found, again = learn(lens, batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert gradients.keys() == again.keys() != set()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

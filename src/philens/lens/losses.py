@@ -39,12 +39,7 @@ class PHiModelOutput:
         logits: (B, T, V): with the layer in the path (`mode="bottleneck"`), or the base's own. None unless
             asked for by `returns="logits"`.
         phi: (B, T) PHi loss in nats, float32, 0 on padding; (B, T, N) with N `layers`. None while disabled.
-        losses: means over labelled tokens, detached: `surprisal` (with the layer in the path),
-            `surprisal_base` (observing, or with the pressure distill), `divergence` of the distribution with
-            the layer in the path from the base's, `phi`, all in nats per token; `contrastive`,
-            `reconstruction`; of a shallow head its divergence `mtd` and its next-token loss
-            `surprisal_shallow`.
-            With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
+        parts: what `losses` has, not detached.
         layer_outputs: everything each layer computed; empty while disabled.
         cache: where one was asked for; `past_key_values` is another name of it.
     """
@@ -52,13 +47,26 @@ class PHiModelOutput:
     loss: Tensor | None = None
     logits: Tensor | None = None
     phi: Tensor | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
     layer_outputs: list[PHiOutput] = field(default_factory=list)
     cache: Any = None
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     head_states: Tensor | None = field(default=None, repr=False)
     shallow: Callable[[], "PHiModelOutput"] | None = field(default=None, repr=False)
     attention_mask: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Means over labelled tokens, detached: `surprisal` (with the layer in the path), `surprisal_base`
+        (observing, or with the pressure distill), `divergence` of the distribution with the layer in the path
+        from the base's, `phi`, all in nats per token; `contrastive`, `reconstruction`; of a shallow head its
+        divergence `mtd` and its next-token loss `surprisal_shallow`.
+
+        With several layers, each name but `surprisal_base` is followed by `@` and the insertion point.
+        """
+        # Detached here, as a compiled pass that returns one tensor as the loss and, detached, as a part of it
+        # leaves the loss without a gradient (torch 2.13).
+        return {name: value.detach() for name, value in self.parts.items()}
 
     @property
     def past_key_values(self) -> Any:
@@ -367,7 +375,7 @@ def add_losses(
     points: Sequence[str | None],
     joint: bool = False,
 ) -> None:
-    """Set `loss` and `losses`.
+    """Set `loss` and `parts`.
 
     Args:
         labels, predicted: (b, T) and (b, T - 1), as of `counted_tokens`; of the rows of `passes`.
@@ -411,4 +419,4 @@ def add_losses(
         if instrument.config.pressure == "next_token":
             total = total + surprisal
     result.loss = total
-    result.losses = {name: value.detach() for name, value in parts.items()}
+    result.parts = parts
