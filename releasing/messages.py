@@ -12,6 +12,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Module:
             if name in names:
                 place = names.index(name)
                 return [call.args[place] for call in self.calls[scope.name] if len(call.args) > place]
-        return CONSTANTS.get((self.place, name)) or CONSTANTS.get(("", name), [])
+        return constants().get((self.place, name)) or constants().get(("", name), [])
 
 
 def assigned(scope: ast.AST) -> Iterator[tuple[str, ast.expr]]:
@@ -126,16 +127,23 @@ def word(node: ast.AST) -> str:
             return "VALUE"
 
 
-MODULES = [Module(path) for path in sorted(SOURCE.rglob("*.py"))]
-# By module, and those that modules take from one another, of which a name that means two things is none.
-CONSTANTS: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
-for _module in MODULES:
-    for _name, _value in assigned(_module.tree):
-        CONSTANTS[_module.place, _name].append(_value)
-        if isinstance(_value, ast.Constant) and isinstance(_value.value, str):
-            CONSTANTS["", _name].append(_value)
-for _place, _name in [key for key, values in CONSTANTS.items() if not key[0] and len(values) > 1]:
-    del CONSTANTS[_place, _name]
+@cache
+def modules() -> list[Module]:
+    """All source files."""
+    return [Module(path) for path in sorted(SOURCE.rglob("*.py"))]
+
+
+@cache
+def constants() -> dict[tuple[str, str], list[ast.expr]]:
+    """Constants by module and name, and below "" the texts that modules take from one another; a name that
+    means two things is none of those."""
+    found: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
+    for module in modules():
+        for name, value in assigned(module.tree):
+            found[module.place, name].append(value)
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found["", name].append(value)
+    return {key: values for key, values in found.items() if key[0] or len(values) == 1}
 
 
 def as_documented(message: str) -> str:
@@ -149,10 +157,11 @@ def pattern(message: str) -> str:
     return WORD.join(map(re.escape, literal))
 
 
+@cache
 def all_messages() -> dict[str, list[str]]:
     """By the form of its entry, each message as the docs have it, and its places."""
     found: dict[str, list[str]] = {}
-    for module in MODULES:
+    for module in modules():
         for message, place in module.messages():
             found.setdefault(pattern(message), [as_documented(message)]).append(place)
     return found

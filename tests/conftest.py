@@ -1,10 +1,13 @@
 """Shared by all tests: no network, one thread, fixed seeds, small models."""
 
+import gc
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
+# What is imported stays: to look through it for garbage takes half a second, and every training asks for it.
+gc.disable()
 
 import pytest
 import torch
@@ -24,6 +27,12 @@ LONG = {"benchmarks", "explore_browser", "held", "reasoning", "scale", "training
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_runtest_setup():
+    if not gc.get_freeze_count():
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

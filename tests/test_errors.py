@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from releasing.messages import ERRORS, MODULES, SOURCE, WORD, all_messages, as_documented, page
+from releasing.messages import ERRORS, SOURCE, WORD, all_messages, as_documented, modules, page
 
 from philens.cli import main
 
@@ -61,7 +61,7 @@ def test_no_message_is_missed():
     """What is raised and not collected passes on the message of another error."""
     passed_on = {
         (module.place, ast.unparse(node.exc))
-        for module in MODULES
+        for module in modules()
         for places in [{place for _, place in module.messages()}]
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
@@ -92,12 +92,12 @@ def test_each_entry_has_cause_and_remedy():
 def test_each_message_is_one_sentence():
     """It begins with a capital letter, a name or what varies, ends with a period or asks what was meant."""
     names = set()
-    for module in MODULES:
+    for module in modules():
         for node in ast.walk(module.tree):
             match node:
                 case ast.arg(arg=name) | ast.AnnAssign(target=ast.Name(id=name)) | ast.FunctionDef(name=name):
                     names.add(name)
-    for message, place in (found for module in MODULES for found in module.messages(whole=True)):
+    for message, place in (found for module in modules() for found in module.messages(whole=True)):
         text = f"{place}: {as_documented(message)}"
         first = re.split("[ ,.=[]", message)[0]
         assert re.match(r"[A-Z\0]|--|\w+[_.]\w|[a-z]+[A-Z]", message) or first in names, text

@@ -156,7 +156,7 @@ def _convert(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
-def nearest(name: str, valid: list[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name that was most likely meant: spelled alike, or with the same last part elsewhere."""
 
     def likeness(candidate: str) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -256,7 +257,8 @@ def _sections(kind: Any) -> type | None:
     return _section(get_args(kind)[1]) if get_origin(kind) is dict else None
 
 
-def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
+@cache
+def recipe_keys(kind: type = Recipe, prefix: str = "") -> tuple[str, ...]:
     """Every key of a recipe, dotted, sections included; NAME stands for a name to be chosen."""
     keys = []
     for entry in fields(kind):
@@ -266,7 +268,7 @@ def recipe_keys(kind: type = Recipe, prefix: str = "") -> list[str]:
             keys += [f"{key}.NAME", *recipe_keys(named, f"{key}.NAME.")]
         elif section := _section(entry.type):
             keys += recipe_keys(section, f"{key}.")
-    return keys
+    return tuple(keys)
 
 
 # Keys whose values are dicts, not sections; of the first, a name may follow the key.
