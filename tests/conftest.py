@@ -29,10 +29,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
-def pytest_runtest_setup():
-    if not gc.get_freeze_count():
-        gc.freeze()
-        gc.enable()
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
