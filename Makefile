@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Only what is imported is compiled, when it is.
+# Only what is imported is compiled, when it is, and once.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 # What a user needs, and what developers need beside it.
 USED := $(VENV)/.installed
