@@ -42,14 +42,17 @@ def _seeded():
 @pytest.fixture(scope="session", autouse=True)
 def _quick():
     """Without what takes longer than a tiny training: the picture of a run is blank (test_training.py draws
-    one, test_report.py looks at it), and nothing waits for the disk (test_hostile_output.py sees it would).
+    one, test_report.py looks at it), nothing waits for the disk (test_hostile_output.py sees it would), and
+    tokenizers are learned from 100,000 characters in place of 8 million.
     """
     from matplotlib.figure import Figure
 
+    from philens.tasks.text import TextMixture
     from philens.training import course
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(TextMixture.sample, "__defaults__", (100_000,))
         patch.setattr(course, "figure_training", lambda records: Figure(figsize=(1, 1)))
         yield
 
