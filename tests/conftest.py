@@ -6,23 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
-# What is imported stays: to look through it for garbage takes half a second, and every training asks for it.
-gc.disable()
 
+# Of several processes the one that only hands out tests has no use for torch: it is imported where used.
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-from philens.lens.metrics import METRICS
-
-torch.set_num_threads(1)
-
-# What a PHi layer in the path has; a shallow head has another one (test_mtd.py).
-OF_A_LAYER = [name for name, metric in METRICS.items() if "head" not in metric.needs]
-
 
 # Files of few and long tests; `make test` begins with them, so that none is left for last.
 LONG = {"benchmarks", "explore_browser", "held", "reasoning", "scale", "training"}
+
+
+def pytest_collection():
+    # What is imported stays: to look through it for garbage takes half a second, and trainings ask for it.
+    gc.disable()
 
 
 def pytest_collection_modifyitems(items):
@@ -30,12 +24,17 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    import torch
+
+    torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -88,6 +87,9 @@ def quick_findings():
 
 
 def make_llama(**options):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     # Weights ten times the usual: differences between tokens then stand far above rounding.
     sizes = {
         "vocab_size": 128,
@@ -107,6 +109,9 @@ def make_llama(**options):
 
 
 def make_gpt2(**options):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     sizes = {
         "vocab_size": 128,
         "n_embd": 32,

@@ -104,13 +104,26 @@ def base(tmp_path_factory):
     return folder
 
 
+def other_instruments(base):
+    """A shallow head, in a base and with one from nothing; codes, most of which no token of a step has."""
+    values = tiny_values(**FROZEN, mtd__heads=2)
+    together = {key: value for key, value in values.items() if not key.startswith("phi")}
+    frozen = {key: value for key, value in together.items() if not key.startswith("model.")}
+    return {
+        "head": load_recipe(None, frozen | {"model.base": str(base)}),
+        "together": load_recipe(None, together),
+        "codes": tiny_recipe(**FROZEN, phi__codebooks=2, phi__codes=128),
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
     """Runs of one process and of two, some resumed from the other's checkpoints; `said` by the two."""
     folder = tmp_path_factory.mktemp("runs")
     plain, frozen = tiny_recipe(**PLAIN), tiny_recipe(**FROZEN, model__base=str(base))
-    train(plain, folder / "one")
-    train(frozen, folder / "frozen-one")
+    others = other_instruments(base)
+    for name, recipe in {"one": plain, "frozen-one": frozen, **others}.items():
+        train(recipe, folder / name)
     cut(folder / "one", folder / "one-to-two", 6)
     cut(folder / "one", folder / "one-to-sharded", 4)
     done = launch(
@@ -119,6 +132,8 @@ def runs(tmp_path_factory, base):
             scenario(folder, "one-to-two", plain, resume=True),
             scenario(folder, "one-to-sharded", plain, shard=True, resume=True),
             scenario(folder, "frozen-sharded", frozen, shard=True),
+            *(scenario(folder, f"{name}-two", recipe) for name, recipe in others.items()),
+            *(scenario(folder, f"{name}-sharded", recipe, shard=True) for name, recipe in others.items()),
             scenario(folder, "bad", tiny_recipe(**PLAIN | {"train__log_every": 1}), bad_step=6),
         ],
         folder,
@@ -143,6 +158,16 @@ def test_two_processes_compute_what_one_does(runs, run, other):
     lens, _ = load_run(runs / run)  # strict
     with torch.no_grad():
         assert torch.isfinite(lens(torch.randint(97, 115, (2, 20))).phi).all()
+
+
+@pytest.mark.parametrize("kind", ["two", "sharded"])
+@pytest.mark.parametrize("name", ["head", "together", "codes"])
+def test_other_instruments_in_two_processes(runs, name, kind):
+    run = f"{name}-{kind}"
+    assert (runs / f"{run}.codes").read_text().split() == ["0", "0"], (runs / "said").read_text()
+    assert_same_run(runs / run, runs / name)
+    part = {"head": "mtd_head", "together": "mtd_head", "codes": "codes.vectors"}[name]
+    assert any(part in weight for weight in weights_of(runs / run))
 
 
 @pytest.mark.parametrize("start", ["two", "one-to-sharded"])
@@ -342,30 +367,3 @@ def test_a_process_that_is_killed(tmp_path):
     assert said.count("philens: error: Another process of this training ended without a word") == 1, said
     checkpoint = RunFolder(folder).checkpoints()[-1]
     assert json.loads((checkpoint / "recipe.json").read_text())["train"]["steps"] == 100_000
-
-
-def test_other_instruments_in_two_processes(base, tmp_path):
-    """A shallow head, in a base and with one from nothing; codes, most of which no token of a step has."""
-    values = tiny_values(**FROZEN, mtd__heads=2)
-    together = {key: value for key, value in values.items() if not key.startswith("phi")}
-    frozen = {key: value for key, value in together.items() if not key.startswith("model.")}
-    recipes = {
-        "head": load_recipe(None, frozen | {"model.base": str(base)}),
-        "together": load_recipe(None, together),
-        "codes": tiny_recipe(**FROZEN, phi__codebooks=2, phi__codes=128),
-    }
-    scenarios = []
-    for name, recipe in recipes.items():
-        train(recipe, tmp_path / name)
-        scenarios += [
-            scenario(tmp_path, f"{name}-two", recipe),
-            scenario(tmp_path, f"{name}-sharded", recipe, shard=True),
-        ]
-    done = launch(scenarios, tmp_path)
-    for one in scenarios:
-        assert Path(one["codes"]).read_text().split() == ["0", "0"], done.stdout + done.stderr
-    for name in recipes:
-        assert_same_run(tmp_path / f"{name}-two", tmp_path / name)
-        assert_same_run(tmp_path / f"{name}-sharded", tmp_path / name)
-    assert any("mtd_head" in name for name in weights_of(tmp_path / "together-two"))
-    assert any("codes.vectors" in name for name in weights_of(tmp_path / "codes-two"))

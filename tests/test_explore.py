@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import philens
-from conftest import OF_A_LAYER, make_llama, needs_smollm2
+from conftest import make_llama, needs_smollm2
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.explore import view
@@ -36,6 +36,7 @@ from philens.support.output import visible
 from philens.tasks.automata import TASKS
 from philens.training.source import ModelSource
 from test_scores import plain
+from tiny import OF_A_LAYER
 
 A, B = NAMES
 PHI = ["phi", "surprisal"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import philens
-from conftest import OF_A_LAYER, make_llama
+from conftest import make_llama
 from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.reasoning.engines import TransformersEngine
@@ -18,6 +18,7 @@ from philens.support.errors import InputError
 from philens.tasks.automata import TaskConfig, generate
 from philens.training.source import ModelSource
 from test_score import OwnModel, lens_of
+from tiny import OF_A_LAYER
 
 CHARACTERS = character_tokenizer()
 TOLD = r"overflow in float16, from model\.layers\.2 on; load the model in a wider dtype"

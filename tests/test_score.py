@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from conftest import OF_A_LAYER, make_gpt2, make_llama
+from conftest import make_gpt2, make_llama
 from philens.bases.lstm import LSTMConfig, LSTMForCausalLM
 from philens.bases.tokenizer import character_tokenizer
 from philens.lens.config import MetricOptions, PHiConfig
@@ -29,6 +29,7 @@ from philens.scoring.texts import render_chat, tokenize
 from philens.scoring.windows import find_windows
 from philens.support.errors import ConfigError, InputError
 from test_scores import byte_level
+from tiny import OF_A_LAYER
 
 TEXTS = ["the cat sat on the mat", "a", "x y", "hello world, hello cat: " * 4, "(1 + 2) * 3 = 9\n"]
 CHARACTERS = character_tokenizer()

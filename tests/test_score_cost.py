@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import OF_A_LAYER, make_llama
+from conftest import make_llama
 from philens.bases.tokenizer import character_tokenizer
 from philens.scoring import score as module
 from philens.scoring.documents import score_documents
@@ -15,6 +15,7 @@ from philens.scoring.texts import tokenize_all
 from test_architectures import ARCHITECTURES, make, shaken_lens
 from test_packing import documents_of
 from test_score import BYTES, close, lens_of, same
+from tiny import OF_A_LAYER
 
 CHARACTERS = character_tokenizer()
 # Operations for which a processor waits for its device.

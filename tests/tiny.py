@@ -1,8 +1,12 @@
-"""A recipe so small that a run takes a second."""
+"""A recipe so small that a run takes a second, and what its layer has."""
 
 from typing import Any
 
+from philens.lens.metrics import METRICS
 from philens.training.recipe import Recipe, load_recipe
+
+# What a PHi layer in the path has; a shallow head has another one (test_mtd.py).
+OF_A_LAYER = [name for name, metric in METRICS.items() if "head" not in metric.needs]
 
 TINY: dict[str, Any] = {
     "model.hidden_size": 16,
