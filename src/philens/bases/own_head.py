@@ -20,7 +20,8 @@ def load_own_head(base: nn.Module) -> Any:
     Raises:
         ConfigError: it brings none, or one of another kind.
     """
-    import transformers
+    from transformers import __version__
+    from transformers.modeling_layers import MtpModel
 
     def none(why: str) -> ConfigError:
         return ConfigError(
@@ -28,10 +29,6 @@ def load_own_head(base: nn.Module) -> Any:
             "head, which any model can have."
         )
 
-    try:
-        from transformers.modeling_layers import MtpModel
-    except ImportError:
-        raise none(f"transformers {transformers.__version__} loads none; a newer one may") from None
     if not getattr(text_config(base), "num_mtp_layers", None):
         raise none("its configuration names none")
     model = copy.copy(unwrapped(base))  # which may be told other things
@@ -48,10 +45,15 @@ def load_own_head(base: nn.Module) -> Any:
         with hub.quiet():
             head = MtpModel.from_pretrained(model)
     except (AdapterError, OSError, RuntimeError, ValueError) as error:
-        missing = "weights are missing" in str(error)
-        raise none("its checkpoint holds none" if missing else hub.reason(error)) from error
+        why = hub.reason(error)
+        if "weights are missing" in str(error):
+            some = f"transformers {__version__} does not find all its weights; a newer one may"
+            why = "its checkpoint holds none" if ".eh_proj." in str(error) else some
+        raise none(why) from error
     kinds = set(getattr(head.config, "layer_types", None) or ["full_attention"])
-    plain = head.rotary_emb is not None and not (head.has_per_layer_rope or head.use_shared_post_norm)
+    plain = head.rotary_emb is not None and not (
+        getattr(head, "has_per_layer_rope", False) or head.use_shared_post_norm
+    )
     if kinds != {"full_attention"} or not plain or not hasattr(model.get_decoder(), "norm"):
         raise none("it is of another kind than DeepSeek-V3's")
     # A mask of any shape; the base's own attention may know others only.
