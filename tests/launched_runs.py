@@ -6,6 +6,7 @@ A scenario has `arguments` (of the command line), `shard` (whether accelerate is
 process adds its exit code).
 """
 
+import gc
 import json
 import math
 import os
@@ -42,6 +43,7 @@ def run(scenario) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not searched for garbage
     trainer_module.draw_course = lambda folder: None  # the picture takes longer than the training
     for one in json.loads(Path(sys.argv[1]).read_text()):
         run(one)

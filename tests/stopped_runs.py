@@ -5,6 +5,7 @@ A scenario has `arguments` (of the command line), `mishap` and `step` (what happ
 exit code to `log` with the suffix `.code`, unless it is killed.
 """
 
+import gc
 import json
 import os
 import resource
@@ -76,6 +77,7 @@ def run(scenario) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not searched for garbage
     for one in json.loads(Path(sys.argv[1]).read_text()):
         child = os.fork()
         if child == 0:

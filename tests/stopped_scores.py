@@ -5,6 +5,7 @@ It may have `ranks`: how many processes run the command together at the first st
 kill. What came of each scenario is printed as a line of JSON: `code`, `out`, `err`, and `kills`.
 """
 
+import gc
 import json
 import os
 import random
@@ -78,6 +79,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not searched for garbage
     os.fsync = lambda file: None  # for power cuts, and slow
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     words = scenarios[0]["words"]

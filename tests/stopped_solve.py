@@ -5,6 +5,7 @@ is a fork. What came of each scenario is printed as a line of JSON: `code`, `err
 were there when it was killed.
 """
 
+import gc
 import json
 import os
 import random
@@ -76,6 +77,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not searched for garbage
     os.fsync = lambda file: None  # for power cuts, and slow
     for one in json.loads(Path(sys.argv[1]).read_text()):
         sys.stdout.write(json.dumps(run(one)) + "\n")
