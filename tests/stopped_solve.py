@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from philens.bases.hub import load_pretrained
 from philens.reasoning import engines  # noqa: F401  (imported once)
 from philens.reasoning.folder import PART_FILE
 from philens.reasoning.sampling import solve
@@ -79,6 +80,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not searched for garbage
     os.fsync = lambda file: None  # for power cuts, and slow
-    for one in json.loads(Path(sys.argv[1]).read_text()):
+    scenarios = json.loads(Path(sys.argv[1]).read_text())
+    load_pretrained(scenarios[0]["options"]["model"])
+    for one in scenarios:
         sys.stdout.write(json.dumps(run(one)) + "\n")
         sys.stdout.flush()
