@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas  # noqa: F401  (imported once)
+import pyarrow.parquet  # noqa: F401
 import torch
 
 from philens.cli import main
@@ -79,11 +81,11 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported is not searched for garbage
     os.fsync = lambda file: None  # for power cuts, and slow
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     words = scenarios[0]["words"]
     load_lens(words[words.index("--model") + 1])
+    gc.freeze()  # what is imported is not searched for garbage
     for one in scenarios:
         sys.stdout.write(json.dumps(run(one)) + "\n")
         sys.stdout.flush()

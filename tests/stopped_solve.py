@@ -78,10 +78,10 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported is not searched for garbage
     os.fsync = lambda file: None  # for power cuts, and slow
     scenarios = json.loads(Path(sys.argv[1]).read_text())
     load_pretrained(scenarios[0]["options"]["model"])
+    gc.freeze()  # what is imported is not searched for garbage
     for one in scenarios:
         sys.stdout.write(json.dumps(run(one)) + "\n")
         sys.stdout.flush()
