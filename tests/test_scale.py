@@ -31,6 +31,8 @@ LINES = "".join("x" * length + f"{length}\n" for length in np.random.default_rng
 SHARDS = 9
 WROTE = f"350 documents with {len(LINES) - 350:,} tokens.\n"  # one for each character but the line ends
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Else workers of Ray wait until the rest of the tests has no use for the processor.
+ENVIRONMENT["RAY_worker_niceness"] = "0"
 
 
 @pytest.fixture(scope="module")
