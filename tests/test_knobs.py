@@ -11,7 +11,7 @@ from philens import cli
 from philens.bases.tokenizer import character_tokenizer
 from philens.findings.knobs import COMMON, GRID, read_settings, reproduce_knobs
 from philens.findings.reproduce import reproduce
-from philens.support.errors import ConfigError
+from philens.support.errors import ConfigError, RecipeError
 from philens.training.folder import RunFolder
 from philens.training.recipe import load_recipe, plain
 from tiny import TINY, as_options
@@ -120,6 +120,8 @@ def test_a_base_is_trained_where_none_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr("philens.findings.knobs.trained", train)
     with pytest.raises(Stop):
         reproduce_knobs(None, tmp_path)
+    with pytest.raises(ConfigError, match="no file"):  # said before a base is trained
+        reproduce_knobs(None, tmp_path, tmp_path / "nothing.yaml")
 
 
 def test_the_knobs_that_come_with_philens():
@@ -140,7 +142,14 @@ def test_the_knobs_that_come_with_philens():
         ("block: {first: 3}", "must hold settings by name under 'block'"),
         ("", "holds no setting"),
         ("- 3", 'must hold keys and values, such as "seed: 1", not'),
-        ("block: {first: {phi.leyer: 0}}", "phi.leyer"),
+        ("block: {first: {phi.leyer: 0}}", "knobs.yaml, block first has an unknown key 'phi.leyer'"),
+        ("block: {first: {phi.layer: x}}", "knobs.yaml, block first: phi.layer must be"),
+        ("block: {none: {phi: null, model.frozen: false}}", "block none: Only a single PHi layer"),
+        ("block: {two: {phi.layers: [0, 1], phi.mode: observe}}", "block two: Only a single PHi layer"),
+        (
+            "size: {D/8: {phi.layer: 0}, D 8: {phi.layer: 1}}",
+            "size D/8 and size D 8 would have the same folder, size-D-8;",
+        ),
     ],
 )
 def test_a_file_that_holds_no_knobs(tmp_path, text, message):
@@ -153,3 +162,11 @@ def test_a_file_that_holds_no_knobs(tmp_path, text, message):
 def test_too_few_documents(tmp_path):
     with pytest.raises(ConfigError, match="documents must be at least 2, not 1"):
         reproduce_knobs("x", tmp_path, documents=1)
+
+
+def test_a_base_that_knows_too_few_characters(tmp_path, grid):
+    folder = tmp_path / "model"
+    make_llama(vocab_size=122).save_pretrained(folder)  # without z
+    character_tokenizer().save_pretrained(folder)
+    with pytest.raises(RecipeError, match="model does not read characters as formal languages need it"):
+        reproduce_knobs(str(folder), tmp_path / "out", grid, documents=4, overrides=KEYS)

@@ -167,7 +167,7 @@ def test_a_recipe_without_a_layer(tmp_path):
     assert load_recipe("text_base", {"phi": "{layer: 3, kl: official}"}).phi.layer == 3
     assert load_recipe(written(tmp_path, recipe_yaml(plain))).phi is None
     message = error_of("smoke", phi="null")
-    assert message == "phi_schedule is for a PHi layer, and phi is null; leave it out."
+    assert message.endswith("set phi_schedule.start_step and phi_schedule.warmup_steps to 0.")
 
 
 def test_parts_of_a_text(tmp_path):

@@ -114,10 +114,11 @@ def reproduce_knobs(
     Args:
         model: base of formal languages, a folder or Hub id, which stays frozen; by default one is trained.
         grid: a YAML file of knobs, each with settings by name, and the recipe keys of each; by default
-            insertion point, weight, latent size, prior, formula, base, steps and seed.
+            insertion point, weight, latent size, prior, formula, base, steps and seed, for a base of at least
+            4 blocks that is 128 wide.
         recipe: what all layers are trained by but for their setting, a YAML file or name.
         output: folder for runs and results; by default runs/knobs.
-        documents: documents measured of each boring task, and a quarter of those of in-context language.
+        documents: documents measured of each boring task; four times as many of in-context language.
     """
     from philens.findings.knobs import GRID, reproduce_knobs
 

@@ -20,11 +20,11 @@ from philens.findings.reproduce import measure, prepare, trained, untrained
 from philens.findings.tasks import BORING, INTERESTING, measure_tasks
 from philens.lens.model import PHiModel
 from philens.scoring.documents import TokenTable
-from philens.support.errors import ConfigError
+from philens.support.errors import ConfigError, RecipeError
 from philens.support.typed import shown
 from philens.support.versions import versions
 from philens.training.folder import RunFolder
-from philens.training.recipe import Recipe, load_recipe, read_keys
+from philens.training.recipe import Recipe, check_key, flatten, load_recipe, read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def read_settings(grid: Path, recipe: str, overrides: Mapping[str, Any]) -> list
 
     Raises:
         RecipeError: the file, or a recipe, cannot be read.
-        ConfigError: the file holds something else than knobs.
+        ConfigError: the file holds something else than knobs, or two settings whose runs would have one name.
     """
     common, settings = load_recipe(recipe, {**overrides}), []
     for knob, values in read_keys(grid).items():
@@ -65,9 +65,24 @@ def read_settings(grid: Path, recipe: str, overrides: Mapping[str, Any]) -> list
                 f'"first: {{phi.layer: 0}}", not {shown(values)}.'
             )
         for name, keys in values.items():
-            one = load_recipe(recipe, {**overrides, **keys})
+            where = f"{grid}, {knob} {name}"
+            for key in flatten(keys):
+                check_key(key, where)
+            try:
+                one = load_recipe(recipe, {**overrides, **keys})
+            except RecipeError as error:
+                raise RecipeError(f"{where}: {error}") from error
+            if one.phi is None or one.phi.layers is not None:
+                raise ConfigError(f"{where}: Only a single PHi layer is measured; set phi.layer.")
             run = COMMON if one == common else re.sub(r"[^\w.-]+", "-", f"{knob}-{name}")
             settings.append(Setting(str(knob), str(name), one, run))
+    recipes = {one.run: one for one in settings}
+    for one in settings:
+        if one.recipe != (other := recipes[one.run]).recipe:
+            raise ConfigError(
+                f"{grid}: {one.knob} {one.name} and {other.knob} {other.name} would have the same folder, "
+                f"{one.run}; name one of them otherwise."
+            )
     if not settings:
         raise ConfigError(f"{grid} holds no setting; give knobs with settings by name.")
     return settings
@@ -101,11 +116,12 @@ def reproduce_knobs(
     """
     if documents < 2:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
-    if base is None:
-        trained(load_recipe("small", {"phi": None, "phi_schedule.start_step": 0}), output / "base")
-        base = str(RunFolder(output / "base").model)
-    every = {**(overrides or {}), "model.base": base}
+    own = output / "base"
+    every = {**(overrides or {}), "model.base": base or str(RunFolder(own).model)}
+    # Before anything is trained.
     common, settings = load_recipe(recipe, every), read_settings(grid, recipe, every)
+    if base is None:
+        trained(load_recipe("small", {"phi": None, "phi_schedule.start_step": 0}), own)
     reader = _Reader(common, documents)
     runs: dict[str, dict[str, Any]] = {}
     # First the recipe of all: whether it works is seen before the others are trained.
@@ -126,7 +142,12 @@ def reproduce_knobs(
             {"knob": one.knob, "setting": one.name, "run": one.run, **runs[one.run]} for one in settings
         ],
     }
-    run = {"finding": "knobs", "base": Path(base).name, "versions": versions(), "recipe": asdict(common)}
+    run = {
+        "finding": "knobs",
+        "base": Path(every["model.base"]).name,
+        "versions": versions(),
+        "recipe": asdict(common),
+    }
     tables, figures = {"knobs": knob_rows(results)}, {"knobs": figure_knobs(results)}
     write_finding(output / "knobs", results, tables, figures, run)
     return Results(run | results, partial(lambda one: [knobs_table(one)]))

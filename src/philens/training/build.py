@@ -1,5 +1,6 @@
 """Models as recipes have them, before their first step, and what they read."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def start_model(
         set_attention(base, recipe)
         return attach_fresh(base, recipe), with_rendering(tokenizer, recipe.data.rendering)
     base, tokenizer = recipe.model.source().load_base()
-    if not recipe.data.parts and tokenizer("az ", add_special_tokens=False).input_ids != [97, 122, 32]:
+    letters, known = [97, 122, 32], getattr(text_config(base), "vocab_size", None) or math.inf
+    read = tokenizer("az ", add_special_tokens=False).input_ids
+    if not recipe.data.parts and (read != letters or known <= max(letters)):
         raise RecipeError(
             f"{recipe.model.base} does not read characters as formal languages need it; give data.parts."
         )

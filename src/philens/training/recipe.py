@@ -292,7 +292,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_key(key: str, source: str, wrote: str | None = None) -> None:
+def check_key(key: str, source: str, wrote: str | None = None) -> None:
+    """Whether a recipe has a dotted key.
+
+    Raises:
+        RecipeError: it does not; `source` and, for a file of a run, `wrote` say who has it.
+    """
     keys = recipe_keys()
     pattern = re.sub(r"^data\.parts\.[^.]+", "data.parts.NAME", key)
     if pattern not in keys and key.rpartition(".")[0] not in _NAMED:
@@ -340,7 +345,7 @@ def load_recipe(
     values = {} if path is None else read_keys(path)
     flat = flatten(values)
     for key in flat:
-        _check_key(key, str(path), wrote)
+        check_key(key, str(path), wrote)
     given = overrides or {}
     for name, value in given.items():
         if isinstance(value, str):
@@ -349,7 +354,7 @@ def load_recipe(
             # All parts, or a whole section that becomes null, take the place of what was there.
             flat = {key: old for key, old in flat.items() if not key.startswith(f"{name}.")}
         for key, single in flatten({name: value}).items():
-            _check_key(key, "The command line")
+            check_key(key, "The command line")
             above, _, last = key.rpartition(".")
             if above in _NAMED and isinstance(named := flat.get(above, {}), dict):
                 key, single = above, {**named, last: single}
@@ -567,7 +572,10 @@ def _check_model(recipe: Recipe) -> None:
     elif recipe.phi is not None and recipe.phi.pressure == "distill" and not model.frozen:
         raise RecipeError("phi.pressure distill keeps the base as it is; set model.frozen to true.")
     if recipe.phi is None and recipe.phi_schedule != PhiSchedule():
-        raise RecipeError("phi_schedule is for a PHi layer, and phi is null; leave it out.")
+        raise RecipeError(
+            "phi_schedule is for a PHi layer, and phi is null; set phi_schedule.start_step and "
+            "phi_schedule.warmup_steps to 0."
+        )
     if parts and not sum(part.weight for part in parts.values()) > 0:
         raise RecipeError("data.parts needs at least one part with a weight above 0.")
     if not parts and recipe.data.rendering.record():
@@ -604,7 +612,7 @@ def from_plain(values: dict[str, Any], source: Path, wrote: str) -> Recipe:
         RecipeError: a key is unknown or ill-typed.
     """
     for key in flatten(values):
-        _check_key(key, str(source), wrote)
+        check_key(key, str(source), wrote)
     return _build(Recipe, Recipe(), values)
 
 
