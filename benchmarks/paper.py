@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import Peak
+from philens.support.errors import PhilensError
 from philens.training.build import start_model
 from philens.training.recipe import Recipe, load_recipe
 from philens.training.trainer import train, training_rows
@@ -89,9 +90,14 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=165, help="TFLOP/s of the GPU in bfloat16")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached")
     options = parser.parse_args()
+    if options.peak <= 0 or options.utilisation <= 0:
+        parser.error("--peak and --utilisation must be above 0.")
     for name in options.recipes:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(name, options.rows, options.length, Path(scratch) / "run")
+            try:
+                found = measure(name, options.rows, options.length, Path(scratch) / "run")
+            except PhilensError as error:
+                parser.error(str(error))
         total = found["operations_per_token"] * found["tokens"]
         hours = total / (options.peak * 1e12 * options.utilisation) / 3600
         sys.stdout.write(json.dumps(found | {"operations": total, "gpu_hours": hours}, indent=2) + "\n")
