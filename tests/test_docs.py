@@ -138,7 +138,7 @@ def close(written: str, value: float) -> bool:
 def intervals_of(value: object) -> Iterator[tuple[float, ...]]:
     """Value, low and high of all that results.json gives an interval."""
     if isinstance(value, dict):
-        found = value.get("mean", value.get("value")), *(value.get("ci95") or ())
+        found = value.get("mean", value.get("value", value.get("ratio"))), *(value.get("ci95") or ())
         if len(found) == 3 and None not in found:
             yield found
     if isinstance(value, dict | list):

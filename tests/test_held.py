@@ -112,8 +112,10 @@ def test_the_base_alone_is_one_graph_too(backend):
     assert learn(lens, batch)[0].loss.isfinite()
 
 
-def test_the_compiled_base_alone_learns():
+def test_the_compiled_base_alone_learns(monkeypatch):
     """By the compiler that trainings use: it makes one tensor of the loss and of its only part, surprisal."""
+    # The compiler imports setuptools, which takes offence at the distutils that other tests imported.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
     class Three(nn.Module):
         def __init__(self):
