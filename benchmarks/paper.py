@@ -57,24 +57,24 @@ def measure(name: str, rows: int, length: int, folder: Path) -> dict[str, Any]:
     recipe = load_recipe(name, few | {"train.compile": whole.train.compile and torch.cuda.is_available()})
     peak = Peak()
     peak.start()
-    losses, parameters, logged = [], 0, []
+    parameters, every = 0, []
     for _ in range(2):
         lens = train(recipe, folder, resume=True)
         if lens is None:
             raise KeyboardInterrupt
         parameters = sum(parameter.numel() for parameter in lens.parameters())
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        logged = [record for record in records if "tokens_per_second" in record]
-        losses.append(logged[-1]["loss"])
+        every.append([record for record in records if "tokens_per_second" in record])
         # As if the run had been killed after its first checkpoint.
         for part in ("model", "adapter", f"checkpoint-{STEPS + 1}"):
             shutil.rmtree(folder / part)
+    straight, resumed = every
     return {
         "recipe": name,
         "parameters": parameters,
-        "loss": [record["loss"] for record in logged],
-        "last_loss_resumed": losses[1],
-        "tokens_per_second": [record["tokens_per_second"] for record in logged],
+        "loss": [record["loss"] for record in straight],
+        "last_loss_resumed": resumed[-1]["loss"],
+        "tokens_per_second": [record["tokens_per_second"] for record in straight],
         "peak_gb": peak.gigabytes,
         "operations_per_token": count_operations(recipe),
         "tokens": whole.train.steps * whole.train.batch_size * whole.data.length,

@@ -189,22 +189,14 @@ def test_a_base_without_a_head(base, folder, tmp_path, capsys):
     assert "LlamaForCausalLM brings no multi-token head that can be measured" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="it was not loaded from a checkpoint"):
         attach(DeepseekV3ForCausalLM(base.config.__class__(**small(base))), MTDConfig(own=True))
-    copy = tmp_path / "without"
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if f"layers.{BLOCKS}." not in name}
-    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    copy = without(f"layers.{BLOCKS}.", folder, tmp_path)
     with pytest.raises(ConfigError, match="its checkpoint holds none"):
         attach(philens.load_pretrained(copy)[0], MTDConfig(own=True))
 
 
 def test_a_head_that_is_not_whole(folder, tmp_path):
     """As one of a kind that transformers does not know yet."""
-    copy = tmp_path / "model"
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    del weights[f"model.layers.{BLOCKS}.mlp.gate.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    copy = without(f"layers.{BLOCKS}.mlp.gate.weight", folder, tmp_path)
     with pytest.raises(ConfigError, match=r"transformers .* does not find all its weights; a newer one may"):
         philens.load(philens.load_pretrained(copy)[0], "own")
 
@@ -213,12 +205,19 @@ def small(base):
     return base.config.to_dict() | {"_name_or_path": ""}
 
 
-def test_a_block_too_many_is_no_head(folder, tmp_path):
-    copy = tmp_path / "model"
+def without(part, folder, tmp_path):
+    """A copy of the checkpoint that lacks the weights whose names have `part`."""
+    copy = tmp_path / "without"
     shutil.copytree(folder, copy)
     weights = load_file(copy / "model.safetensors")
-    del weights[f"model.layers.{BLOCKS}.eh_proj.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_block_too_many_is_no_head(folder, tmp_path):
+    copy = without(f"layers.{BLOCKS}.eh_proj.weight", folder, tmp_path)
     with pytest.raises(AdapterError, match=f"has an unknown model.layers.{BLOCKS}"):
         philens.load_pretrained(copy)
 
