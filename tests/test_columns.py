@@ -1,6 +1,7 @@
 """Names of columns: what is written is read again."""
 
 import pickle
+from string import ascii_lowercase
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from philens.support.columns import Column, column_name
 from philens.training.evaluated import Evaluated, record_of, rows_of
 
 STATISTICS = ("mean", "sum", "max", "last_fifth")
-words = st.from_regex(r"[a-z]+(_[a-z]+)*", fullmatch=True)
+words = st.lists(st.text(ascii_lowercase, min_size=1), min_size=1).map("_".join)
 metrics = words.filter(lambda name: not name.endswith(tuple(f"_{one}" for one in STATISTICS)))
 points = st.none() | st.lists(words, min_size=1).map(".".join)
 

@@ -311,8 +311,19 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
     assert "Cancelled." in (update.status or "")
     assert update.result is None
     assert session.scores[0].text == "abd"
+    # What the page asked for last comes first, and then what it asked for before.
+    going = session.read(model, point, {A: "abcd"}, Look(), when=2.0)
+    next(going)
+    for late in (
+        session.read(model, point, long, Look(), when=1.0),
+        session.write(model, point, "abc", Look(), when=1.0, count=3),
+        session.branch(model, point, 0, 1, None, Look(), when=1.0, count=3),
+    ):
+        assert [*late] == []
+    assert last(going).result
+    assert session.scores[0].text == "abcd"
     # The tab was closed.
-    going = session.read(model, point, long, Look())
+    going = session.read(model, point, long, Look(), when=3.0)
     next(going)
     job = session._job
     going.close()

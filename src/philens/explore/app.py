@@ -32,6 +32,8 @@ _COUNT = """(text) => {{
 _ANY: dict[str, Any] = {"allow_custom_value": True}
 # The part of the address after `#`, which comes with no request; then what the page loads with.
 _FRAGMENT = "(_, ...others) => [location.hash.slice(1), ...others]"
+# The time at which the page asks, so that its last word is the session's, too.
+_WHEN = "(_, ...others) => [performance.now(), ...others]"
 _HIGHLIGHT = """(text, first, last) => window.philens?.highlight(
   text === 'Text B' ? 1 : 0, Math.min(first, last), Math.max(first, last))"""
 
@@ -114,7 +116,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                     end = gr.Number(0, label="to token", precision=0, min_width=100, elem_id="mark-to")
 
         look = [left, right, spread, low, high, palette]
-        fragment = gr.Textbox(visible=False)
+        fragment, when = gr.Textbox(visible=False), gr.Number(visible=False)
         shown = [status, result, text, other, second, cancel, left, right]
 
         def session(request: gr.Request) -> Any:
@@ -149,20 +151,32 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         def looked(left: str, right: str, spread: str, low: Any, high: Any, palette: str) -> Look:
             return Look((left, right), RANGES[spread], float(low or 0), float(high or 0), palette)
 
-        def read_texts(request: gr.Request, name: str, at: str, one: str, two: str, *look: Any) -> Any:
+        def read_texts(
+            request: gr.Request, when: float, name: str, at: str, one: str, two: str, *look: Any
+        ) -> Any:
             texts = {NAMES[0]: one or ""} | ({NAMES[1]: two} if two else {})
             chosen = looked(*look)
-            yield from changes(session(request).read(models[name], at, texts, chosen), chosen)
+            updates = session(request).read(models[name], at, texts, chosen, when=when)
+            yield from changes(updates, chosen)
 
-        def read_again(request: gr.Request, name: str, at: str, *look: Any) -> Any:
+        def read_again(request: gr.Request, when: float, name: str, at: str, *look: Any) -> Any:
             chosen = looked(*look)
-            yield from changes(session(request).read(models[name], at, None, chosen), chosen)
+            updates = session(request).read(models[name], at, None, chosen, when=when)
+            yield from changes(updates, chosen)
 
         def write_on(
-            request: gr.Request, name: str, at: str, one: str, count: Any, sample: bool, heat: Any, *look: Any
+            request: gr.Request,
+            when: float,
+            name: str,
+            at: str,
+            one: str,
+            count: Any,
+            sample: bool,
+            heat: Any,
+            *look: Any,
         ) -> Any:
             chosen = looked(*look)
-            options = written(count, sample, heat)
+            options = written(count, sample, heat) | {"when": when}
             updates = session(request).write(models[name], at, one or "", chosen, **options)
             yield from changes(updates, chosen)
 
@@ -172,6 +186,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         def branch(
             request: gr.Request,
             event: gr.EventData,
+            when: float,
             name: str,
             at: str,
             count: Any,
@@ -184,7 +199,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             number, token = (int(data.get(key, 0)) for key in ("text", "token"))
             instead = data.get("alternative")
             instead = None if instead is None else int(instead)
-            options = written(count, sample, heat)
+            options = written(count, sample, heat) | {"when": when}
             updates = session(request).branch(models[name], at, number, token, instead, chosen, **options)
             yield from changes(updates, chosen)
 
@@ -201,18 +216,19 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             fields[point] = gr.update(choices=list(chosen.points), value=at)
             return at, look, fields | {model: to}
 
-        def turn(request: gr.Request, name: str, *look: Any) -> Any:
+        def turn(request: gr.Request, when: float, name: str, *look: Any) -> Any:
             """Read what was read with another model."""
             at, chosen, fields = turned(name, "", "", looked(*look))
-            updates = session(request).read(models[name], at, None, chosen)
+            updates = session(request).read(models[name], at, None, chosen, when=when)
             yield from changes(updates, chosen, fields)
 
-        def choose(example: Example, request: Any, name: str, at: str, *look: Any) -> Any:
+        def choose(example: Example, request: Any, when: float, name: str, at: str, *look: Any) -> Any:
             """Take an example, and the shipped model for it, and read it."""
             to = FORMAL if example.formal else TEXT if TEXT in models else name
             at, chosen, fields = turned(to, name, at, looked(*look))
             fields |= {text: example.text, other: ""}
-            updates = session(request).read(models[to], at, {NAMES[0]: example.text}, chosen, example.about)
+            texts = {NAMES[0]: example.text}
+            updates = session(request).read(models[to], at, texts, chosen, example.about, when)
             yield from changes(updates, chosen, fields)
 
         def chooser(example: Example) -> Any:
@@ -227,7 +243,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             if fragment.startswith(START):
                 yield from bring_back(request, fragment, looked(*look))
             elif FORMAL in models:
-                yield from choose(start, request, name, at, *look)
+                yield from choose(start, request, 0.0, name, at, *look)
             else:
                 yield {status: gr.skip()}
 
@@ -279,19 +295,20 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             sessions.end(request.session_hash or "")
 
         where = [model, point]
-        read.click(read_texts, [*where, text, other, *look], shown, **options)
-        write.click(write_on, [*where, text, count, sample, temperature, *look], shown, **options)
+        ordered: dict[str, Any] = options | {"js": _WHEN}
+        read.click(read_texts, [when, *where, text, other, *look], shown, **ordered)
+        write.click(write_on, [when, *where, text, count, sample, temperature, *look], shown, **ordered)
         cancel.click(stop, None, None, queue=False, **options)
         for name, button in buttons.items():
-            button.click(chooser(offered[name]), [*where, *look], [*shown, *where], **options)
-        model.input(turn, [model, *look], [*shown, *where], **options)
+            button.click(chooser(offered[name]), [when, *where, *look], [*shown, *where], **ordered)
+        model.input(turn, [when, model, *look], [*shown, *where], **ordered)
         spread.select(
             lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
         )
         gr.on([model.change, point.change], named_lacking, where, lacking, **options)
         lists = [point, left, right, spread, palette]
         changed = [*(one.select for one in lists), low.input, high.input]
-        gr.on(changed, read_again, [*where, *look], shown, **options)
+        gr.on(changed, read_again, [when, *where, *look], shown, **ordered)
         # With "always_last", Gradio 6.31 sends the data of an earlier event.
         result.mark(mark, None, [which, begin, end, marked], **(options | {"trigger_mode": "multiple"}))
         # These events have no data but the fields', which are read when it is sent.
@@ -302,7 +319,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         text.change(None, text, None, js=_COUNT.format(most=sessions.most))
         page.unload(leave)
         writing = [count, sample, temperature]
-        result.branch(branch, [*where, *writing, *look], shown, **options)
+        result.branch(branch, [when, *where, *writing, *look], shown, **ordered)
         everything = [*shown, *where, spread, low, high, palette]
         page.load(begin_with, [fragment, *where, *look], everything, js=_FRAGMENT, **options)
     return page

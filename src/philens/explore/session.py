@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,6 +78,8 @@ class Session:
     _read: "tuple[Explored, str, dict[str, str]] | None" = None  # where and what was read last
     _job: Job | None = None
     _reading: dict[str, str] | None = None  # what the job reads
+    _when: float = 0.0  # when the page asked for the job
+    _lock: Lock = field(default_factory=Lock)
 
     def stop(self) -> bool:
         """Stop the job, if there is one."""
@@ -86,7 +89,13 @@ class Session:
         return running is not None
 
     def read(
-        self, model: Explored, point: str, texts: Mapping[str, str] | None, look: Look, about: str = ""
+        self,
+        model: Explored,
+        point: str,
+        texts: Mapping[str, str] | None,
+        look: Look,
+        about: str = "",
+        when: float = 0.0,
     ) -> Iterator[Update]:
         """Read texts, as far as they were not read yet, and show them.
 
@@ -95,21 +104,25 @@ class Session:
             texts: texts by name; None means those being read, else those read last.
             look: how they are shown.
             about: a sentence about them.
+            when: time at which the page asked, on its own clock; what it asked for later has precedence.
         """
         if texts is None:
             texts = self._reading or (self._read[2] if self._read else None)
         if texts is not None:
             chosen = dict(texts)
-            yield from self._answer(lambda job: self._scored(job, model, point, chosen, look, about), chosen)
+            work = partial(self._scored, model=model, point=point, texts=chosen, look=look, about=about)
+            yield from self._answer(work, when, chosen)
 
-    def write(self, model: Explored, point: str, prompt: str, look: Look, **options: Any) -> Iterator[Update]:
+    def write(
+        self, model: Explored, point: str, prompt: str, look: Look, when: float = 0.0, **options: Any
+    ) -> Iterator[Update]:
         """Go on writing after a prompt, then read it all; options are those of `Explored.write`."""
 
         def work(job: Job) -> Iterator[Update]:
             self._check(NAMES[0], prompt)
             yield from self._written(job, model, point, {NAMES[0]: prompt}, look, options)
 
-        yield from self._answer(work)
+        yield from self._answer(work, when)
 
     def branch(
         self,
@@ -119,6 +132,7 @@ class Session:
         token: int,
         alternative: int | None,
         look: Look,
+        when: float = 0.0,
         **options: Any,
     ) -> Iterator[Update]:
         """Change a text at a token, and read what becomes of it as the second text beside it.
@@ -161,7 +175,7 @@ class Session:
                 said = [about, f"The tokenizer cuts the text otherwise here: {cut} …"]
                 yield Update(view.status(" ".join([*said, *self._summary(model, self.scores)])))
 
-        yield from self._answer(work)
+        yield from self._answer(work, when)
 
     def _written(
         self,
@@ -185,12 +199,15 @@ class Session:
         yield from self._scored(job, model, point, self._reading, look)
 
     def _answer(
-        self, work: Callable[[Job], Iterator[Update]], reading: dict[str, str] | None = None
+        self, work: Callable[[Job], Iterator[Update]], when: float, reading: dict[str, str] | None = None
     ) -> Iterator[Update]:
         """Do one thing, in the place of what is still being done; whatever happens ends in a sentence."""
-        self.stop()
         job, kind = Job(), "error"
-        self._job, self._reading = job, reading
+        with self._lock:
+            if when < self._when:  # Gradio lets what is asked for in quick succession overtake
+                return
+            self.stop()
+            self._job, self._reading, self._when = job, reading, when
         try:
             yield Update(busy=True)  # at once: whoever comes first here is also first on the page
             for update in work(job):
