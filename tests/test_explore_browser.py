@@ -27,8 +27,10 @@ from philens.explore.examples import examples
 from philens.explore.models import TEXT
 from philens.scoring.alternatives import percent
 
-# The page by itself, beside the site: a browser, its server and a worker are a full machine.
-pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("page")]
+pytestmark = pytest.mark.docs
+# Tests that share a server run in one process; those with servers of their own, beside them.
+shared = pytest.mark.xdist_group("page")
+own = pytest.mark.xdist_group("servers")
 
 MOST = 10_000  # by default
 HOSTILE = (
@@ -95,11 +97,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, server: str) -> Iterator[Any]:
+def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
     contexts, wrong, leaving = [], [], set()
 
-    def open_tab(address: str = server, fragment: str = "", **options: Any) -> Any:
+    def open_tab(address: str | None = None, fragment: str = "", **options: Any) -> Any:
+        server = address or request.getfixturevalue("server")
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -113,8 +116,8 @@ def visit(browser: Any, server: str) -> Iterator[Any]:
             lambda said: wrong.append(said.text) if said.type == "error" and page not in leaving else None,
         )
         page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: _from(address, request.url) or wrong.append(request.url))
-        page.goto(address + fragment)
+        page.on("request", lambda request: _from(server, request.url) or wrong.append(request.url))
+        page.goto(server + fragment)
         page.wait_for_selector("#result .reading, #status .error")
         return page
 
@@ -209,6 +212,7 @@ def photograph(page: Any, name: str, height: int | None = None) -> None:
         page.set_viewport_size(size)
 
 
+@shared
 def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     page = visit()
     text = formal(page, "in context language")
@@ -255,6 +259,7 @@ def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     assert kept(page, "Figure (PNG)").startswith(b"\x89PNG\r\n")
 
 
+@shared
 def test_alternatives_on_hover_are_those_of_the_scores(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -274,6 +279,7 @@ def test_alternatives_on_hover_are_those_of_the_scores(visit: Any) -> None:
     assert page.locator(".ph-tip button").count() == 0  # only of a token that was clicked
 
 
+@shared
 def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
     page = visit()
     text = "The capital of France is Paris, and the capital of Spain is Madrid."
@@ -313,6 +319,7 @@ def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
     photograph(page, "explore_branch", 1500)
 
 
+@shared
 def test_a_step_is_marked_by_its_number(visit: Any) -> None:
     page = visit()
     text = "There are 12 eggs in a box. A cook takes 3 boxes.\nSo 12 * 3 = 36 eggs.\nThe answer is 36."
@@ -332,6 +339,7 @@ def test_a_step_is_marked_by_its_number(visit: Any) -> None:
     photograph(page, "explore_steps", 1500)
 
 
+@shared
 def test_writing_on_from_a_token(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -356,6 +364,7 @@ def test_writing_on_from_a_token(visit: Any) -> None:
     assert shown(page, 1)[:5] == text[:5]
 
 
+@shared
 def test_branches_by_keyboard(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -374,6 +383,7 @@ def test_branches_by_keyboard(visit: Any) -> None:
     wait_shown(page, text[:4] + instead + text[5:], 1)
 
 
+@shared
 def test_a_link_brings_everything_back(visit: Any, server: str) -> None:
     page = visit()
     formal(page)
@@ -407,7 +417,10 @@ def test_a_link_brings_everything_back(visit: Any, server: str) -> None:
     wait_status(page, "This link is damaged")
 
 
-def test_a_record_works_without_a_server(browser: Any, text_model: Path, tmp_path: Path) -> None:
+@own
+def test_ctrl_c_leaves_a_record_that_works_without_a_server(
+    browser: Any, text_model: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "record.html"
     with serving(text_model, "--record", str(path)) as (address, process):
         page = browser.new_page()
@@ -421,9 +434,13 @@ def test_a_record_works_without_a_server(browser: Any, text_model: Path, tmp_pat
         page.locator(".text").first.locator("span").nth(5).hover()
         expected = page.locator(".ph-tip").inner_text()
         scores = [shown(page, 0, pane) for pane in (0, 1)]
-        page.close()
+        # Ctrl+C while a tab is open and reads.
+        read(page, "abcde " * 1_600)
+        page.wait_for_selector("#status progress")
         process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
         assert process.stdout.read() == f"Wrote {path}: 3 views.\n"
+        page.close()
     context, asked, wrong = browser.new_context(viewport={"width": 1280, "height": 1000}), [], []
     page = context.new_page()
     page.on("request", lambda request: asked.append(request.url))
@@ -455,6 +472,7 @@ def test_a_record_works_without_a_server(browser: Any, text_model: Path, tmp_pat
     context.close()
 
 
+@shared
 def test_text_is_only_text(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -473,6 +491,7 @@ def test_text_is_only_text(visit: Any) -> None:
     assert page.evaluate("window.hit") is None
 
 
+@shared
 def test_what_cannot_be_read_is_said(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -491,6 +510,7 @@ def test_what_cannot_be_read_is_said(visit: Any) -> None:
     wait_status(page, "tokens read")
 
 
+@shared
 def test_by_keyboard_alone(visit: Any) -> None:
     page = visit()
 
@@ -543,6 +563,7 @@ def test_by_keyboard_alone(visit: Any) -> None:
     assert nameless == 0
 
 
+@shared
 def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -572,6 +593,7 @@ def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
     assert f"Text A has tokens 0 to {len(text) - 1}" in page.locator("#marked").inner_text()
 
 
+@shared
 def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -623,6 +645,7 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     wait_status(page, "cannot go from 5 to 4")
 
 
+@shared
 def test_each_insertion_point_and_each_example(visit: Any) -> None:
     page = visit()
     assert page.get_by_label(TEXT).is_checked()
@@ -647,6 +670,7 @@ def test_each_insertion_point_and_each_example(visit: Any) -> None:
     wait_status(page, re.escape(f"({TEXT})"))
 
 
+@shared
 def test_writing_on(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -662,6 +686,7 @@ def test_writing_on(visit: Any) -> None:
     wait_status(page, "Text A is empty")
 
 
+@own
 def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_server: str) -> None:
     page = visit(patient_server)
     text = formal(page)
@@ -690,6 +715,7 @@ def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_
     assert not cancel.is_enabled()
 
 
+@shared
 def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     page = visit()
     # The last one once only: what is waited for must be its own answer.
@@ -706,6 +732,7 @@ def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     wait_status(page, rf"Text A: [0-9]+ tokens read \({re.escape(TEXT)}")
 
 
+@shared
 def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
     page = visit()
     page.get_by_role("button", name="How the model writes on").click()
@@ -718,18 +745,7 @@ def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
     assert "no span from -1 to 0" in page.locator("#marked").inner_text()
 
 
-def test_ctrl_c_ends_it_while_a_tab_is_open_and_reads(browser: Any, text_model: Path) -> None:
-    with serving(text_model) as (address, process):  # which finds no traceback
-        page = browser.new_page()
-        page.goto(address)
-        page.wait_for_selector("#result .reading")
-        read(page, "abcde " * 1_600)
-        page.wait_for_selector("#status progress")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        page.close()
-
-
+@shared
 def test_two_tabs_do_not_mix(visit: Any) -> None:
     one, two = visit(), visit()
     for page in (one, two):
@@ -749,6 +765,7 @@ def test_two_tabs_do_not_mix(visit: Any) -> None:
     assert two.locator(".ph.colour").count()
 
 
+@shared
 def test_dark_and_light_follow_the_system(visit: Any) -> None:
     grounds = []
     for scheme in ("light", "dark"):
@@ -769,6 +786,7 @@ def test_dark_and_light_follow_the_system(visit: Any) -> None:
     assert grounds[1] < 150
 
 
+@shared
 def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
