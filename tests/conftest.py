@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
 import pytest
 
 # Files of few and long tests; `make test` begins with them, so that none is left for last.
-LONG = {"benchmarks", "distributed", "explore_browser", "held", "reasoning", "scale", "training"}
+LONG = {"benchmarks", "distributed", "explore_browser", "held", "notebooks", "reasoning", "scale", "training"}
 
 
 def pytest_collection():
@@ -46,12 +46,11 @@ def _quick():
     """
     from matplotlib.figure import Figure
 
-    from philens.tasks.text import TextMixture
-    from philens.training import course
+    from philens.training import build, course
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(TextMixture.sample, "__defaults__", (100_000,))
+        patch.setattr(build, "SAMPLE", 100_000)
         patch.setattr(course, "figure_training", lambda records: Figure(figsize=(1, 1)))
         yield
 

@@ -131,7 +131,7 @@ class TextMixture:
             f"that begins in the first {self.length} tokens); give another source."
         )
 
-    def sample(self, characters: int = 8_000_000) -> Iterator[str]:
+    def sample(self, characters: int) -> Iterator[str]:
         """So many characters of the parts, by weight, to train a tokenizer on; no document comes twice."""
         shares = np.diff(self._edges, prepend=0) / self._edges[-1]
         for source, share in zip(self.sources.values(), shares, strict=True):

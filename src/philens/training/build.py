@@ -24,6 +24,8 @@ from philens.training.folder import RunFolder
 from philens.training.recipe import Recipe
 from philens.training.sizes import check_data_sizes, check_weights
 
+# Characters that a tokenizer is learned from.
+SAMPLE = 8_000_000
 Sources = Mapping[str, Source]
 """The parts of a recipe's text that are open, by name."""
 
@@ -133,7 +135,7 @@ def _make_tokenizer(recipe: Recipe, sources: Sources) -> Any:
     tokenizer = byte_tokenizer()
     if recipe.model.tokenizer == "bytes":
         return tokenizer
-    sample = text_mixture(recipe, tokenizer, sources).sample()
+    sample = text_mixture(recipe, tokenizer, sources).sample(SAMPLE)
     return train_bpe(sample, recipe.model.vocab_size, recipe.model.split_digits)
 
 
