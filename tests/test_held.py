@@ -246,15 +246,21 @@ def dense(q, k, v, positions, scale=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_document_attention_equals_a_dense_mask(scale, dtype):
     torch.manual_seed(1)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [3, 4, 5, 6, 7, 8, 9, 10, 11]])
-    inputs = [torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-    weight = torch.randn(2, 3, 9, 8, dtype=dtype)
+    whole = range(3, 12)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], whole, whole, [0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    inputs = [torch.randn(4, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(4, 3, 9, 8, dtype=dtype)
     found = document_attention(*inputs, positions, scale)[0]
+    # Bit for bit what a row is alone, though rows that are cut alike are read together.
+    alone = [document_attention(*(x[n : n + 1] for x in (*inputs, positions)), scale)[0] for n in range(4)]
+    assert torch.equal(found, torch.cat(alone))
     expected = dense(*inputs, positions, scale)
     torch.testing.assert_close(found, expected)
     ours = torch.autograd.grad((found * weight).sum(), inputs)
     for one, other in zip(ours, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(one, other)
+    for one, other in zip(ours, torch.autograd.grad((torch.cat(alone) * weight).sum(), inputs), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_document_attention_is_an_operator_that_compilers_understand():

@@ -3,7 +3,7 @@
 Shapes: B rows, H heads, T tokens, C dimensions of a head.
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -56,12 +56,14 @@ def document_ids(positions: Tensor) -> Tensor:
     return F.pad(jumps.long().cumsum(1), (1, 0))
 
 
-def _spans(positions: Tensor) -> list[tuple[int, int, int]]:
-    """Row, start and end of every document."""
-    found = []
-    for row, ids in enumerate(document_ids(positions)):
-        ends = (torch.diff(ids, append=ids[-1:] + 1) != 0).nonzero()[:, 0].add(1).tolist()
-        found += [(row, start, end) for start, end in pairwise([0, *ends])]
+def _spans(positions: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Rows, heads and tokens of every document; neighbouring rows that are cut alike go together."""
+    ids = document_ids(positions)
+    last = torch.diff(ids, append=ids[:, -1:] + 1) != 0
+    found, row = [], 0
+    for ends, alike in groupby(one.nonzero()[:, 0].add(1).tolist() for one in last):
+        rows = slice(row, row := row + len([*alike]))
+        found += [(rows, slice(None), slice(start, end)) for start, end in pairwise([0, *ends])]
     return found
 
 
@@ -82,8 +84,7 @@ def document_attention(
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     sums = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    for row, start, end in _spans(positions):
-        one = (slice(row, row + 1), slice(None), slice(start, end))
+    for one in _spans(positions):
         y[one], sums[one] = attend(q[one], k[one], v[one], 0.0, True, scale=scale)
     return y, sums
 
@@ -111,8 +112,7 @@ def _document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for row, start, end in _spans(positions):
-        one = (slice(row, row + 1), slice(None), slice(start, end))
+    for one in _spans(positions):
         parts = (x[one] for x in (grad, q, k, v, y, sums))
         for whole, part in zip(grads, backward(*parts, 0.0, True, scale=scale), strict=True):
             whole[one] = part
