@@ -24,10 +24,9 @@ from philens.bases.fingerprint import fingerprints
 from philens.lens.card import model_card
 from philens.lens.config import MTDConfig
 from philens.lens.core import LensCore
-from philens.lens.instrument import KINDS, make_parts, titles
+from philens.lens.instrument import KINDS, titles
 from philens.support.errors import AdapterError, ConfigError, OutputError, PhilensError
 from philens.support.files import (
-    check_weights,
     file_hash,
     load_weights,
     not_finite,
@@ -217,8 +216,6 @@ def load_as(
         configs = [_in_mode(config, mode) for config in configs]
     _check_base(description["base"], base, source)
     weights = {name: read_weights(folder / KINDS[name].file) for name in names}
-    for name, config in zip(names, configs, strict=True):
-        _check_weights(config, description["hidden_size"], weights[name], folder / KINDS[name].file)
     try:
         lens = kind(base, configs)
     except PhilensError as error:
@@ -227,7 +224,7 @@ def load_as(
         if lens.module_paths != description["module_paths"]:
             belongs, goes = (", ".join(p) for p in (description["module_paths"], lens.module_paths))
             raise AdapterError(f"{folder} belongs after {belongs}, not {goes}; it is damaged.")
-        hashes, own = description["weights_sha256"], _hash_of(description)
+        hashes = description["weights_sha256"]
         hashes = hashes if isinstance(hashes, dict) else {names[0]: hashes}
         for name in names:
             path = folder / KINDS[name].file
@@ -238,9 +235,6 @@ def load_as(
                 )
             if file_hash(path) != hashes.get(name):
                 raise AdapterError(f"{path} is not as it was saved; fetch or save it again.")
-        # Adapters of philens 0.1 have no hash of their configuration.
-        if description.get(_OWN_HASH, own) != own:
-            raise AdapterError(f"{folder / CONFIG_FILE} is not as it was saved; fetch or save it again.")
     except AdapterError:
         lens.detach()
         raise
@@ -310,55 +304,24 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{folder} has adapter format {description['format']!r} and this is philens "
             f"{__version__}, which reads format {FORMAT}; install the version that wrote it."
         )
-    kinds, base = description.get("instruments", ["phi"]), description.get("base")
-    if not _is_texts(kinds) or not kinds:
-        kinds = ["phi"]
-    wrote = description["versions"].get("philens") if isinstance(description.get("versions"), dict) else None
-    if unknown := sorted({*kinds} - KINDS.keys()):
-        raise AdapterError(
-            f"{path} is of an instrument {unknown[0]!r} that this philens {__version__} does not know; "
-            f"install philens {wrote}, which wrote it, or a newer one."
-        )
-    options = [description.get(kind) for kind in kinds]
-    hashes = description.get("weights_sha256")
-    saved = base.get("fingerprints") if isinstance(base, dict) else None
-    whole = (
-        set(description) - {_OWN_HASH, "instruments"} == _KEYS | {*kinds}
-        and all(isinstance(one, dict) for one in options)
-        and isinstance(description["hidden_size"], int)
-        and isinstance(saved, dict)
-        and all(_is_texts(saved.get(key)) for key in ("weights", "unquantized_weights"))
-        and _is_texts(description.get("module_paths"))
-        and isinstance(description.get("training"), dict | None)
-        and isinstance(hashes, str if len(kinds) == 1 else dict)
-        and isinstance(description.get("versions"), dict)
-    )
-    if not whole:
+    # Adapters of philens 0.1 have no hash of their configuration.
+    if description.get(_OWN_HASH, own := _hash_of(description)) != own:
+        raise AdapterError(f"{path} is not as it was saved; fetch or save it again.")
+    kinds = description.get("instruments", ["phi"])
+    unknown = [f"is of an instrument {kind!r}" for kind in sorted({*kinds} - KINDS.keys())]
+    if not unknown and set(description) - {_OWN_HASH, "instruments"} != _KEYS | {*kinds}:
         raise AdapterError(f"{path} does not hold the options of a PHi layer; it is damaged.")
-    for kind, one in zip(kinds, options, strict=True):
+    for kind in [] if unknown else kinds:
         # Options that came later have their defaults in an older file.
-        if unknown := sorted(one.keys() - {field.name for field in fields(KINDS[kind].config)}):  # pyright: ignore[reportOptionalMemberAccess]
-            raise AdapterError(
-                f"{path} has an option {unknown[0]!r} that this philens {__version__} does not know; "
-                f"install philens {wrote}, which wrote it, or a newer one."
-            )
+        known = {field.name for field in fields(KINDS[kind].config)}
+        unknown += [f"has an option {name!r}" for name in sorted(description[kind].keys() - known)]
+    if unknown:
+        wrote = description["versions"].get("philens")
+        raise AdapterError(
+            f"{path} {unknown[0]} that this philens {__version__} does not know; install philens {wrote}, "
+            "which wrote it, or a newer one."
+        )
     return description
-
-
-def _check_weights(config: Any, hidden_size: int, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise an AdapterError unless these are the weights that the options ask for, at no cost in memory."""
-    if config.weights() > len(weights):
-        raise AdapterError(f"{path} holds fewer layers than {CONFIG_FILE} says; it is damaged.")
-    try:
-        with torch.device("meta"):
-            parts = make_parts(config, [hidden_size] * len(config.places()))
-    except (PhilensError, RuntimeError, TypeError, OverflowError) as error:
-        raise _unusable(path.parent, error) from error
-    check_weights(parts, weights, path)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _check_base(saved_in: dict[str, Any], base: nn.Module, source: str) -> None:

@@ -89,10 +89,6 @@ class InstrumentConfig(Protocol):
         """The number of a block or the path of a module after which each of its parts stands."""
         ...
 
-    def weights(self) -> int:
-        """How many tensors its parts have at least: what is said in a file may be of any size."""
-        ...
-
 
 @dataclass
 class PHiConfig:
@@ -217,9 +213,6 @@ class PHiConfig:
     def places(self) -> list[Place]:
         return [(number, self.module) for number in self.layers or [self.layer]]
 
-    def weights(self) -> int:
-        return len(self.layers or [0]) * self.prior_depth
-
     def latent_width(self, hidden_size: int) -> int:
         """L for a base model of this hidden size D."""
         return self.latent_size or hidden_size
@@ -242,6 +235,11 @@ class MTDConfig:
     """
 
     kind: ClassVar[str] = "mtd"
+    # What every instrument has to say; here there is no choice.
+    mode: ClassVar[Literal["bottleneck", "observe"]] = "observe"
+    pressure: ClassVar[Pressure] = "distill"
+    pressure_share: ClassVar[float] = 1.0
+    inference: ClassVar[Literal["mean", "sample"]] = "mean"
 
     own: bool = False
     embedding: bool = True
@@ -262,26 +260,5 @@ class MTDConfig:
                 "mlp_size."
             )
 
-    # What every instrument has to say; here there is no choice.
-
-    @property
-    def mode(self) -> Literal["bottleneck", "observe"]:
-        return "observe"
-
-    @property
-    def pressure(self) -> Pressure:
-        return "distill"
-
-    @property
-    def pressure_share(self) -> float:
-        return 1.0
-
-    @property
-    def inference(self) -> Literal["mean", "sample"]:
-        return "mean"
-
     def places(self) -> list[Place]:
         return [(-1, None)]
-
-    def weights(self) -> int:
-        return self.depth
