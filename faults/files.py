@@ -23,7 +23,7 @@ from faults.damage import (
     values,
 )
 from faults.probe import probe
-from faults.subjects import Subject, adapter, base_model, run_folder, shipped, stopped, tiny_base, unsealed
+from faults.subjects import Subject, adapter, base_model, run_folder, shipped, stopped, tiny_base
 from faults.table import Case, Outcome
 
 PAGE, STEP = 4096, 64
@@ -151,14 +151,6 @@ def cases() -> Iterable[Case]:
         "checkpoint, pickles with payloads",
         stopped,
         lambda one: optimizer_states("checkpoint-2") + extra_pickles(one),
-    )
-    yield case(
-        "checkpoint without checksums, single bits", unsealed, lambda one: flips(one, 60, _checkpoint(one))
-    )
-    yield case(
-        "checkpoint without checksums, other things",
-        unsealed,
-        lambda one: random.sample(things(one, files=_checkpoint(one)), 80),
     )
 
 

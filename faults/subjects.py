@@ -132,18 +132,6 @@ def stopped() -> Subject:
 
 
 @cache
-def unsealed() -> Subject:
-    """The same, as an older philens left it, without checksums: what is read can't be compared."""
-    from philens.support.files import SUMS_FILE
-
-    folder = workshop() / "unsealed"
-    shutil.copytree(stopped().folder, folder)
-    for path in folder.rglob(SUMS_FILE):
-        path.unlink()
-    return Subject(folder, stopped().read, None, checked=False)
-
-
-@cache
 def run_folder() -> Subject:
     from philens.training.opening import load_lens, load_run
 

@@ -157,7 +157,7 @@ def test_odd_things_in_a_files_place(folder, file):
 def test_a_huge_configuration_is_not_read(folder):
     with (folder / "adapter_config.json").open("r+b") as file:
         file.truncate(1 << 40)  # sparse
-    assert "is larger than 1048576 bytes; it is damaged" in error_of(folder)
+    assert "is larger than 268435456 bytes; it is damaged" in error_of(folder)
     (folder / "adapter_config.json").write_text("[" * 100_000)
     assert "is not readable as JSON" in error_of(folder)
 

@@ -72,8 +72,6 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _Fingerprint(NamedTuple):
-    """A model's fingerprint, and the state of the tensors that it is of."""
-
     marks: list[tuple[int, int, int]]
     tensors: list[ref[Tensor]]
     value: str

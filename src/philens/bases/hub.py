@@ -41,7 +41,6 @@ _CARD_BYTES = 1 << 20
 _TEXT_BYTES = 128 << 20  # the largest vocabularies have some 40 MB
 # How configurations of transformers call the number of blocks.
 _BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_INDEX_BYTES = 64 << 20  # the index of a sharded model has a line for each tensor
 
 
 def is_folder(name: str | os.PathLike[str]) -> bool:
@@ -477,11 +476,7 @@ def _check_sizes(config: Any, kind: Any, folder: Path, files: list[Path]) -> Non
 
 
 def _count_weights(config: Any, kind: Any) -> int:
-    """How many weights a model of this configuration has.
-
-    Args:
-        kind: `AutoModelForCausalLM`, or a class of models.
-    """
+    """How many weights a model of this configuration has."""
     import torch
     from transformers.initialization import no_init_weights
 
@@ -505,12 +500,6 @@ def _load_config(
 
     Of a model that also sees or hears, the text part is loaded by itself where `transformers` has it as a
     causal language model, else all of it, by the class that the configuration names.
-
-    Args:
-        files: files with the model's weights.
-
-    Raises:
-        AdapterError: it is none, or not that of a causal language model that may be loaded.
     """
     import transformers
     from safetensors import safe_open
@@ -613,15 +602,11 @@ def _check_weight_files(folder: Path, name: str | os.PathLike[str]) -> list[Path
 
 def _parts(folder: Path) -> list[str]:
     """The files that hold a model's weights by its index, whatever they are called; without an index, the
-    only one.
-
-    Raises:
-        AdapterError: the index is damaged.
-    """
+    only one."""
     index = folder / _INDEX
     if not index.exists():
         return [_WEIGHTS]
-    parts = read_json(index, _INDEX_BYTES).get("weight_map")
+    parts = read_json(index).get("weight_map")
     if not isinstance(parts, dict) or not all(isinstance(file, str) for file in parts.values()):
         raise AdapterError(f"{index} does not say which file holds which weights; it is damaged.")
     files = sorted(set(parts.values()))

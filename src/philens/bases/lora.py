@@ -19,7 +19,6 @@ class Lora(NamedTuple):
     """An adapter of peft.
 
     Attributes:
-        folder: holds it.
         base: the model that it belongs to, a folder or Hub id.
         revision: revision of the base; None where it names none.
     """

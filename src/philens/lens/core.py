@@ -620,7 +620,6 @@ class LensCore(nn.Module):
 
         Args:
             input_ids: (B, T), as read before.
-            arguments: arguments of the base's forward.
             number: number of the instrument, in `instruments`.
             decoded: (B, T, D) its `hidden_states`.
             forms: what `recorded_forms` noted of `blocks_below` in that pass.

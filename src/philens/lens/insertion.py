@@ -228,18 +228,18 @@ def recorded_forms(blocks: Sequence[nn.Module], forms: dict[int, Any]) -> Iterat
             handle.remove()
 
 
-@contextlib.contextmanager
-def replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another forward; its hooks stay."""
+def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let a module run another forward; its hooks stay. Returns what undoes that."""
     own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         if own is None:
             del block.forward
         else:
             block.forward = own
+
+    block.forward = forward
+    return undo
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def skipped(blocks: Sequence[nn.Module], forms: dict[int, Any], states: Tensor) 
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(blocks):
             output = with_states(forms[number], states)
-            stack.enter_context(replaced_forward(block, lambda *args, output=output, **kwargs: output))
+            stack.callback(replace_forward(block, lambda *args, output=output, **kwargs: output))
         yield
 
 
@@ -257,18 +257,11 @@ def recompute(block: nn.Module) -> Callable[[], None]:
 
     Hooks on the block lie outside of what is run again, and so does a PHi layer after it.
     """
-    before, forward = block.__dict__.get("forward"), block.forward
+    forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
 
-    def undo() -> None:
-        if before is None:
-            del block.forward
-        else:
-            block.forward = before
-
-    block.forward = run
-    return undo
+    return replace_forward(block, run)

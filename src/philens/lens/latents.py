@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, L latent size, Q codebooks of K codes.
 """
 
 import math
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,6 @@ from philens.lens.divergence import contrastive_loss, gaussian_kl, official_kl
 # A code is drawn by exp(-SHARPNESS |state - code|^2 / mean |code|^2): of two codes at a right angle, a state
 # on one of them takes the other with e^-16.
 SHARPNESS = 8.0
-
-
-class Told(Protocol):
-    """What is told of tokens, or expected of them: tensors (B, T, ...)."""
-
-    def detach(self) -> Self:
-        """The same without gradient."""
-        ...
 
 
 class Latent(Protocol):
@@ -199,7 +191,6 @@ class CodeLatent(nn.Module):
 
     Args:
         size: L.
-        config: options.
     """
 
     numbers = 1

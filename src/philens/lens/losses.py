@@ -384,7 +384,6 @@ def add_losses(
         passes: for each instrument the pass with it in the path, None where there is none; without any, the
             base's.
         untouched: the base's own pass, if there was one beside these.
-        instruments: those of the lens.
         weight_scale: scalar that multiplies the weights of phi and the contrastive loss.
         points: what the parts of each instrument are named after.
         joint: the base is trained, too, with its shallow head: by its next-token loss and by the divergence.

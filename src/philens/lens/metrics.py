@@ -79,7 +79,6 @@ class Metric:
     """A column of scores.
 
     Attributes:
-        name: name of the column.
         function: what makes it; each kind says of what.
         meaning: in a line.
         unit: empty for a plain number.

@@ -45,7 +45,6 @@ class MTDHead(nn.Module):
 
     Args:
         hidden_size: D of the base model.
-        config: options.
 
     Raises:
         ConfigError: sizes that do not fit together.

@@ -114,7 +114,6 @@ def _is_finite(value: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of floats in what a module takes or returns."""
     if isinstance(value, Tensor) and value.is_floating_point():
         yield value
     for part in fields_of(value).values():

@@ -25,10 +25,6 @@ class OwnHead(nn.Module):
 
     A document's first token has no value: there is no token before it whose state could be read.
 
-    Args:
-        base: the model.
-        config: options.
-
     Raises:
         ConfigError: it brings none, or one that cannot be measured.
     """

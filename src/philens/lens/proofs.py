@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -175,14 +176,8 @@ def _padded(trial: Trial, left: bool) -> Pairs:
             yield one[row : row + 1][mask[row : row + 1] != 0], expected[0]
 
 
-@_promise("right padding", "with padding on the right")
-def _right_padding(trial: Trial) -> Pairs:
-    return _padded(trial, left=False)
-
-
-@_promise("left padding", "with padding on the left")
-def _left_padding(trial: Trial) -> Pairs:
-    return _padded(trial, left=True)
+_promise("right padding", "with padding on the right")(partial(_padded, left=False))
+_promise("left padding", "with padding on the left")(partial(_padded, left=True))
 
 
 @_promise("packing", "packed after one another, with position_ids")
@@ -242,8 +237,10 @@ def _same_phi(trial: Trial) -> Pairs:
         yield (found[..., number] if found.ndim == 3 else found), lens(trial.ids).phi
 
 
-def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
-    lens = trial.lens
+def _generated(
+    trial: Trial, rows: int = 2, length: int = LENGTH // 2, times: int = 1, **options: Any
+) -> Pairs:
+    lens, prompt = trial.lens, trial.ids[:rows, :length].repeat(1, times)
     if not hasattr(lens.base, "generate"):
         raise NotApplicable("the base has no generate")
     # The model's own settings may forbid or force tokens; they are put back.
@@ -268,26 +265,14 @@ def _generated(trial: Trial, prompt: Tensor, **options: Any) -> Pairs:
             yield logprobs.gather(1, ids[start:, None])[:, 0], logprobs.amax(1)
 
 
-@_promise("greedy", "generated greedily, scores are those of the finished text")
-def _greedy(trial: Trial) -> Pairs:
-    return _generated(trial, trial.ids[:2, : LENGTH // 2], do_sample=False)
-
-
-@_promise("sampling", "... by sampling")
-def _sampling(trial: Trial) -> Pairs:
-    return _generated(trial, trial.ids[:2, : LENGTH // 2], do_sample=True)
-
-
-@_promise("beams", "... by beams")
-def _beams(trial: Trial) -> Pairs:
-    prompt = trial.ids[:2, : LENGTH // 2]
-    return _generated(trial, prompt, do_sample=False, num_beams=3, num_return_sequences=2)
-
-
-@_promise("assisted", "... assisted, by prompt lookup")
-def _assisted(trial: Trial) -> Pairs:
-    prompt = trial.ids[:1, : LENGTH // 4].repeat(1, 2)
-    return _generated(trial, prompt, do_sample=False, prompt_lookup_num_tokens=2)
+_promise("greedy", "generated greedily, scores are those of the finished text")(
+    partial(_generated, do_sample=False)
+)
+_promise("sampling", "... by sampling")(partial(_generated, do_sample=True))
+_promise("beams", "... by beams")(partial(_generated, do_sample=False, num_beams=3, num_return_sequences=2))
+_promise("assisted", "... assisted, by prompt lookup")(
+    partial(_generated, rows=1, length=LENGTH // 4, times=2, do_sample=False, prompt_lookup_num_tokens=2)
+)
 
 
 @_promise(

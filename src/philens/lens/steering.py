@@ -59,8 +59,6 @@ class Steering(LogitsProcessor):
     """Steers what `transformers` draws from; temperature and top-p come after it.
 
     Args:
-        lens: with a shallow head.
-        alpha: where on the circle.
         top_k: number of the model's likeliest tokens; 0 means all, None as many as `transformers` takes.
 
     Raises:

@@ -135,10 +135,11 @@ class Corpus:
         self.skipped = count = start = 0
         for name, size in self._sizes:
             for document in self._read(name):
-                if _is_empty(document.content):
+                content = document.content
+                if not (content.strip() if isinstance(content, str) else content):
                     self.skipped += 1
                     continue
-                yield Document(document.id, document.content, start + document.end)
+                yield Document(document.id, content, start + document.end)
                 count += 1
                 if count == self.limit:
                     return
@@ -305,11 +306,7 @@ def _public(name: str) -> str:
 
 
 def _remote(name: str) -> tuple[Any, str]:
-    """The file system that an address leads to, as pyarrow has it, and the path there.
-
-    Raises:
-        InputError: there is none, or the library that reads it is missing.
-    """
+    """The file system that an address leads to, as pyarrow has it, and the path there."""
     import pyarrow
     from fsspec.core import url_to_fs
     from pyarrow import fs
@@ -349,7 +346,6 @@ def _remote_files(name: str) -> list[str]:
 
 
 def _open(name: str) -> BinaryIO:
-    """A file, here or elsewhere."""
     if _REMOTE not in name:
         return open(name, "rb")
     filesystem, path = _remote(name)
@@ -363,10 +359,6 @@ def _unreachable(name: str, error: Exception) -> InputError:
     return InputError(
         f"{_public(name)} cannot be read ({reason(error)}); check the address and your access to it."
     )
-
-
-def _is_empty(content: str | list[Message]) -> bool:
-    return not (content.strip() if isinstance(content, str) else content)
 
 
 def _is_unicode(text: str) -> bool:
@@ -402,11 +394,7 @@ class _Line:
 
 
 def _lines(name: str, file: BinaryIO) -> Iterator[_Line]:
-    """The lines of a text in UTF-8, never more than MAX_CHARACTERS at once.
-
-    Raises:
-        InputError: a byte that is not UTF-8.
-    """
+    """The lines of a text in UTF-8, never more than MAX_CHARACTERS at once."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     number = character = 1
     end, ended = 0, False

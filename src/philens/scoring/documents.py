@@ -92,8 +92,9 @@ def score_documents(
 
 def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch_size: int) -> None:
     """Raise an error where tokens with one before them have values that are not finite, or make those NaN."""
-    columns = [table.surprisal, *([table.phi] if lens.enabled and lens.layers else [])]
-    columns += [column for column in (table.mtd, table.entropy) if column is not None]
+    names = ["surprisal", "entropy", *(["phi"] if lens.enabled and lens.layers else [])]
+    names += [] if table.mtd is None else ["mtd"]
+    columns = [getattr(table, name) for name in names]
     later = np.ones(len(table.surprisal), bool)
     later[table.docs.offsets[:-1]] = False
     lost = [~np.isfinite(values.T) & later for values in columns]
@@ -101,10 +102,8 @@ def _treat_overflow(lens: PHiModel, table: TokenTable, overflow: Overflow, batch
         place = slice(*table.docs.offsets[number : number + 2])
         if batch_size > 1:  # what fills a batch may overflow, too, and spoil what comes before it
             alone = score_documents(lens, table.docs.select([number]), 1, "nan")
-            table.surprisal[place], table.phi[place] = alone.surprisal, alone.phi
-            for mine, its in ((table.mtd, alone.mtd), (table.entropy, alone.entropy)):
-                if mine is not None:
-                    mine[place] = its
+            for name, values in zip(names, columns, strict=True):
+                values[place] = getattr(alone, name)
         elif overflow == "nan":
             for values, broken in zip(columns, lost, strict=True):
                 values.T[broken] = np.nan

@@ -78,8 +78,6 @@ def parts_of(text: str, messages: Sequence[Span] = (), steps: Steps | None = Non
     else of the text.
 
     Args:
-        text: the text; what the template made of a chat.
-        messages: the messages of a chat.
         steps: which there are to be; None for none.
     """
     found, whole = [], []

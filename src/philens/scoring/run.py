@@ -62,9 +62,9 @@ class Scorer:
     """
 
     load: "Callable[[], tuple[PHiModel, Any]]"
-    metrics: Sequence[str] | None
-    batch_tokens: int
-    window: int | None
+    metrics: Sequence[str] | None = None
+    batch_tokens: int = 4096
+    window: int | None = None
     overflow: "Overflow" = "error"
     alternatives: bool = False
     steps: "Steps | None" = None
@@ -86,19 +86,23 @@ class Scorer:
             steps=self.steps,
         )
 
+    def record(self) -> dict[str, Any]:
+        """What decides the scores but for the model, as JSON; what came later only where it is chosen."""
+        chosen = {"overflow": self.overflow, "alternatives": self.alternatives, "steps": self.steps}
+        return {
+            "metrics": None if self.metrics is None else sorted(self.metrics),
+            "batch_tokens": self.batch_tokens,
+            "window": self.window,
+            **{name: value for name, value in chosen.items() if value not in ("error", False, None)},
+        }
+
 
 def score_corpus(
     corpus: Corpus,
-    load: "Callable[[], tuple[PHiModel, Any]]",
+    score: Scorer,
     form: Form,
     output: Path | None,
     *,
-    metrics: Sequence[str] | None = None,
-    batch_tokens: int = 4096,
-    window: int | None = None,
-    overflow: "Overflow" = "error",
-    alternatives: bool = False,
-    steps: "Steps | None" = None,
     shard_characters: int = SHARD_CHARACTERS,
     options: dict[str, Any] | None = None,
     rank: Rank = ALONE,
@@ -107,11 +111,8 @@ def score_corpus(
     """Score a corpus and show or write it.
 
     Args:
-        corpus: the documents.
-        load: gives the lens and its tokenizer; called when there is something to score.
         form: `terminal` (in colours, else a `table`), `table`, `jsonl`, `parquet` or `html`.
         output: folder of `jsonl` or `parquet` shards, or the page; else None: standard output.
-        metrics: as for `philens.score`, like all down to `steps`.
         shard_characters: characters in a shard, about; it also bounds which texts are batched together.
         options: what else decides the rows of shards; `philens.scoring.shards` says more.
         rank: which of several processes this is, that write a folder together.
@@ -127,29 +128,15 @@ def score_corpus(
         _check_shared(corpus, form, output)
     if shard_characters < 1:
         raise ConfigError(f"shard_characters must be at least 1, not {shard_characters}.")
-    if alternatives and form == "terminal":
+    if score.alternatives and form == "terminal":
         raise ConfigError(
             "--alternatives has no place among coloured tokens; give --format table, html, jsonl or parquet."
         )
-    score = Scorer(load, metrics, batch_tokens, window, overflow, alternatives, steps)
     shown = rank.number == 0 and (output is not None or not sys.stdout.isatty())
     with _progress(corpus, shown) as done:
         if output is not None and form in ("jsonl", "parquet"):
-            decisive = {
-                "inputs": corpus.inputs,
-                "field": corpus.field,
-                "by": corpus.by,
-                "split": corpus.split,
-                "limit": corpus.limit,
-                "metrics": None if metrics is None else sorted(metrics),
-                "batch_tokens": batch_tokens,
-                "window": window,
-            }
-            # As before there was a choice.
-            decisive |= {"overflow": overflow} if overflow != "error" else {}
-            decisive |= {"alternatives": True} if alternatives else {}
-            decisive |= {} if steps is None else {"steps": steps}
-            decisive |= options or {}
+            read = ("inputs", "field", "by", "split", "limit")
+            decisive = {name: getattr(corpus, name) for name in read} | score.record() | (options or {})
             state, new = write_shards(
                 output, corpus, score, decisive, form, shard_characters, done, schedule, rank
             )
@@ -195,7 +182,6 @@ def _check_output(form: str, output: Path | None) -> None:
 
 
 def _check_shared(corpus: Corpus, form: str, output: Path | None) -> None:
-    """What several processes can read and write."""
     if form not in ("jsonl", "parquet") or output is None:
         raise ConfigError(
             "Several processes write a folder together; give --format jsonl or parquet and --output FOLDER."

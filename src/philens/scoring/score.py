@@ -220,8 +220,6 @@ def provenance(lens: PHiModel, tokenizer: Any, context: int | None = None) -> di
     """What scores are made with: base, adapter, where the layer is, precision, rules and versions.
 
     Args:
-        lens: a model with a PHi layer.
-        tokenizer: its tokenizer.
         context: tokens read at once at most; None means whole texts.
     """
     config, kinds = getattr(lens.base, "config", None), [one.kind for one in lens.configs]
@@ -328,7 +326,6 @@ def _read_texts(
     batch_tokens: int,
     context: int | None,
 ) -> list[_Reading]:
-    """What is found in each text, as `read_batch` reads it."""
     windows = [
         (number, window)
         for number, text in enumerate(texts)

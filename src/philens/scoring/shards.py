@@ -270,7 +270,6 @@ def write_shards(
         documents: all documents, from the first on.
         score: function from documents to their scores, in order; called once for each shard.
         options: what the rows depend on, as JSON, but for the model, which is known by its scores.
-        form: form of the shards.
         characters: characters of text in a shard, about.
         done: called for what is scored, or found there.
         schedule: who writes the shards; by default this process, its part where it is one of several.
@@ -324,11 +323,7 @@ def _one_at_a_time(folder: Path, rank: Rank) -> contextlib.AbstractContextManage
 def _begin(
     folder: Path, options: dict[str, Any], form: Form
 ) -> tuple[Progress, dict[str, Any], dict[int, str]]:
-    """What is there: progress, provenance of the scores, and digests of shards beyond.
-
-    Raises:
-        OutputError: it is of other options, or damaged.
-    """
+    """What is there: progress, provenance of the scores, and digests of shards beyond."""
     waiting = [int(found[1]) for path in folder.iterdir() if (found := _RECORD.fullmatch(path.name))]
     manifest = _read_manifest(folder)
     if manifest is None or not (manifest.progress.shards or waiting):
@@ -348,11 +343,7 @@ def _begin(
 
 
 def _take_in(folder: Path, options: dict[str, Any]) -> _Manifest:
-    """Let the manifest know of the shards whose turn has come.
-
-    Raises:
-        OutputError: the folder belongs to other options, or the shards to different models.
-    """
+    """Let the manifest know of the shards whose turn has come."""
     manifest = _read_manifest(folder) or _Manifest(options)
     check_same_settings(folder, manifest.options, options)
     first = now = manifest.progress
@@ -405,7 +396,6 @@ def _record(folder: Path, number: int) -> Path:
 
 
 def _read_record(folder: Path, number: int) -> Record | None:
-    """A shard's record; None if there is none."""
     path = _record(folder, number)
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
@@ -523,7 +513,6 @@ _OF_ALTERNATIVES = {
 
 
 def _parquet_writer(file: BinaryIO, scores: TokenScores) -> Any:
-    """A writer of rows with the columns of these scores."""
     import pyarrow as pa
     from pyarrow import parquet
 

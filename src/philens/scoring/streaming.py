@@ -37,20 +37,21 @@ def stream(
     held: list[tuple[float, float]] = []
     shown = ""
 
-    def on_token(token: int, value: float, surprisal: float) -> None:
+    def write_held(ended: bool = False) -> None:
         nonlocal shown
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if ended or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            write(text[len(shown) :], *map(sum, zip(*held, strict=True)))
+            held.clear()
+            shown = text
+
+    def on_token(token: int, value: float, surprisal: float) -> None:
         ids.append(token)
         held.append((value, surprisal))
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return
-        write(text[len(shown) :], sum(value for value, _ in held), sum(surprisal for _, surprisal in held))
-        held.clear()
-        shown = text
+        write_held()
 
     input_ids = torch.tensor([prompt_ids], device=device)
     generation = generate(lens, input_ids, on_token=on_token, skip_prompt=False, **options)
     if held:  # it ended within a character
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        write(text[len(shown) :], sum(value for value, _ in held), sum(surprisal for _, surprisal in held))
+        write_held(ended=True)
     return generation

@@ -22,8 +22,8 @@ from philens.support.errors import AdapterError, OutputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of philens itself, with `recipes` and `shipped` in it."""
-# Far above any configuration, far below what would fill the memory.
-MAX_JSON_BYTES = 1 << 20
+# Far above any description or record, far below what would fill the memory.
+MAX_BYTES = 256 << 20
 _LOCK_FILE = ".lock"
 # The checksums of a folder's files, as `sha256sum -c` reads them.
 SUMS_FILE = "SHA256SUMS"
@@ -164,14 +164,14 @@ def _check_replaceable(folder: Path, staging: Path) -> None:
         )
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
 
     Raises:
         AdapterError: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(read_text(path, limit))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -183,7 +183,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """The text of a file in UTF-8 of at most `limit` bytes.
 
     Raises:

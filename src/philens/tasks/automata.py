@@ -175,7 +175,6 @@ class EndToEnd:
         return self._beginnings(np.arange(len(self)), np.minimum(self.lengths, length))
 
     def _beginnings(self, indices: NDArray[np.int64], lengths: NDArray[np.int64]) -> Self:
-        """The first tokens of some documents."""
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         source = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "offsets"}

@@ -115,7 +115,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that a message calls."""
     calls = message.get("tool_calls") or []
     calls = [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]
     return [call for call in calls if isinstance(call, dict)]
@@ -235,7 +234,6 @@ def message_region(tokenizer: Any, messages: Messages, number: int, text: str, w
 
 
 def _alike(text: str, other: str) -> int:
-    """How many characters both begin with."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
 

@@ -348,7 +348,6 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 
 def _first_lines(lines: Iterable[str], length: int) -> str:
-    """As many of endless lines as make `length` characters."""
     taken, done = [], 0
     for line in lines:
         taken.append(line)

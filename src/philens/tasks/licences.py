@@ -93,7 +93,6 @@ def _of_packages() -> Iterator[tuple[str, str]]:
 
 
 def _title(text: str) -> str | None:
-    """The first line, if it is what the licence is called."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return line if len(line) <= 50 and re.search(r"licen[cs]e", line, re.IGNORECASE) else None
 

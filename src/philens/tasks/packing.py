@@ -87,11 +87,7 @@ def pack(lengths: NDArray[np.int64], rows: int, capacity: int) -> NDArray[np.int
 
 
 class _GroupedRows(Dataset[dict[str, Tensor]], ABC):
-    """Rows that are made a group at a time; the last group is kept.
-
-    Raises:
-        ConfigError: a size below 1.
-    """
+    """Rows that are made a group at a time; the last group is kept."""
 
     def __init__(
         self, documents: Callable[[NDArray[np.int64]], AnyDocuments], length: int, rows: int, group: int = 16
@@ -130,8 +126,6 @@ class PackedRows(_GroupedRows):
 
     Args:
         documents: maps indices to documents, such as `Mixture.documents`.
-        length: tokens in a row.
-        rows: number of rows in the set.
         group: rows packed together; more waste less padding and take longer to make one.
     """
 

@@ -81,7 +81,6 @@ def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
 
 
 def _variables(template: str) -> set[str]:
-    """The names for which a template takes values."""
     from jinja2 import Environment, TemplateError, meta
     from jinja2.ext import loopcontrols
 

@@ -13,8 +13,6 @@ def trainer_arguments(recipe: Recipe, folder: Path, passes: int) -> TrainingArgu
     """The arguments of a `Trainer`.
 
     Args:
-        recipe: recipe of the run.
-        folder: folder of the run.
         passes: forward passes of a step that this process makes.
     """
     train, optimizer = recipe.train, recipe.optimizer

@@ -14,8 +14,7 @@ from philens.lens.attention import knows_packs, register_documents
 from philens.lens.config import PHiConfig
 from philens.lens.instrument import make_parts
 from philens.lens.model import PHiModel, attach
-from philens.support.errors import AdapterError, RecipeError, TrainingError
-from philens.support.files import not_finite
+from philens.support.errors import AdapterError, RecipeError
 from philens.tasks.packing import TokenDocuments
 from philens.tasks.rendering import with_rendering
 from philens.tasks.sources import SELF, Source
@@ -224,9 +223,3 @@ def _build_base(recipe: Recipe, tokenizer: Any) -> Any:
             initializer_range=model.initializer_range,
         )
     )
-
-
-def check_finite(lens: PHiModel, source: Path | str, way: str) -> None:
-    """Raise a TrainingError, with a way out, if a weight that came from `source` is not finite."""
-    if (name := not_finite(lens)) is not None:
-        raise TrainingError(f"{source} holds a weight that is not finite ({name}); {way}.")

@@ -28,7 +28,6 @@ def evaluate(
 
     Args:
         held_out: documents of each part of the text; none where formal languages are read.
-        step: step of the training.
     """
     torch.manual_seed(recipe.seed)  # sampled latents are the same in every process
     with torch.compiler.set_stance("force_eager"):

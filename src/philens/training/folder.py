@@ -33,7 +33,6 @@ from philens.training.recipe import Recipe, check_same_recipe, from_plain, load_
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_RECIPE = "recipe.json"
-_METRICS_BYTES = 256 << 20
 _FILES = ("recipe.yaml", "metrics.jsonl", "versions.json", "training.png")
 _MODEL, _ADAPTER = "model", "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -105,7 +104,7 @@ class RunFolder:
         """
         records = []
         path = self.metrics_file
-        lines = read_text(path, _METRICS_BYTES).split("\n") if path.is_file() else []
+        lines = read_text(path).split("\n") if path.is_file() else []
         for number, line in enumerate(lines[:-1], 1):
             try:
                 records.append(json.loads(line))
@@ -217,7 +216,6 @@ class RunFolder:
         """Write what the run is, and forget what was logged after `step`: it will be computed again.
 
         Args:
-            recipe: recipe of the run.
             step: step of the checkpoint that the run goes on from; -1 if it begins, to compute step 0 too.
 
         Raises:

@@ -94,8 +94,6 @@ def finished_model(folder: Path, recipe: Recipe, base: Any = None) -> PHiModel |
     """A run's model if it is finished, in evaluation mode; the base alone if the recipe has no PHi layer.
 
     Args:
-        folder: folder of the run.
-        recipe: recipe of the run.
         base: the run's, where it is at hand; None loads it.
 
     Raises:

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from philens.bases.facts import evaluating
 from philens.support.errors import RecipeError
-from philens.support.files import read_text, write_atomically
+from philens.support.files import write_atomically
 from philens.support.progress import shown
 from philens.tasks.chat import begin_of_text, chat_prompt
 from philens.tasks.random_streams import derive
@@ -25,7 +25,6 @@ DOCUMENTS, AT_ONCE = 1024, 128
 # A user's message that a model writes for itself has at most this share of a row.
 _MESSAGE = 4
 _OWN_TEXT = 21  # one of the independent streams below a seed
-_MOST_BYTES = 1 << 30
 
 
 def with_own_text(recipe: Recipe, base: Any, tokenizer: Any, run: RunFolder, writes: bool) -> Recipe:
@@ -57,7 +56,7 @@ def _write(recipe: Recipe, number: int, part: TextPart, base: Any, tokenizer: An
             f"{type(base).__name__} has no generate and cannot write the text of source self; name another."
         )
     count = part.documents or DOCUMENTS
-    lines = read_text(path, _MOST_BYTES).splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     done = len(lines) // AT_ONCE if len(lines) < count else -(-count // AT_ONCE)
     lines = lines[: done * AT_ONCE]
     is_chat = part.name == "chat" or (part.name is None and bool(tokenizer.chat_template))
@@ -71,7 +70,6 @@ def _write(recipe: Recipe, number: int, part: TextPart, base: Any, tokenizer: An
 
 
 def _texts(base: Any, tokenizer: Any, rows: int, length: int) -> Iterator[dict[str, Any]]:
-    """Texts from nothing."""
     first = begin_of_text(tokenizer) or [tokenizer.eos_token_id or 0]
     for ids in _go_on(base, tokenizer, [first] * rows, length):
         yield {"text": tokenizer.decode(ids, skip_special_tokens=True)}

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -23,54 +24,27 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from philens.bases.facts import evaluating
+from philens.bases.hub import reason
 from philens.lens.insertion import find_blocks
 from philens.lens.model import PHiModel
 from philens.support.columns import column_name
-from philens.support.errors import InsertionError, OutputError, TrainingError
+from philens.support.errors import AdapterError, InsertionError, OutputError, TrainingError
 from philens.support.extras import require
-from philens.support.files import read_json, write_sums, written_whole
+from philens.support.files import check_file, not_finite, read_json, write_sums, written_whole
 from philens.tasks.packing import Mixture, PackedRows, SingleRows
 from philens.tasks.random_streams import derive
+from philens.training import distributed
 from philens.training.arguments import trainer_arguments, wants_bf16
 from philens.training.build import (
     Sources,
-    check_finite,
     evaluation_documents,
     open_sources,
     other_attention,
     start_model,
     text_mixture,
 )
-from philens.training.callbacks import (
-    Evaluation,
-    Interrupt,
-    Phases,
-    Progress,
-    Records,
-    trackers,
-)
-from philens.training.checkpoint import (
-    CHECKPOINT_LOGS,
-    OPTIMIZER_FILE,
-    SCHEDULER_FILE,
-    STATE_FILE,
-    check_state,
-    load_tensors,
-    reading,
-)
+from philens.training.callbacks import Evaluation, Interrupt, Phases, Progress, Records, trackers
 from philens.training.course import draw_course
-from philens.training.distributed import (
-    StepSampler,
-    any_process,
-    is_sharded,
-    join,
-    mean_over_processes,
-    one_voice,
-    passes_each,
-    wait_for_all,
-    whole,
-    whole_weights,
-)
 from philens.training.folder import CHECKPOINT_RECIPE, RunFolder, step_of
 from philens.training.opening import finished_model
 from philens.training.optimizer import load_state, make_optimizer
@@ -80,6 +54,8 @@ from philens.training.sizes import within_memory
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_LOGS = "logs.json"
+OPTIMIZER_FILE, SCHEDULER_FILE, STATE_FILE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 # Rows that tell a fresh layer how large a base's hidden states are.
 CALIBRATION_ROWS = 16
 # The noise of latents: one of the independent streams below a seed; automata have 0 to 2, text 10 to 13.
@@ -92,7 +68,6 @@ def training_rows(
     """The rows a run reads, in order.
 
     Args:
-        recipe: recipe of the run.
         tokenizer: needed where the recipe reads text.
         sources: what is open of the text already.
     """
@@ -147,7 +122,7 @@ class PHiTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         from accelerate.state import DistributedType, PartialState
 
-        if is_sharded() and PartialState().distributed_type == DistributedType.MULTI_CPU:
+        if distributed.is_sharded() and PartialState().distributed_type == DistributedType.MULTI_CPU:
             # accelerate (AcceleratorState) shards over accelerators only; torch does it on a CPU as well.
             PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -173,9 +148,9 @@ class PHiTrainer(Trainer):
             calibrate(self.lens, self.train_dataset)
         return prepared
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> distributed.StepSampler:
         train = self.recipe.train
-        return StepSampler(train.steps, train.accumulate, train.batch_size, self.args.world_size)
+        return distributed.StepSampler(train.steps, train.accumulate, train.batch_size, self.args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
         loader: Any = super().get_train_dataloader()
@@ -235,7 +210,7 @@ class PHiTrainer(Trainer):
     def _sums_over_processes(self) -> dict[str, float]:
         """The sums since the last record, averaged over processes, and `loss`, that of Trainer."""
         sums = torch.stack([self._tr_loss.float(), *self._sums.values()])
-        return dict(zip(("loss", *self._sums), mean_over_processes(sums).tolist(), strict=True))
+        return dict(zip(("loss", *self._sums), distributed.mean_over_processes(sums).tolist(), strict=True))
 
     def information(self, point: str | None = None) -> float | None:
         """What a layer's latents could tell in the first step since the last record, in nats per token; all
@@ -264,7 +239,7 @@ class PHiTrainer(Trainer):
         """Raise a TrainingError if a weight is not finite; all processes must check."""
         weights = [p.to_local() if isinstance(p, DTensor) else p for p in self.lens.parameters()]
         finite = torch.stack([torch.isfinite(value).all() for value in weights]).all()
-        if any_process(not bool(finite)):
+        if distributed.any_process(not bool(finite)):
             self._fail("a weight is not finite")
 
     def _fail(self, what: str) -> None:
@@ -284,8 +259,8 @@ class PHiTrainer(Trainer):
         begin, writes = time.monotonic(), self.args.should_save
         self.check_weights()
         logs = self._log_state()
-        optimizer = whole(self.optimizer.state_dict(), keep=writes)  # pyright: ignore[reportOptionalMemberAccess]
-        with whole_weights(self.lens, keep=writes):
+        optimizer = distributed.whole(self.optimizer.state_dict(), keep=writes)  # pyright: ignore[reportOptionalMemberAccess]
+        with distributed.whole_weights(self.lens, keep=writes):
             if writes:
                 self._write_checkpoint(optimizer, logs)
         self.pause_clock(begin)
@@ -304,9 +279,9 @@ class PHiTrainer(Trainer):
             if "DataLoader worker" in str(error):  # torch says that one has ended wherever training is
                 raise
             known = isinstance(error, OutputError)
-            reason = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
+            why = str(error.__cause__ or error) if known else "a file stopped growing before it was whole"
             raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
+                f"The checkpoint of step {self.state.global_step} could not be written ({why}); "
                 f"{self._last_checkpoint()}: free some space and --resume."
             ) from error
         for old in self.run.checkpoints()[: -self.recipe.train.keep]:
@@ -317,10 +292,10 @@ class PHiTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            with reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
-                load_state(self.optimizer.optimizer, load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            with reading(Path(checkpoint) / SCHEDULER_FILE) as path:
-                self.lr_scheduler.load_state_dict(load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            with _reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
+                load_state(self.optimizer.optimizer, _load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            with _reading(Path(checkpoint) / SCHEDULER_FILE) as path:
+                self.lr_scheduler.load_state_dict(_load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing scales losses, whatever lies in a checkpoint."""
@@ -336,7 +311,7 @@ class PHiTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """No generator's state matters; this is where Trainer is ready for the sums since the last record."""
         if checkpoint is not None:
-            with reading(Path(checkpoint) / CHECKPOINT_LOGS) as path:
+            with _reading(Path(checkpoint) / CHECKPOINT_LOGS) as path:
                 logs, device = read_json(path), self.args.device
                 self._tr_loss.fill_(logs["loss"])
                 self._globalstep_last_logged = int(logs["last_step"])
@@ -347,6 +322,26 @@ class PHiTrainer(Trainer):
                 self._counts = {name: count * change for name, count in counts}
             # What is free to differ on resuming is this run's, not the checkpoint's.
             self.state.compute_steps(self.args, self.state.max_steps)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Raise a TrainingError about whatever goes wrong with a checkpoint's file in the block: its path."""
+    try:
+        yield path
+    except AdapterError:
+        raise
+    except Exception as error:  # what is in it may be anything, and so may what comes out
+        raise TrainingError(
+            f"{path} does not hold what a checkpoint of this run does ({reason(error)}); remove its folder "
+            "and --resume from the one before, or start again with another --output."
+        ) from error
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, if it is tensors, numbers and text: other objects are never made."""
+    check_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _prepare_worker(worker: int) -> None:
@@ -370,7 +365,6 @@ def train(
     what one would; the first of them writes the folder, which all must see.
 
     Args:
-        recipe: what to train.
         folder: the run folder; must be empty or missing unless resuming.
         resume: go on from the last checkpoint; the loss curve is then the uninterrupted run's, also with
             another number of processes.
@@ -387,16 +381,16 @@ def train(
             be written, memory does not suffice, or the processes cannot share the passes of a step.
         SystemExit: in all processes but the first that fails, where there are several.
     """
-    with one_voice(), within_memory(), contextlib.ExitStack() as held:
+    with distributed.one_voice(), within_memory(), contextlib.ExitStack() as held:
         return _train(recipe, RunFolder(folder), resume, progress, held)
 
 
 def _train(
     recipe: Recipe, run: RunFolder, resume: bool, progress: bool | None, held: contextlib.ExitStack
 ) -> PHiModel | None:
-    rank, processes = join()
-    passes = passes_each(recipe.train, processes)
-    is_sharded()  # an error there comes before a large model
+    rank, processes = distributed.join()
+    passes = distributed.passes_each(recipe.train, processes)
+    distributed.is_sharded()  # an error there comes before a large model
     reporting = trackers(recipe)  # and here before data are fetched
     if recipe.model.quantization != "none":
         require("bitsandbytes", "quantize", f"A base in {recipe.model.quantization}")
@@ -409,14 +403,14 @@ def _train(
     sources = open_sources(recipe)
     lens, tokenizer = start_model(recipe, checkpoint, sources)
     if checkpoint is not None:
-        check_state(checkpoint)
         RunFolder(checkpoint).load_weights(lens, recipe)
-        check_finite(lens, checkpoint, "remove it and --resume, or start again with another --output")
-    elif recipe.model.base is not None:
-        check_finite(lens, recipe.model.base, "give another model.base")
+    elif recipe.model.base is not None and (name := not_finite(lens)) is not None:
+        raise TrainingError(
+            f"{recipe.model.base} holds a weight that is not finite ({name}); give another model.base."
+        )
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
-    wait_for_all()  # until they have seen the folder as it was
+    distributed.wait_for_all()  # until they have seen the folder as it was
     if rank == 0:
         held.enter_context(run.lock())
         run.start(recipe, -1 if checkpoint is None else step_of(checkpoint))
@@ -460,8 +454,8 @@ def _train(
             "or set train.checkpoint_activations."
         ) from error
     except TorchDynamoException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"torch.compile failed ({reason}); set train.compile to false.") from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"torch.compile failed ({first}); set train.compile to false.") from error
     finally:
         trainer.end_data_workers()
         interrupt.restore()
@@ -470,7 +464,7 @@ def _train(
     if interrupt.stopped and trainer.state.global_step < recipe.train.steps:
         return None
     trainer.check_weights()
-    with whole_weights(lens, keep=rank == 0):
+    with distributed.whole_weights(lens, keep=rank == 0):
         if rank == 0:
             lens.record = run.record(recipe)
             run.save_model(lens, recipe, tokenizer)
@@ -478,7 +472,7 @@ def _train(
     if rank > 0:
         return lens.eval()
     # Not the layer that was trained, which may be compiled; a base that is as it was is not loaded again.
-    as_it_was = not (recipe.keeps_base or is_sharded() or other_attention(lens.base, recipe))
+    as_it_was = not (recipe.keeps_base or distributed.is_sharded() or other_attention(lens.base, recipe))
     base: Any = lens.detach() if as_it_was else None
     if base is not None and recipe.model.quantization == "none":
         base.cpu()
