@@ -50,18 +50,8 @@ _LIKE_GPT2 = (
     *("a.x-4.0", "mellum"),
 )
 _LIKE_LLAMA3 = (
-    *(
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-        "jina-v5-nano",
-    ),
-    "tekken",
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    *("jina-v5-nano", "tekken"),
 )
 
 

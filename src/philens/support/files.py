@@ -190,14 +190,12 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
         AdapterError: there is no such file, or it is larger or something else.
     """
     check_file(path)
+    if path.stat().st_size > limit:
+        raise AdapterError(
+            f"{path} is larger than {limit} bytes; it is damaged or something else than a configuration."
+        )
     try:
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            raise AdapterError(
-                f"{path} is larger than {limit} bytes; it is damaged or something else than a configuration."
-            )
-        return text.decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(
             f"{path} is not readable as text ({error}); it is damaged or something else."

@@ -110,7 +110,7 @@ KNOWN_FIELDS = (
     ("question", "answer"),
     ("prompt", "completion"),
 )
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TABLES = {".jsonl", ".json", ".parquet"}
 # How `datasets` reads a kind of table.
 _LOADERS: dict[Kind, tuple[str, dict[str, Any]]] = {
     "json": ("json", {}),
@@ -374,12 +374,10 @@ def _find_broken_line(paths: Iterable[Path]) -> None:
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, text in enumerate(file if lines else [file.read()], 1):
                 try:
-                    wrong = bool(text.strip()) and lines and not isinstance(json.loads(text), dict)
-                    if not lines:
-                        json.loads(text)
+                    fine = not text.strip() or isinstance(json.loads(text), dict if lines else object)
                 except (ValueError, RecursionError):
-                    wrong = True
-                if wrong:
+                    fine = False
+                if not fine:
                     where = f"Line {number} of {path} is" if lines else f"{path} is"
                     raise InputError(f"{where} not a JSON object; correct it or leave it out.")
 
@@ -408,7 +406,7 @@ def load_hub(
 
     name, usual = HUB_SETS.get(source, (source, None))
     subset = subset or usual
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or Path(name).suffix in TABLES.keys() | TEXTS:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or Path(name).suffix in TABLES | TEXTS:
         raise InputError(f"There is no file or folder {source}; check the path.")
     try:
         with _quiet():
