@@ -218,8 +218,17 @@ class PHiConfig:
         return self.latent_size or hidden_size
 
 
+class _Observer:
+    """What every instrument has to say, of one that has no choice."""
+
+    mode: Literal["bottleneck", "observe"] = "observe"
+    pressure: Pressure = "distill"
+    pressure_share: float = 1.0
+    inference: Literal["mean", "sample"] = "mean"
+
+
 @dataclass
-class MTDConfig:
+class MTDConfig(_Observer):
     """A shallow head beside the base: what it predicts of the next token, and the base does not, is
     multiple-token divergence (MTD).
 
@@ -235,11 +244,6 @@ class MTDConfig:
     """
 
     kind: ClassVar[str] = "mtd"
-    # What every instrument has to say; here there is no choice.
-    mode: ClassVar[Literal["bottleneck", "observe"]] = "observe"
-    pressure: ClassVar[Pressure] = "distill"
-    pressure_share: ClassVar[float] = 1.0
-    inference: ClassVar[Literal["mean", "sample"]] = "mean"
 
     own: bool = False
     embedding: bool = True
