@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from philens.commands import COMMANDS, Command
 from philens.commands.show import tell
@@ -65,9 +65,18 @@ def _takes_keys(command: Callable[..., Any]) -> bool:
 
 
 def _parameters(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """A command's own parameters by name."""
-    parameters = inspect.signature(command).parameters.items()
-    return {name: p for name, p in parameters if p.kind is not p.VAR_KEYWORD}
+    """A command's own parameters by name, with their types as they are without what `--help` says."""
+    parameters, types = inspect.signature(command).parameters.items(), get_type_hints(command)
+    return {name: p.replace(annotation=types[name]) for name, p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+def _descriptions(command: Callable[..., Any]) -> dict[str, str]:
+    """What is said of a command's options: in its docstring, or where several share one, with its type."""
+    types = get_type_hints(command, include_extras=True)
+    shared = {name: kind.__metadata__[0] for name, kind in types.items() if hasattr(kind, "__metadata__")}
+    # A description goes on in lines indented further.
+    own = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(command) or "", re.MULTILINE)
+    return shared | {option: " ".join(about.split()) for option, about in own}
 
 
 def _option(name: str) -> str:
@@ -113,13 +122,9 @@ def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Any], 
 
 
 def _add_command(below: Any, name: str, command: Command) -> None:
-    text = inspect.getdoc(command) or ""
-    summary = text.partition("\n")[0]
+    summary, described = (inspect.getdoc(command) or "").partition("\n")[0], _descriptions(command)
     sub = below.add_parser(name, description=summary, help=summary, allow_abbrev=False)
     sub.set_defaults(run=command)
-    # A description goes on in lines indented further.
-    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
-    described = {option: " ".join(about.split()) for option, about in found}
     for option, parameter in _parameters(command).items():
         about = described.get(option, "")
         if parameter.annotation is bool:

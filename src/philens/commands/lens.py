@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from philens.commands import option
 from philens.commands.show import console, say, tell
 from philens.support.errors import AdapterError, ConfigError
 from philens.support.output import utf8_output
@@ -85,7 +86,7 @@ def train(
 
 def score(
     files: list[str],
-    model: str = "smollm2",
+    model: option.Model = "smollm2",
     adapter: str | None = None,
     metrics: str | None = None,
     field: str | None = None,
@@ -94,21 +95,21 @@ def score(
     limit: int | None = None,
     format: Literal["terminal", "table", "jsonl", "parquet", "html"] = "terminal",
     output: Path | None = None,
-    window: int | None = None,
-    batch_tokens: int = 4096,
+    window: option.Window = None,
+    batch_tokens: option.BatchTokens = 4096,
     overflow: Literal["error", "nan"] = "error",
     alternatives: bool = False,
     steps: Literal["lines", "sentences", "equations"] | None = None,
-    metric_option: dict[str, Any] | None = None,
-    chat_option: dict[str, Any] | None = None,
-    system: str | None = None,
-    bos: bool = False,
+    metric_option: option.MetricOption = None,
+    chat_option: option.ChatOption = None,
+    system: option.System = None,
+    bos: option.Bos = False,
     shard_characters: int = 1_000_000,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
-    revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    trust_remote_code: bool = False,
+    revision: option.Revision = None,
+    dtype: option.Dtype = "auto",
+    trust_remote_code: option.TrustRemoteCode = False,
     generate: str | None = None,
     max_new_tokens: int = 100,
     sample: bool = False,
@@ -123,8 +124,6 @@ def score(
         files: text files, .jsonl, .json, .csv, .tsv or .parquet, also .gz and .zst, also as
             s3://bucket/path (gs://, ...), there also folders; - for standard input, hub:owner/name for a
             data set of the Hub.
-        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
-            for which philens brings one.
         adapter: the PHi layer or shallow head, a folder or Hub id; own is the multi-token head that the model
             brings along.
         metrics: columns, separated by commas: phi, mtd, surprisal, surprisal_with_layer, entropy, ...; by
@@ -135,25 +134,13 @@ def score(
         limit: stop after this many documents.
         format: form of what is shown or written.
         output: the page; for jsonl and parquet a folder, where the same command goes on after a stop.
-        window: tokens read at once in longer texts; by default the model's context.
-        batch_tokens: tokens in a batch.
         overflow: what becomes of tokens whose numbers overflow: an error, or nan, which is counted.
         alternatives: also the likeliest tokens in each token's place, and the rank of its own.
         steps: also the means of each of these in thoughts and answers, in what the assistant says, or in the
             text: lines, sentences or equations.
-        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
-            blocks), group (32 tokens); may be given several times.
-        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
-            YAML; may be given several times.
-        system: what the system says at the beginning of chats in which it says nothing.
-        bos: put the tokenizer's BOS before what would begin without it; by default texts begin as the
-            tokenizer has it, and chats as its template has it.
         shard_characters: characters of text in a file of the output folder, about.
         engine: where scoring runs: in this process, or on the Ray cluster at RAY_ADDRESS (else a local one).
         workers: models at work at once with --engine ray; by default one for each GPU, or one without.
-        revision: branch, tag or commit of the model on the Hub.
-        dtype: precision of the base model; auto is that of its files.
-        trust_remote_code: run Python code that comes with the model.
         generate: go on writing after this prompt instead, each token coloured by phi as it comes.
         max_new_tokens: how many to generate.
         sample: draw the tokens, instead of taking the likeliest.
@@ -256,11 +243,11 @@ def explore(
     port: int = 7860,
     max_characters: int = 10_000,
     record: Path | None = None,
-    metric_option: dict[str, Any] | None = None,
-    bos: bool = False,
-    revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    trust_remote_code: bool = False,
+    metric_option: option.MetricOption = None,
+    bos: option.Bos = False,
+    revision: option.Revision = None,
+    dtype: option.Dtype = "auto",
+    trust_remote_code: option.TrustRemoteCode = False,
 ) -> None:
     """Open a page on this machine that reads texts as they are pasted, written or chosen, until Ctrl+C.
 
@@ -272,12 +259,6 @@ def explore(
         port: port to listen on; 0 takes any that is free.
         max_characters: that a text may have.
         record: file that keeps every view of the session, a page that works without philens.
-        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
-            blocks), group (32 tokens); may be given several times.
-        bos: put the tokenizer's BOS before texts that would begin without it.
-        revision: branch, tag or commit of the model on the Hub.
-        dtype: precision of the base model; auto is that of its files.
-        trust_remote_code: run Python code that comes with the model.
     """
     from philens.explore.server import explore
     from philens.lens.config import MetricOptions

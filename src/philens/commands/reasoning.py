@@ -5,64 +5,48 @@ torch and transformers are imported inside the functions, so that help and error
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from philens.commands import option
 from philens.commands.show import console, say, tell
 from philens.support.errors import ConfigError
 
 
 def solve(
-    model: str = "smollm2",
-    problems: str | None = None,
+    model: option.Model = "smollm2",
+    problems: option.Problems = None,
     samples: int = 8,
     output: Path | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    levels: str | None = None,
-    prompt: str | None = None,
-    shots: int = 0,
+    split: option.Split = "test",
+    limit: option.Limit = None,
+    levels: option.Levels = None,
+    prompt: option.PromptName = None,
+    shots: option.Shots = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int = 512,
     batch_size: int | None = None,
     engine: Literal["transformers", "vllm"] = "transformers",
-    chat_option: dict[str, Any] | None = None,
-    system: str | None = None,
-    bos: bool = False,
+    chat_option: option.ChatOption = None,
+    system: option.System = None,
+    bos: option.Bos = False,
     adapter: str | None = None,
-    revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    trust_remote_code: bool = False,
+    revision: option.Revision = None,
+    dtype: option.Dtype = "auto",
+    trust_remote_code: option.TrustRemoteCode = False,
     seed: int = 0,
 ) -> None:
     """Sample solutions of problems from a model and grade them; the same command goes on after a stop.
 
     Args:
-        model: a folder, GGUF file or Hub id, or smollm2.
-        problems: gsm8k, math, arithmetic, sums, a file or folder, or a data set on the Hub.
         samples: solutions of each problem.
         output: folder for them; by default runs/solve-MODEL.
-        split: split of the problems.
-        limit: how many of them, drawn by the seed.
-        levels: levels of problems, and of solved ones in the prompt, as 1,2 or 2:7 (from, to before); where
-            problems have none, how many steps. By default all.
-        prompt: how problems are put: gsm8k, math, arithmetic or sums (the problem alone), boxed, or a text
-            file with the instruction; by default that of the data set, else boxed.
-        shots: solved training problems in the prompt.
         temperature: temperature of sampling; 0 takes the likeliest tokens.
         top_p: draws among the likeliest tokens that together have this probability.
         max_new_tokens: most tokens of a solution.
         batch_size: solutions drawn at once.
         engine: vllm is faster on a GPU and needs philens[vllm].
-        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
-            YAML; may be given several times.
-        system: what the system says at the beginning of chats in which it says nothing.
-        bos: put the tokenizer's BOS before prompts that would begin without it; by default they begin as the
-            tokenizer, or its template, has it.
         adapter: a PHi layer that is in the path while sampling, a folder or Hub id.
-        revision: branch, tag or commit of the model on the Hub.
-        dtype: precision of the model; auto is that of its files.
-        trust_remote_code: run Python code that comes with the model.
         seed: seed of the draw of problems and of sampling.
     """
     if problems is None:
@@ -120,30 +104,28 @@ def grade(
 
 def rank(
     candidates: Path,
-    model: str = "smollm2",
+    model: option.Model = "smollm2",
     adapter: str | None = None,
     rule: str = "highest_phi",
     prefix: int | None = None,
     prefix_rule: str | None = None,
     format: Literal["terminal", "jsonl", "csv"] = "terminal",
     output: Path | None = None,
-    window: int | None = None,
-    batch_tokens: int = 4096,
-    metric_option: dict[str, Any] | None = None,
-    chat_option: dict[str, Any] | None = None,
-    system: str | None = None,
-    bos: bool = False,
-    revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    trust_remote_code: bool = False,
+    window: option.Window = None,
+    batch_tokens: option.BatchTokens = 4096,
+    metric_option: option.MetricOption = None,
+    chat_option: option.ChatOption = None,
+    system: option.System = None,
+    bos: option.Bos = False,
+    revision: option.Revision = None,
+    dtype: option.Dtype = "auto",
+    trust_remote_code: option.TrustRemoteCode = False,
 ) -> None:
     """Order candidate answers to each prompt by a rule.
 
     Args:
         candidates: JSON Lines, with prompt and candidates, or with prompt and response; docs/ranking.md says
             more.
-        model: base model, a folder, GGUF file or Hub id, or a run folder with its adapter; or smollm2,
-            for which philens brings one.
         adapter: the PHi layer, a folder or Hub id.
         rule: highest_COLUMN or lowest_COLUMN, such as highest_phi, lowest_surprisal, highest_phi_max; or
             shortest.
@@ -151,18 +133,6 @@ def rank(
         prefix_rule: rule that says by these tokens which half is better; by default rule.
         format: form of what is shown or written.
         output: file for jsonl or csv.
-        window: tokens read at once in longer texts; by default the model's context.
-        batch_tokens: tokens in a batch.
-        metric_option: what metrics leave open, as KEY=VALUE: settled_at (0.5 bits), deep_from (0.85 of the
-            blocks), group (32 tokens); may be given several times.
-        chat_option: a variable of the chat template as KEY=VALUE, such as enable_thinking=false, the value as
-            YAML; may be given several times.
-        system: what the system says at the beginning of chats in which it says nothing.
-        bos: put the tokenizer's BOS before prompts that would begin without it; by default they begin as the
-            tokenizer, or its template, has it.
-        revision: branch, tag or commit of the model on the Hub.
-        dtype: precision of the base model; auto is that of its files.
-        trust_remote_code: run Python code that comes with the model.
     """
     from philens.lens.config import MetricOptions
     from philens.reasoning.ranking import rank_file
