@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from philens.findings.compare import ranks
 from philens.findings.text_tokens import AFTER, BEFORE
 from philens.show.page import PageDocument, write_page
-from philens.show.plots import FONT, error_of, new_figure, set_fonts
+from philens.show.plots import FONT, draw_bars, draw_dots, new_figure, set_fonts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,24 +41,13 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
     return figure, panels[:count]
 
 
-def _dots(axes: Any, names: Sequence[str], found: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Values with intervals, one below the other."""
-    for row, one in enumerate(found):
-        if one[key] is not None:
-            axes.errorbar(one[key], row, xerr=error_of(one, key), fmt="o", color=_BLUE, capsize=3)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _levels(results: Mapping[str, Any]) -> Figure:
     """Means of each column at each level."""
     levels = results["levels"]
     figure, panels = _panels(len(results["columns"]), 0.7 + 0.22 * len(levels))
     for number, (axes, name) in enumerate(zip(panels, results["columns"], strict=True)):
-        names = [level.replace("_", " ") if number % 3 == 0 else "" for level in levels]
-        _dots(axes, names, [one["columns"][name] for one in levels.values()], "mean")
+        draw_dots(axes, {level: one["columns"][name] for level, one in levels.items()}, color=_BLUE)
+        axes.set_yticklabels([level.replace("_", " ") if number % 3 == 0 else "" for level in levels])
         axes.set_title(name, fontsize=FONT, loc="left")
     set_fonts(figure)
     return figure
@@ -68,8 +57,8 @@ def _complexity(results: Mapping[str, Any]) -> Figure:
     found = results["complexity"]
     figure = new_figure(0.9 + 0.3 * len(found))
     axes = figure.subplots()
-    names = [f"{name}\ngiven {one['given']}" if one["given"] else name for name, one in found.items()]
-    _dots(axes, names, list(found.values()), "value")
+    given = {name: f"\ngiven {one['given']}" if one["given"] else "" for name, one in found.items()}
+    draw_dots(axes, {name + given[name]: one for name, one in found.items()}, color=_BLUE)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("correlation with description length, in-context language")
     set_fonts(figure)
@@ -106,15 +95,9 @@ def _disagreement(results: Mapping[str, Any]) -> Figure:
     figure, panels = _panels(len(pairs), 3.2)
     for axes, pair in zip(panels, pairs, strict=True):
         kinds = sorted(pair["kinds"], key=lambda kind: -kind["difference"]["value"])
-        for row, kind in enumerate(kinds):
-            value = kind["difference"]["value"]
-            colour = _BLUE if value > 0 else _ORANGE
-            bar = {"xerr": error_of(kind["difference"], "value"), "error_kw": {"linewidth": 1}}
-            axes.barh(row, value, color=colour, height=0.6, **bar)
-        axes.set_yticks(range(len(kinds)), [_shown(kind["token"]) for kind in kinds])
-        for label in axes.get_yticklabels():
-            label.set_parse_math(False)
-        axes.invert_yaxis()
+        found = {_shown(kind["token"]): kind["difference"] for kind in kinds}
+        colours = [_BLUE if one["value"] > 0 else _ORANGE for one in found.values()]
+        draw_bars(axes, found, colours, capsize=0, error_kw={"linewidth": 1})
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(f"{pair['first']}\nless {pair['second']}", fontsize=FONT, loc="left")
     set_fonts(figure)
@@ -126,8 +109,10 @@ def _cost(results: Mapping[str, Any]) -> Figure:
     found = results["cost"]
     figure = new_figure(0.9 + 0.3 * len(found))
     axes = figure.subplots()
-    spread = [{"value": one["median"], "ci95": [one["lowest"], one["highest"]]} for one in found]
-    _dots(axes, [one["column"] for one in found], spread, "value")
+    spread = {
+        one["column"]: {"value": one["median"], "ci95": [one["lowest"], one["highest"]]} for one in found
+    }
+    draw_dots(axes, spread, color=_BLUE)
     axes.set_xlim(left=0)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time ÷ a plain forward pass: median, lowest and highest")

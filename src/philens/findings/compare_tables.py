@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from philens.findings.statistics import flat
-from philens.show.terminal import count_of, estimate_text, new_table, number_text
+from philens.show.estimates import flat, number_text
+from philens.show.terminal import cell, count_of, new_table
 from philens.support.output import visible
 
 
@@ -16,7 +16,7 @@ def result_rows(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     tables = {
         "levels": [
             {"level": level, "texts": one["texts"], "tokens": one["tokens"], "column": name}
-            | flat("mean", mean, "mean")
+            | flat("mean", mean)
             for level, one in results["levels"].items()
             for name, mean in one["columns"].items()
         ],
@@ -68,14 +68,14 @@ def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
             "Correlation with description length", "", "", "correlation", "given", whole=(True, False)
         )
         for name, one in results["complexity"].items():
-            table.add_row(name, estimate_text(one["value"], one["ci95"], 3), one["given"] or "nothing")
+            table.add_row(name, cell(one, 3, between=" "), one["given"] or "nothing")
         yield table
     table = new_table(
         "Agreement: rank correlation over tokens", "", "", "", "all", "within texts", whole=(False, False)
     )
     for one in results["agreement"]:
-        within = estimate_text(one["within_texts"]["value"], one["within_texts"]["ci95"])
-        table.add_row(one["first"], one["second"], estimate_text(one["value"], one["ci95"]), within)
+        cells = (cell(one, between=" "), cell(one["within_texts"], between=" "))
+        table.add_row(one["first"], one["second"], *cells)
     yield table
     told = "Mean rank of a kind of token less that in the second column, the largest differences first."
     table = new_table("Disagreement", told, "", "", "higher in the first", "lower", whole=(False, False))
@@ -88,7 +88,8 @@ def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
     yield table
     table = new_table("Cost: time ÷ a plain forward pass", "Alone; from the lowest to the highest.", "", "")
     for one in results["cost"]:
-        table.add_row(one["column"], estimate_text(one["median"], [one["lowest"], one["highest"]]))
+        spread = {"value": one["median"], "ci95": [one["lowest"], one["highest"]]}
+        table.add_row(one["column"], cell(spread, between=" "))
     yield table
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from philens.findings import statistics
 from philens.findings.controls import different_letters, measure_controls, measure_pairs
 from philens.findings.tasks import INTERESTING
+from philens.show.estimates import flat
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
 
@@ -128,31 +129,30 @@ def measure_complexity(
 
 def curve_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The curves of `measure_complexity` as rows for a CSV file, one for each point."""
-    rows = []
-    for curve in results["curves"]:
-        for point in curve["points"]:
-            row: dict[str, Any] = {}
-            for key, value in (
-                ("description_length", curve["description_length"]),
-                ("surprisal", point["surprisal"]),
-            ):
-                row |= {key: value["mean"], f"{key}_bin_low": value["low"], f"{key}_bin_high": value["high"]}
-            row |= statistics.flat("phi", point["phi"], "mean")
-            rows.append(row | {"tokens": point["tokens"], "documents": point["documents"]})
-    return rows
+    return [
+        _bin("description_length", curve["description_length"])
+        | _bin("surprisal", point["surprisal"])
+        | flat("phi", point["phi"])
+        | {"tokens": point["tokens"], "documents": point["documents"]}
+        for curve in results["curves"]
+        for point in curve["points"]
+    ]
+
+
+def _bin(name: str, found: Mapping[str, float]) -> dict[str, float]:
+    return {name: found["mean"], f"{name}_bin_low": found["low"], f"{name}_bin_high": found["high"]}
 
 
 def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The correlations of `measure_complexity` as rows for a CSV file."""
-    rows = []
-    for level in ("token_wise", "document_means"):
-        for part, found in results[level].items():
-            for name in CORRELATIONS:
-                low, high = found[name]["ci95"]
-                row = {"level": level, "part": part, "correlation": name, "value": found[name]["value"]}
-                row |= {"low": low, "high": high}
-                rows.append(row | {"tokens": found["tokens"], "documents": found["documents"]})
-    return rows
+    return [
+        {"level": level, "part": part, "correlation": name}
+        | flat("value", found[name], "")
+        | {"tokens": found["tokens"], "documents": found["documents"]}
+        for level in ("token_wise", "document_means")
+        for part, found in results[level].items()
+        for name in CORRELATIONS
+    ]
 
 
 def _correlate(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
+from philens.show.estimates import flat
 from philens.tasks.automata import Documents
 
 Floats = NDArray[np.float64]
@@ -127,7 +128,7 @@ def control_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = results["controls"]
     every = {"phi": found["phi"] | {"given_all": found["given_all"]}} | found["controls"]
     return [
-        {"of": name, "correlation": key, "value": one["value"], "low": one["ci95"][0], "high": one["ci95"][1]}
+        {"of": name, "correlation": key} | flat("value", one, "")
         for name, measured in every.items()
         for key, one in measured.items()
     ]

@@ -37,6 +37,7 @@ from philens.findings.solutions import (
 )
 from philens.findings.statistics import Estimate
 from philens.reasoning.rules import PREFIX, STATISTICS, Rule, best_half
+from philens.show.estimates import flat, flat_all
 from philens.support.columns import Column
 from philens.support.errors import InputError
 
@@ -368,36 +369,36 @@ def _levels(
 
 def choice_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The choices of `measure_correctness` as rows for a CSV file, over all levels and of each."""
-    rows = []
-    for level, found in {"all": results, **results["levels"]}.items():
-        for subset, cell in found["choice"].items():
-            counts = {"pairs": cell["pairs"], "problems": cell["problems"]}
-            for rule, accuracy in cell["rules"].items():
-                row = {"level": level, "pairs_of": subset, "rule": rule}
-                rows.append(row | _row(accuracy, "accuracy") | counts)
-    return rows
+    return [
+        {"level": level, "pairs_of": subset, "rule": rule}
+        | flat("accuracy", accuracy)
+        | {"pairs": cell["pairs"], "problems": cell["problems"]}
+        for level, found in {"all": results, **results["levels"]}.items()
+        for subset, cell in found["choice"].items()
+        for rule, accuracy in cell["rules"].items()
+    ]
 
 
 def partial_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The correlations of `measure_correctness` as rows for a CSV file, over all levels and of each."""
-    rows = []
-    for level, found in {"all": results, **results["levels"]}.items():
-        for kind, cell in found["partial"].items():
-            counts = {"samples": cell["samples"], "problems": cell["problems"]}
-            for column in (name for name, held in cell.items() if isinstance(held, Mapping)):
-                for given, value in cell[column].items():
-                    row = {"level": level, "kind": kind, "metric": column, "given": given}
-                    rows.append(row | _row(value, "value", "correlation") | counts)
-    return rows
+    return [
+        {"level": level, "kind": kind, "metric": column, "given": given}
+        | flat("correlation", value)
+        | {"samples": cell["samples"], "problems": cell["problems"]}
+        for level, found in {"all": results, **results["levels"]}.items()
+        for kind, cell in found["partial"].items()
+        for column, held in cell.items()
+        if isinstance(held, Mapping)
+        for given, value in held.items()
+    ]
 
 
 def selection_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The selections of `measure_correctness` as rows for a CSV file."""
     selection = results["selection"]
     return [
-        {"rule": rule, **_row(found, "accuracy"), **_row(found["gain"], "value", "gain")}
-        | {"problems": selection["problems"]}
-        for rule, found in selection["rules"].items()
+        {"rule": rule} | flat("accuracy", one) | flat_all(one) | {"problems": selection["problems"]}
+        for rule, one in selection["rules"].items()
     ]
 
 
@@ -405,16 +406,11 @@ def early_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Choosing early in `measure_correctness` as rows for a CSV file."""
     early = results["early"]
     return [
-        {"rule": rule, "prefix": early["prefix"], **_row(found["saved"], "value", "saved"), "ending": ending}
-        | _row(right, "accuracy")
-        | _row(right["gain"], "value", "gain")
+        {"rule": rule, "prefix": early["prefix"], **flat("saved", found["saved"]), "ending": ending}
+        | flat("accuracy", right)
+        | flat_all(right)
         | {"problems": early["problems"]}
         for rule, found in early.get("rules", {}).items()
         for ending, right in found.items()
         if ending != "saved"
     ]
-
-
-def _row(estimate: Mapping[str, Any], key: str, name: str | None = None) -> dict[str, Any]:
-    name, (low, high) = name or key, estimate["ci95"]
-    return {name: estimate[key], f"{name}_low": low, f"{name}_high": high}

@@ -25,6 +25,7 @@ from philens.findings.solutions import (
     usable,
 )
 from philens.findings.statistics import Estimate
+from philens.show.estimates import flat, flat_all
 from philens.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -126,25 +127,18 @@ def _headline(solutions: Solutions, by: str, **options: Any) -> dict[str, Estima
 
 def difficulty_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The levels of `measure_difficulty` as rows for a CSV file."""
-    rows = []
-    for level, found in results["levels"].items():
-        row = {results["by"]: level, "problems": found["problems"], "samples": found["samples"]}
-        for name, mean in found.items():
-            if isinstance(mean, Mapping):
-                low, high = mean["ci95"]
-                row |= {name: mean["mean"], f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return rows
+    return [
+        {results["by"]: level, "problems": found["problems"], "samples": found["samples"]} | flat_all(found)
+        for level, found in results["levels"].items()
+    ]
 
 
 def difficulty_correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The correlations of `measure_difficulty` as rows for a CSV file."""
-    found = [(name, GIVEN[0], item) for name, item in results["spearman"].items()]
-    found += [
-        (name, given, item) for name, held in results["partial"].items() for given, item in held.items()
-    ]
+    alone = {name: {GIVEN[0]: item} for name, item in results["spearman"].items()}
     return [
-        {"metric": name, "given": given, "spearman": item["value"]}
-        | dict(zip(("spearman_low", "spearman_high"), item["ci95"], strict=True))
-        for name, given, item in found
+        {"metric": name, "given": given} | flat("spearman", item)
+        for found in (alone, results["partial"])
+        for name, held in found.items()
+        for given, item in held.items()
     ]

@@ -12,14 +12,20 @@ from matplotlib.transforms import Bbox
 
 from philens.findings.complexity import PARTS
 from philens.findings.tasks import INTERESTING
+from philens.show.estimates import numbers
 from philens.show.plots import (
     FONT,
     PHI_LABEL,
     SURPRISAL_LABEL,
     TASK_STYLES,
+    draw_bars,
+    draw_estimates,
     draw_series,
     error_of,
+    grid_of_x,
+    legend_below,
     log_if_wide,
+    name_rows,
     new_figure,
     series_style,
     set_fonts,
@@ -57,29 +63,15 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
             *point,
             xerr=error_of(tasks[name]["surprisal"]),
             yerr=error_of(tasks[name]["phi"]),
-            fmt=marker,
-            color=colour,
-            markersize=6,
-            elinewidth=1.5,
+            **{"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1.5},
         )
     scatter.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
     scatter.margins(0.15)
     scatter.set_ylim(0, 1.12 * max([scatter.dataLim.y1, 1e-3]))
 
-    places = np.arange(len(names))[::-1]
-    for place, name in zip(places, names, strict=True):
-        colour, _ = TASK_STYLES.get(name, _OTHER_STYLE)
-        faint = name != INTERESTING
-        bars.barh(
-            place,
-            tasks[name]["phi"]["mean"],
-            xerr=error_of(tasks[name]["phi"]),
-            color=colour,
-            alpha=0.75 if faint else 1.0,
-            capsize=3,
-            height=0.7,
-        )
-    bars.set_yticks(places, [task_label(name).replace(" ", "\n", 1) for name in names])
+    labels = [task_label(name).replace(" ", "\n", 1) for name in names]
+    means = {text: tasks[name]["phi"] for text, name in zip(labels, names, strict=True)}
+    draw_bars(bars, means, [TASK_STYLES.get(name, _OTHER_STYLE)[0] for name in names], height=0.7)
     bars.set(xlabel=PHI_LABEL)
     for label, name in zip(bars.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == INTERESTING else "normal")
@@ -93,22 +85,15 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
 def figure_complexity(results: Mapping[str, Any]) -> Figure:
     """Mean phi against surprisal for each bin of description length, and the correlations beside it."""
     figure = new_figure(height=4.2)
-    curves_axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    curves = results["curves"]
-    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(curves), 2)))  # pale yellow is hard to see
-    for curve, colour in zip(curves, colours, strict=False):
-        points = curve["points"]
-        surprisal = [point["surprisal"]["mean"] for point in points]
-        phi = [point["phi"]["mean"] for point in points]
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    found = {}
+    for curve in results["curves"]:
         span = curve["description_length"]
-        label = f"{span['low']:.0f} to {span['high']:.0f}"
-        curves_axes.plot(surprisal, phi, marker="o", markersize=4, color=colour, label=label)
-        # A cell with one document has a mean but no interval: no band there.
-        low, high = np.array([point["phi"]["ci95"] for point in points], dtype=float).T  # None becomes NaN
-        curves_axes.fill_between(surprisal, low, high, color=colour, alpha=0.18, linewidth=0)
-    curves_axes.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
-    curves_axes.set_title("in-context language, tokens", fontsize=FONT + 1, loc="left")
-    _legend_below(curves_axes, "description length (nats)")
+        points = [(point["surprisal"]["mean"], point["phi"]) for point in curve["points"]]
+        found[f"{span['low']:.0f} to {span['high']:.0f}"] = points
+    _draw_curves(curves, found, "description length (nats)")
+    curves.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
+    curves.set_title("in-context language, tokens", fontsize=FONT + 1, loc="left")
 
     kinds = (
         ("spearman", "phi (Spearman)", "#56B4E9"),
@@ -119,23 +104,12 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
     groups = [(level, part) for level in ("token_wise", "document_means") for part in PARTS]
     height = 0.8 / len(kinds)
     for number, (name, label, colour) in enumerate(kinds):
-        places, values, errors = [], [], []
-        for group, (level, part) in enumerate(groups):
-            found = results[level][part][name]
-            if found["value"] is None:
-                continue
-            places.append(-group - (number - (len(kinds) - 1) / 2) * height)
-            values.append(found["value"])
-            errors.append(error_of(found, "value"))
-        bars.barh(
-            places,
-            values,
-            xerr=np.concatenate(errors, axis=1) if errors else None,
-            height=height,
-            color=colour,
-            label=label,
-            error_kw={"elinewidth": 0.8},
-        )
+        places = -np.arange(len(groups)) - (number - (len(kinds) - 1) / 2) * height
+        found = [results[level][part][name] for level, part in groups]
+        known = [(place, one) for place, one in zip(places, found, strict=True) if one["value"] is not None]
+        errors = np.concatenate([np.zeros((2, 0)), *(error_of(one) for _, one in known)], axis=1)
+        style = {"height": height, "color": colour, "label": label, "error_kw": {"elinewidth": 0.8}}
+        bars.barh([place for place, _ in known], [one["value"] for _, one in known], xerr=errors, **style)
     headings = {"token_wise": "tokens", "document_means": "document\nmeans"}
     labels = [
         headings[level] + "\nwhole" if part == "whole" else part.replace("_", " ") for level, part in groups
@@ -154,23 +128,16 @@ def figure_gain(results: Mapping[str, Any]) -> Figure:
     """Mean phi against an ideal learner's gain, a curve for each bin of surprisal, and the correlations."""
     figure = new_figure(height=4.2)
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    bins = list(dict.fromkeys((cell["surprisal_low"], cell["surprisal_high"]) for cell in results["cells"]))
-    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(bins), 2)))
-    for (low, high), colour in zip(bins, colours, strict=False):
-        cells = [cell for cell in results["cells"] if cell["surprisal_low"] == low]
-        gain = [cell["gain"] for cell in cells]
-        label = f"{low:.2f} to {high:.2f}"
-        curves.plot(
-            gain, [cell["phi"]["mean"] for cell in cells], "o-", markersize=4, color=colour, label=label
-        )
-        below, above = np.array([cell["phi"]["ci95"] for cell in cells], dtype=float).T
-        curves.fill_between(gain, below, above, color=colour, alpha=0.18, linewidth=0)
+    bins: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for cell in results["cells"]:
+        span = f"{cell['surprisal_low']:.2f} to {cell['surprisal_high']:.2f}"
+        bins.setdefault(span, []).append((cell["gain"], cell["phi"]))
+    _draw_curves(curves, bins, "surprisal (nats)")
     # Most letters tell nearly nothing: linear near zero, then logarithmic.
     curves.set_xscale("symlog", linthresh=0.01)
     curves.set_xlim(left=0)
     curves.set(xlabel="information gain of an ideal learner (nats)", ylabel=PHI_LABEL)
     curves.set_title("in-context language, letters", fontsize=FONT + 1, loc="left")
-    _legend_below(curves, "surprisal (nats)")
     kinds = {
         "spearman_of_surprisal": "surprisal",
         "spearman": "phi",
@@ -179,14 +146,8 @@ def figure_gain(results: Mapping[str, Any]) -> Figure:
         "given_learners_surprisal": "... and learner's surprisal",
         "given_neighbours": "... and neighbours' gains",
     }
-    for row, name in enumerate(kinds):
-        found = results["correlations"][name]
-        if found["value"] is not None:
-            colour = "#999999" if name == "spearman_of_surprisal" else "#D55E00"
-            bars.barh(
-                -row, found["value"], xerr=error_of(found, "value"), color=colour, height=0.6, capsize=3
-            )
-    bars.set_yticks(-np.arange(len(kinds)), list(kinds.values()))
+    correlations = {label: results["correlations"][name] for name, label in kinds.items()}
+    draw_bars(bars, correlations, ["#999999", *["#D55E00"] * (len(kinds) - 1)])
     bars.axvline(0, color="black", linewidth=0.8)
     bars.set(xlabel="rank correlation with information gain")
     bars.set_title("95 % intervals over documents", fontsize=FONT + 1, loc="left")
@@ -215,16 +176,12 @@ def figure_texts(results: Mapping[str, Any]) -> Figure:
         axes.margins(x=0.06)
         axes.set_xlim(0, max(axes.get_xlim()[1], 1e-3))
         axes.set_title(quantity, fontsize=FONT + 1, loc="left")
-        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
-        axes.set_axisbelow(True)
+        grid_of_x(axes)
     labels = [
         f"{name}{', built' * level['built']}\n{count_of(level['texts'], 'text')}"
         for name, level in levels.items()
     ]
-    panels[0].set_yticks(range(len(levels)), labels)
-    panels[0].set_ylim(len(levels) - 0.5, -0.5)
-    for label in panels[0].get_yticklabels():
-        label.set_parse_math(False)  # a level's name may hold dollar signs
+    name_rows(panels[0], labels)
     panels[1].set_title("95 % intervals over texts; dots: texts", fontsize=FONT - 1, loc="right")
     set_fonts(figure)
     return figure
@@ -245,23 +202,17 @@ def figure_levels_by_surprisal(results: Mapping[str, Any]) -> Figure:
             for one in found
         ]
         places = np.arange(len(found)) + (number - (len(results["levels"]) - 1) / 2) * 0.11
-        means = np.array([one["mean"] for one in found], dtype=float)
-        errors = np.concatenate([error_of(one) for one in found], axis=1)
         style = {"color": colour, "fmt": marker, "markersize": 5, "linestyle": "-", "linewidth": 0.8}
-        bins.errorbar(places, means, yerr=errors, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
+        draw_estimates(bins, places, found, elinewidth=1.2, label=name.replace("$", r"\$"), **style)
     bins.set_xticks(range(len(labels)), labels)
     bins.set(xlabel="surprisal of the token (nats)", ylabel=PHI_LABEL)
     bins.set_ylim(bottom=0)
     bins.set_title("phi at equal surprisal", fontsize=FONT + 1, loc="left")
     bins.legend(fontsize=FONT - 1, frameon=False, ncols=2)
     verbatim = results["verbatim"] or {}
-    rows = {"recited": "recited", "sure_rest": "sure, in\nthe rest", "rest": "the rest"}
-    for row, key in enumerate(rows):
-        if verbatim.get(key):
-            colour = _LEVEL_STYLES["memorised"][0] if key == "recited" else "#8A8A8A"
-            bars.barh(row, verbatim[key]["mean"], xerr=error_of(verbatim[key]), color=colour, height=0.6)
-    bars.set_yticks(range(len(rows)), list(rows.values()))
-    bars.set_ylim(len(rows) - 0.5, -0.5)
+    rows = {"recited": "recited", "sure, in\nthe rest": "sure_rest", "the rest": "rest"}
+    colours = (_LEVEL_STYLES["memorised"][0], "#8A8A8A", "#8A8A8A")
+    draw_bars(bars, {label: verbatim.get(key) for label, key in rows.items()}, colours, capsize=0)
     bars.set(xlabel=PHI_LABEL)
     bars.set_title("memorised text", fontsize=FONT + 1, loc="left")
     set_fonts(figure)
@@ -278,9 +229,8 @@ def figure_levels_course(results: Mapping[str, Any]) -> Figure:
     for number, (name, level) in enumerate(results["levels"].items()):
         colour, marker = _LEVEL_STYLES.get(level["role"], _OTHER_STYLE)
         at = np.array(places) + beside * (number - (len(results["levels"]) - 1) / 2)
-        found = [point["levels"][name]["phi"] or {"mean": None, "ci95": [None, None]} for point in points]
-        means = np.array([one["mean"] for one in found], dtype=float)
-        low, high = np.array([one["ci95"] for one in found], dtype=float).T
+        found = [numbers(point["levels"][name]["phi"]) for point in points]
+        means, low, high = np.array(found, dtype=float).T  # None becomes NaN
         style = {"color": colour, "marker": marker, "markersize": 5, "label": name.replace("$", r"\$")}
         axes.plot(at, means, linewidth=1.3 if along else 0, **style)
         if along:
@@ -325,7 +275,7 @@ def figure_sweep(results: Mapping[str, Any]) -> Figure:
         bottom.set(xlabel="step", ylabel=label)
     log_if_wide(below[0])
     handles, labels = below[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
+    legend_below(figure, handles, labels, 3)
     set_fonts(figure)
     return figure
 
@@ -384,7 +334,7 @@ def figure_knobs(results: Mapping[str, Any]) -> Figure:
     handles, labels = zip(
         *(pair for row in rows for pair in zip(*row[0].get_legend_handles_labels(), strict=True)), strict=True
     )
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=FONT - 1, frameon=False)
+    legend_below(figure, handles, labels, 2)
     set_fonts(figure)
     return figure
 
@@ -392,18 +342,15 @@ def figure_knobs(results: Mapping[str, Any]) -> Figure:
 def _draw_knob(
     axes: "Axes", kind: str, settings: Sequence[Mapping[str, Any]], untrained: Mapping[str, Any]
 ) -> None:
-    name = "ratio" if kind == "ratios" else "value"
     lines = {key: label for key, label in _KNOB_LINES[kind].items() if key in untrained[kind]}
     for number, (key, label) in enumerate(lines.items()):
         colour, marker = (_KNOB_STYLES if kind == "correlations" else TASK_STYLES)[key]
         found = [one[kind][key] for one in settings]
         places = np.arange(len(found)) + 0.1 * (number - 1)
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 0.7, "elinewidth": 1.5}
-        values = np.array([one[name] for one in found], dtype=float)
-        errors = np.concatenate([error_of(one, name) for one in found], axis=1)
-        axes.errorbar(places, values, yerr=errors, label=label, **style)
-        if untrained[kind][key][name] is not None:
-            axes.axhline(untrained[kind][key][name], color=colour, linewidth=1, linestyle=":")
+        draw_estimates(axes, places, found, label=label, **style)
+        if (value := numbers(untrained[kind][key])[0]) is not None:
+            axes.axhline(value, color=colour, linewidth=1, linestyle=":")
     axes.axhline(1 if kind == "ratios" else 0, color="black", linewidth=0.8)
     axes.set_xlim(-0.5, len(settings) - 0.5)
     if kind == "ratios":
@@ -413,7 +360,17 @@ def _draw_knob(
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _legend_below(axes: "Axes", title: str) -> None:
+def _draw_curves(
+    axes: "Axes", curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], title: str
+) -> None:
+    """Estimates along x with bands, from pale to dark; and a legend below."""
+    colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(curves), 2)))  # pale yellow is hard to see
+    for (label, points), colour in zip(curves.items(), colours, strict=False):
+        x = [place for place, _ in points]
+        # A cell with one document has a mean but no interval: no band there.
+        values, low, high = np.array([numbers(found) for _, found in points], dtype=float).T
+        axes.plot(x, values, "o-", markersize=4, color=colour, label=label)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     style = {"fontsize": FONT - 1, "title_fontsize": FONT - 1, "frameon": False, "ncols": 2}
     axes.legend(title=title, loc="upper left", bbox_to_anchor=(0, -0.18), **style)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from philens.findings import statistics
 from philens.findings.controls import different_letters, measure_controls
 from philens.findings.tasks import INTERESTING
+from philens.show.estimates import flat
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS, TaskConfig
 from philens.tasks.learner import read_ideally
@@ -115,15 +116,12 @@ def measure_gain(
 
 def gain_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The correlations of `measure_gain` as rows for a CSV file."""
-    return [
-        {"correlation": name, "value": one["value"], "low": one["ci95"][0], "high": one["ci95"][1]}
-        for name, one in results["correlations"].items()
-    ]
+    return [{"correlation": name} | flat("value", one, "") for name, one in results["correlations"].items()]
 
 
 def gain_cell_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Mean phi by surprisal and gain as rows for a CSV file."""
-    return [cell | statistics.flat("phi", cell["phi"], "mean") for cell in results["cells"]]
+    return [cell | flat("phi", cell["phi"]) for cell in results["cells"]]
 
 
 def _neighbour(values: Floats, document: NDArray[np.int64], step: int) -> Floats:

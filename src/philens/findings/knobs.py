@@ -5,7 +5,7 @@ It says where a finding would be another one, had the layer been trained otherwi
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from philens.findings.reproduce import measure, prepare, trained, untrained
 from philens.findings.tasks import BORING, INTERESTING, measure_tasks
 from philens.lens.model import PHiModel
 from philens.scoring.documents import TokenTable
+from philens.show.estimates import flat_all
 from philens.support.errors import ConfigError, RecipeError
 from philens.support.typed import shown
 from philens.support.versions import versions
@@ -32,6 +33,7 @@ GRID = Path(__file__).with_name("knobs.yaml")
 """The knobs that are turned unless others are given."""
 CORRELATIONS = ("given_surprisal", "given_letters", "gain")
 UNTRAINED, COMMON = "untrained", "common"
+_OVER = [f"over_{task}" for task in BORING]
 
 
 class Setting(NamedTuple):
@@ -194,13 +196,10 @@ class _Reader:
 def knob_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The results of `reproduce_knobs` as rows for a CSV file, one for each setting."""
     every = [{"knob": UNTRAINED, "setting": "", "run": "", **results["untrained"]}, *results["settings"]]
-    return [{key: one[key] for key in ("knob", "setting", "run")} | dict(_columns(one)) for one in every]
-
-
-def _columns(one: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, key in (("phi", "mean"), ("surprisal", "mean"), ("loss_gap", "value")):
-        yield from statistics.flat(name, one[name], key).items()
-    for task in BORING:
-        yield from statistics.flat(f"over_{task}", one["ratios"].get(task), "ratio").items()
-    for name in CORRELATIONS:
-        yield from statistics.flat(name, one["correlations"].get(name)).items()
+    return [
+        {key: one[key] for key in ("knob", "setting", "run")}
+        | flat_all(one, ("phi", "surprisal", "loss_gap"))
+        | flat_all({f"over_{task}": ratio for task, ratio in one["ratios"].items()}, _OVER)
+        | flat_all(one["correlations"], CORRELATIONS)
+        for one in every
+    ]

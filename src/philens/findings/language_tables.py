@@ -9,7 +9,8 @@ from rich.text import Text
 from philens.findings.complexity import CORRELATIONS, PARTS
 from philens.findings.tasks import INTERESTING
 from philens.findings.texts import PAPER
-from philens.show.terminal import count_of, counts_text, estimate_text, new_table, number_text
+from philens.show.estimates import estimate_text, number_text, numbers
+from philens.show.terminal import cell, count_of, counts_text, new_table
 from philens.tasks.automata import task_label
 from philens.tasks.levels import INTERESTING as INTERESTING_LEVELS
 
@@ -70,16 +71,11 @@ def tasks_table(results: Mapping[str, Any]) -> Table:
     headings = ("task", "phi", "surprisal", "in-context phi ÷")
     table = new_table("phi and surprisal per task", "\n".join(caption), *headings, whole=(True, False))
     for name, task in results["tasks"].items():
-        against = results["ratios"].get(name)
-        ratio = "" if against is None else estimate_text(against["ratio"], against["ci95"])
+        ratio = cell(results["ratios"].get(name), between=" ")
         if name in results["known_false_positives"]:
             ratio = "false positive"
-        table.add_row(
-            Text(task_label(name), style="bold" if name == INTERESTING else ""),
-            Text(estimate_text(task["phi"]["mean"], task["phi"]["ci95"])),
-            Text(estimate_text(task["surprisal"]["mean"], task["surprisal"]["ci95"])),
-            Text(ratio),
-        )
+        label = Text(task_label(name), style="bold" if name == INTERESTING else "")
+        table.add_row(label, *(cell(task[key], between=" ") for key in ("phi", "surprisal")), ratio)
     return table
 
 
@@ -96,19 +92,14 @@ def complexity_table(results: Mapping[str, Any]) -> Table:
     for level, label in LEVELS.items():
         table.add_row(Text(label.replace(" ", "\n"), style="bold"))
         for part in PARTS:
-            found = results[level][part]
-            cells = [estimate_text(found[name]["value"], found[name]["ci95"], 3) for name in CORRELATIONS]
-            # The interval on its own line: four columns must fit 80 characters.
-            row = [Text(cell.replace(" [", "\n[")) for cell in cells]
-            table.add_row(Text(part.replace("_", " ")), *row, end_section=part == PARTS[-1])
+            cells = [cell(results[level][part][name], 3) for name in CORRELATIONS]
+            table.add_row(part.replace("_", " "), *cells, end_section=part == PARTS[-1])
     return table
 
 
 def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None) -> Table:
     """Phi's partial correlation beside those of what learned nothing, and what is left of it."""
-    left, every = (
-        estimate_text(controls[key]["value"], controls[key]["ci95"], 3) for key in ("left", "given_all")
-    )
+    left, every = (estimate_text(controls[key], 3) for key in ("left", "given_all"))
     caption = [
         "Partial correlations as above, given what the finding holds fixed; given that and",
         "how many different letters the document has; and given more.",
@@ -120,22 +111,13 @@ def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None)
             f"pairs: of {pairs['pairs']} pairs of documents of like surprisal, in how many the one"
         )
         caption.append("with the longer description has the higher mean; chance is 0.5.")
-    table = new_table("Controls", "\n".join(caption))
-    table.add_column("of")
-    for heading in (
-        "as found",
-        "given letters",
-        "given more",
-        "phi, given this",
-        *(["pairs"] if pairs else []),
-    ):
-        table.add_column(heading, justify="right")
+    headings = ("of", "as found", "given letters", "given more", "phi, given this")
+    beside = ("pairs",) if pairs else ()
+    table = new_table("Controls", "\n".join(caption), *headings, *beside, whole=(False, False))
     for name, found in ({"phi": controls["phi"]} | controls["controls"]).items():
         cells = [found.get(key) for key in ("given_fixed", "given_letters", "given_more", "phi_given_it")]
-        texts = [estimate_text(cell["value"], cell["ci95"], 3) if cell else "" for cell in cells]
-        share = pairs and pairs["shares"].get(name)
-        texts += [estimate_text(share["share"], share["ci95"]) if share else ""] if pairs else []
-        table.add_row(Text(name.replace("_", " ")), *(Text(text.replace(" [", "\n[")) for text in texts))
+        shares = [cell(pairs["shares"].get(name))] if pairs else []
+        table.add_row(Text(name.replace("_", " ")), *(cell(one, 3) for one in cells), *shares)
     return table
 
 
@@ -152,8 +134,7 @@ def gain_table(results: Mapping[str, Any]) -> Table:
         *("correlation", ""),
     )
     for name, label in GAIN_LABELS.items():
-        found = results["correlations"][name]
-        table.add_row(label, Text(estimate_text(found["value"], found["ci95"], 3)))
+        table.add_row(label, cell(results["correlations"][name], 3, between=" "))
     return table
 
 
@@ -177,15 +158,15 @@ def knobs_table(results: Mapping[str, Any]) -> Table:
             table.add_row(Text(one["knob"], style="bold"))
         knob = one["knob"]
         cells = [number_text(measured["phi"]["mean"], 1), number_text(measured["loss_gap"]["value"], 2)]
-        cells += [_told_from(ratio["ratio"], ratio["ci95"], 1) for ratio in measured["ratios"].values()]
-        cells += [_told_from(found["value"], found["ci95"], 0) for found in measured["correlations"].values()]
-        table.add_row(Text(one["setting"] or knob), *map(Text, cells))
+        cells += [_told_from(ratio, 1) for ratio in measured["ratios"].values()]
+        cells += [_told_from(found, 0) for found in measured["correlations"].values()]
+        table.add_row(Text(one["setting"] or knob), *cells)
     return table
 
 
-def _told_from(value: float | None, interval: Sequence[float | None], none: float) -> str:
+def _told_from(estimate: Mapping[str, Any], none: float) -> str:
     """A value, in brackets where its interval has the value that would say nothing."""
-    low, high = interval
+    value, low, high = numbers(estimate)
     shown = number_text(value, 2)
     return shown if low is not None and high is not None and (low > none or high < none) else f"({shown})"
 
@@ -208,11 +189,8 @@ def texts_table(results: Mapping[str, Any]) -> Table:
     for name, level in levels.items():
         built = ", built" if level["built"] else ""
         counts = f"{count_of(level['texts'], 'text')}{built}\n{count_of(level['tokens'], 'token')}"
-        cells = []
-        for key, digits in (("phi", 2), ("surprisal", 2), ("gap", 3)):
-            found = level[key]
-            text = "none" if found is None else estimate_text(found["mean"], found["ci95"], digits)
-            cells.append(Text(text.replace(" [", "\n[")))
+        kinds = (("phi", 2), ("surprisal", 2), ("gap", 3))
+        cells = ["none" if level[key] is None else cell(level[key], digits) for key, digits in kinds]
         paper = PAPER.get(level["role"])
         label = Text.assemble((name, "bold" if level["role"] in INTERESTING_LEVELS else ""), f"\n{counts}")
         table.add_row(label, *cells, "" if paper is None else f"{paper[0]} / {paper[1]}")
@@ -230,13 +208,12 @@ def text_pairs_table(results: Mapping[str, Any]) -> Table:
     )
     for pair in results["pairs"]:
         if pair["claim"]:
-            found = [estimate_text(pair[key]["value"], pair[key]["ci95"]) for key in ("difference", "ratio")]
             verdict = "not separated"
             if pair["separated"]:
                 verdict = "above" if pair["difference"]["value"] > 0 else "below"
-            cells = [Text(cell.replace(" [", "\n[")) for cell in found]
             control = number_text(pair["controls"]["phi_untrained"]["value"], 2)
-            table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells, control, verdict)
+            cells = (cell(pair["difference"]), cell(pair["ratio"]), control, verdict)
+            table.add_row(Text(f"{pair['first']}, {pair['second']}"), *cells)
     return table
 
 
@@ -253,10 +230,8 @@ def recitation_table(verbatim: Mapping[str, Any]) -> Table:
     )
     for key, label in _RECITATION.items():
         found = verbatim[key]
-        cells = ("none", "0")
-        if found is not None:
-            cells = (estimate_text(found["mean"], found["ci95"]), f"{found['texts']:,}")
-        table.add_row(label, *cells, end_section=key == "sure_rest")
+        count = 0 if found is None else found["texts"]
+        table.add_row(label, Text(estimate_text(found)), f"{count:,}", end_section=key == "sure_rest")
     return table
 
 

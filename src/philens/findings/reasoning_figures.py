@@ -13,14 +13,11 @@ from matplotlib.lines import Line2D
 
 from philens.findings.reasoning_tables import headline_names, label
 from philens.findings.solutions import GIVEN, PHI
-from philens.show.plots import FONT, PHI_LABEL, SURPRISAL_LABEL, new_figure, set_fonts
+from philens.show.estimates import numbers
+from philens.show.plots import FONT, PHI_LABEL, SURPRISAL_LABEL, legend_below, new_figure, set_fonts
 
-_PHI_COLOUR, _BASELINE_COLOUR, _AGAINST_COLOUR, _CORRELATION_COLOUR = (
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#5F5F5F",
-)
+_PHI_COLOUR, _BASELINE_COLOUR = "#D55E00", "#0072B2"
+_AGAINST_COLOUR, _CORRELATION_COLOUR = "#009E73", "#5F5F5F"
 
 
 def figures(finding: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
@@ -60,14 +57,17 @@ def figure_correctness(results: Sequence[Mapping[str, Any]], of: str = "") -> Fi
             [_at(one, "levels", level, "choice", subset, "rules", rule) for level in levels]
             for one in results
         ]
-        _draw(by_level, places + 0.09 * (number - 1.5), found, "accuracy", 100, colour, marker, text)
+        _draw(by_level, places + 0.09 * (number - 1.5), found, 100, colour, marker, text)
     found = [
         [_at(one, "levels", level, "partial", "pooled", "phi_mean", "surprisal") for level in levels]
         for one in results
     ]
     text = "partial correlation given surprisal (right axis)"
-    _draw(second, places + 0.13, found, "value", 1, _CORRELATION_COLOUR, "X", text, linestyle=":")
-    _around_chance(by_level, second)
+    _draw(second, places + 0.13, found, 1, _CORRELATION_COLOUR, "X", text, linestyle=":")
+    # Chance, 50 % and 0, is at the same height on both axes.
+    by_level.set_ylim(-3, 103)
+    farthest = max(map(abs, second.get_ylim()))
+    second.set_ylim(-farthest, farthest)
     by_level.axhline(50, color="black", linewidth=0.8)
     by_level.set_xticks(places, levels)
     by_level.set(xlabel=results[0]["by"], ylabel="right one picked (%)")
@@ -85,7 +85,7 @@ def figure_correctness(results: Sequence[Mapping[str, Any]], of: str = "") -> Fi
     ):
         found = [[_at(one, "choice", subset, "rules", rule) for rule in rules] for one in results]
         text = "all pairs" if subset == "all" else "balanced over counter-intuitive and intuitive"
-        _draw(by_rule, rows + shift, found, "accuracy", 100, colour, marker, text, linestyle="", flat=True)
+        _draw(by_rule, rows + shift, found, 100, colour, marker, text, linestyle="", flat=True)
     by_rule.axvline(50, color="black", linewidth=0.8)
     by_rule.set_yticks(rows, [label(rule) for rule in rules])
     by_rule.set(xlabel="right one picked (%)")
@@ -107,7 +107,7 @@ def figure_difficulty(results: Sequence[Mapping[str, Any]], of: str = "") -> Fig
         (middle, "surprisal_mean", SURPRISAL_LABEL, _BASELINE_COLOUR, "s"),
     ):
         found = [[_at(one, "levels", level, name) for level in levels] for one in results]
-        _draw(axes, places, found, "mean", 1, colour, marker, None)
+        _draw(axes, places, found, 1, colour, marker, None)
         axes.set_xticks(places, levels)
         axes.set(xlabel=results[0]["by"], ylabel=text)
     left.set_title(of, fontsize=FONT + 1, loc="left")
@@ -125,7 +125,7 @@ def figure_difficulty(results: Sequence[Mapping[str, Any]], of: str = "") -> Fig
     ]
     for row, (_, path, colour, marker) in enumerate(bars):
         found = [[_at(one, *path)] for one in results]
-        _draw(right, np.array([-row]), found, "value", 1, colour, marker, None, linestyle="", flat=True)
+        _draw(right, np.array([-row]), found, 1, colour, marker, None, linestyle="", flat=True)
     right.set_yticks(-np.arange(len(bars)), [text for text, *_ in bars])
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel=f"Spearman's correlation with {results[0]['by']}")
@@ -143,7 +143,7 @@ def figure_points(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
     places = np.arange(len(points))
     for axes, name in zip(panels, names, strict=False):
         found = [[_at(one, "points", point, name) for point in points] for one in sweeps]
-        _draw(axes, places, found, "value", 1, _PHI_COLOUR, "o", None)
+        _draw(axes, places, found, 1, _PHI_COLOUR, "o", None)
         axes.axhline(sweeps[0]["points"][points[0]][name]["chance"], color="black", linewidth=0.8)
         axes.set_xticks(places, [point.rsplit(".", 1)[-1] for point in points])
         axes.set_xlabel("after block")
@@ -157,13 +157,6 @@ def figure_points(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
     )
     _legend_below(figure, [], note if len(sweeps) == 1 else _note(sweeps))
     return figure
-
-
-def _around_chance(percent: Axes, correlation: Axes) -> None:
-    """Chance at the same height on both axes: 50 % and 0."""
-    percent.set_ylim(-3, 103)
-    farthest = max(map(abs, correlation.get_ylim()))
-    correlation.set_ylim(-farthest, farthest)
 
 
 def _levels(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -183,7 +176,6 @@ def _draw(
     axes: Axes,
     places: np.ndarray,
     seeds: Sequence[Sequence[Mapping[str, Any] | None]],
-    key: str,
     scale: float,
     colour: str,
     marker: str,
@@ -192,15 +184,8 @@ def _draw(
     flat: bool = False,
 ) -> None:
     """Estimates at `places`: with intervals of one seed, else their mean and a dot for each seed."""
-
-    def ends(estimate: Mapping[str, Any] | None) -> list[float]:
-        if estimate is None:
-            return [np.nan] * 3
-        found = [estimate[key], *(estimate.get("ci95") or estimate["interval"])]
-        return [np.nan if number is None else scale * number for number in found]
-
-    numbers = [ends(estimate) for one in seeds for estimate in one]
-    values = np.array(numbers, dtype=float).reshape(len(seeds), len(places), 3)
+    found = [numbers(estimate) for one in seeds for estimate in one]
+    values = scale * np.array(found, dtype=float).reshape(len(seeds), len(places), 3)  # None becomes NaN
     present = np.isfinite(values[..., 0])
     middle = np.nansum(values[..., 0], axis=0) / np.where(present.any(axis=0), present.sum(axis=0), np.nan)
     style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": linestyle, "linewidth": 1.1}
@@ -227,11 +212,4 @@ def _legend_below(figure: Figure, panels: Sequence[Axes], note: str) -> None:
     pairs = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     pairs.append((Line2D([], [], linestyle=""), note))
     handles, texts = zip(*pairs, strict=True)
-    figure.legend(
-        handles,
-        texts,
-        loc="outside lower center",
-        ncols=min(2, len(pairs)),
-        fontsize=FONT - 1,
-        frameon=False,
-    )
+    legend_below(figure, handles, texts, min(2, len(pairs)))

@@ -22,7 +22,8 @@ from philens.findings.correctness import (
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
 from philens.findings.solutions import BASELINES, GIVEN, PHI, point_rows
-from philens.show.terminal import count_of, counts_text, estimate_text, new_table, number_text
+from philens.show.estimates import number_text, numbers
+from philens.show.terminal import cell, count_of, counts_text, new_table
 
 # Intervals over fewer problems say little.
 FEW_PROBLEMS = 20
@@ -128,7 +129,7 @@ def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:
     )
     for rule in results["choice"]["all"]["rules"]:
         cells = [results["choice"][subset]["rules"][rule] for subset in SUBSETS]
-        table.add_row(label(rule), *(_cell(cell, "accuracy", 100, 1) for cell in cells))
+        table.add_row(label(rule), *(_percent(cell) for cell in cells))
     return table
 
 
@@ -146,11 +147,11 @@ def correctness_levels_table(results: Mapping[str, Any], of: str = "") -> Table:
         choice = found["choice"]
         table.add_row(
             Text(f"{level}\n{choice['all']['pairs']:,}"),
-            _cell(found["accuracy"], "value", 100, 1),
-            _cell(choice["all"]["rules"].get("highest_phi"), "accuracy", 100, 1),
-            _cell(choice["all"]["rules"].get("lowest_surprisal"), "accuracy", 100, 1),
-            _cell(choice["counterintuitive"]["rules"].get("highest_phi"), "accuracy", 100, 1),
-            _cell(found["partial"]["pooled"]["phi_mean"]["surprisal"], "value", 1, 2),
+            _percent(found["accuracy"]),
+            _percent(choice["all"]["rules"].get("highest_phi")),
+            _percent(choice["all"]["rules"].get("lowest_surprisal")),
+            _percent(choice["counterintuitive"]["rules"].get("highest_phi")),
+            cell(found["partial"]["pooled"]["phi_mean"]["surprisal"]),
         )
     return table
 
@@ -187,8 +188,8 @@ def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
     for rule, found in selection["rules"].items():
         table.add_row(
             label(rule),
-            _cell(found, "accuracy", 100, 1, between=" "),
-            _cell(found["gain"], "value", 100, 1, between=" "),
+            _percent(found, " "),
+            _percent(found["gain"], " "),
         )
     return table
 
@@ -205,13 +206,13 @@ def early_table(results: Mapping[str, Any], of: str = "") -> Table:
         whole=(True, True),
     )
     everything = [selection["rules"].get(name) for name in ("random", "majority")]
-    table.add_row("all", "", *(_cell(found, "accuracy", 100, 1) for found in everything), end_section=True)
+    table.add_row("all", "", *(_percent(found) for found in everything), end_section=True)
     for rule, found in early["rules"].items():
         endings = [found.get(name) for name in ("random", "majority", "best")]
         table.add_row(
             label(rule),
-            _cell(found["saved"], "value", 100, 1),
-            *(_cell(one, "accuracy", 100, 1) for one in endings),
+            _percent(found["saved"]),
+            *(_percent(one) for one in endings),
         )
     return table
 
@@ -229,9 +230,7 @@ def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
         whole=(True, True),
     )
     for level, found in results["levels"].items():
-        table.add_row(
-            Text(f"{level}\n{found['problems']:,}"), *(_cell(found[name], "mean") for name in names)
-        )
+        table.add_row(Text(f"{level}\n{found['problems']:,}"), *(_cell(found[name]) for name in names))
     return table
 
 
@@ -258,11 +257,10 @@ _ALL_ELSE = (
 def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_section: bool = False) -> None:
     """A row, and one more below phi with all else held fixed."""
     below = name == PHI[0] and GIVEN[-1] in found
-    cells = [_cell(found.get(given), "value", 1, 2) for given in GIVEN[:-1]]
+    cells = [cell(found.get(given)) for given in GIVEN[:-1]]
     table.add_row(label(name), *cells, end_section=end_section and not below)
     if below:
-        cell = _cell(found[GIVEN[-1]], "value", 1, 2)
-        table.add_row(f"{label(name)}, given all else", cell, end_section=end_section)
+        table.add_row(f"{label(name)}, given all else", cell(found[GIVEN[-1]]), end_section=end_section)
 
 
 def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
@@ -302,22 +300,14 @@ def _title(text: str, of: str) -> str:
     return f"{text}, {of}" if of else text
 
 
-def _cell(
-    estimate: Mapping[str, Any] | None,
-    key: str,
-    scale: float = 1,
-    digits: int | None = None,
-    between: str = "\n",
-) -> Text:
-    """A number with its interval; without `digits` two after the point of small ones, and fewer of large."""
-    if estimate is None:
-        return Text("")
-    value, low, high = (
-        None if number is None else scale * number for number in (estimate[key], *estimate["ci95"])
-    )
-    if digits is None:
-        digits = int(np.clip(2 - np.floor(np.log10(abs(value) or 1)), 0, 2)) if value is not None else 2
-    return Text(estimate_text(value, [low, high], digits).replace(" [", f"{between}["))
+def _cell(estimate: Mapping[str, Any] | None) -> Text:
+    """A number with its interval, two digits after the point of small ones and fewer of large ones."""
+    value = numbers(estimate)[0]
+    return cell(estimate, int(np.clip(2 - np.floor(np.log10(abs(value or 1))), 0, 2)))
+
+
+def _percent(estimate: Mapping[str, Any] | None, between: str = "\n") -> Text:
+    return cell(estimate, 1, 100, between)
 
 
 def _exclusions(results: Mapping[str, Any]) -> str:

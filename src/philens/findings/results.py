@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from philens.findings import statistics
 from philens.findings.classify import fit_classifier
-from philens.findings.statistics import flat
+from philens.show.estimates import flat, flat_all
 from philens.support.errors import InputError
 from philens.tasks.results import HELD_OUT, KINDS
 
@@ -62,6 +62,7 @@ PAIRS = (
     *(("problem_result", "problem_operand"), ("problem_result", "problem_result_again")),
     ("written_right", "written_wrong"),
 )
+_CONTRASTED = ("phi", "phi_untrained", "state_norm", "surprisal_next")
 Mask = NDArray[np.bool_]
 
 
@@ -164,7 +165,7 @@ def _describe(
 def _contrast(table: "pd.DataFrame", first: Mask, second: Mask, **options: Any) -> dict[str, Any]:
     rows = table[first | second]
     found = {}
-    for name in ("phi", "phi_untrained", "state_norm", "surprisal_next"):
+    for name in _CONTRASTED:
         contrast = statistics.contrast(rows[name], first[first | second], rows["text"], **options)
         found[name] = {"difference": contrast.difference.as_dict(), "d": contrast.d.as_dict()}
     return found
@@ -242,40 +243,32 @@ def _written(rows: "pd.DataFrame", **options: Any) -> dict[str, Any]:
 
 def kind_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The kinds of `measure_results` of each layer, with their details, as rows for a CSV file."""
-    rows = []
-    for layer in layers:
-        for name, found in layer["kinds"].items():
-            for detail, item in {"": found, **found.get("details", {})}.items():
-                row = {**_named(layer), "kind": name, "detail": detail, "role": item["role"]}
-                row |= {"places": item["places"], "texts": item["texts"]}
-                for key in QUANTITIES:
-                    row |= flat(key, item.get(key), "mean")
-                rows.append(row)
-    return rows
+    return [
+        {**_named(layer), "kind": name, "detail": detail}
+        | {key: item[key] for key in ("role", "places", "texts")}
+        | flat_all(item, QUANTITIES)
+        for layer in layers
+        for name, found in layer["kinds"].items()
+        for detail, item in {"": found, **found.get("details", {})}.items()
+    ]
 
 
 def form_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The forms of `measure_results` of each layer as rows for a CSV file."""
-    rows = []
-    for layer in layers:
-        for form, sides in layer["forms"].items():
-            for side, item in sides.items():
-                row = {**_named(layer), "form": form, "role": side, "places": item["places"]}
-                for key in QUANTITIES:
-                    row |= flat(key, item.get(key), "mean")
-                rows.append(row)
-    return rows
+    return [
+        {**_named(layer), "form": form, "role": side, "places": item["places"]} | flat_all(item, QUANTITIES)
+        for layer in layers
+        for form, sides in layer["forms"].items()
+        for side, item in sides.items()
+    ]
 
 
 def contrast_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The contrasts of `measure_results` of each layer as rows for a CSV file."""
     return [
         {**_named(layer), "first": item["first"], "second": item["second"]}
-        | flat("difference", item["phi"]["difference"])
-        | flat("d", item["phi"]["d"])
-        | flat("d_untrained", item["phi_untrained"]["d"])
-        | flat("d_state_norm", item["state_norm"]["d"])
-        | flat("d_surprisal_next", item["surprisal_next"]["d"])
+        | flat_all(item["phi"])
+        | flat_all({f"d_{name.removeprefix('phi_')}": item[name]["d"] for name in _CONTRASTED[1:]})
         for layer in layers
         for item in layer["contrasts"]
     ]
@@ -283,15 +276,13 @@ def contrast_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def effect_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Effects and classifiers of `measure_results` of each layer as rows for a CSV file."""
-    rows = []
-    for layer in layers:
-        for name, item in layer["effects"].items():
-            for key in ("nats", "partial_correlation"):
-                rows.append(_named(layer) | {"measure": key, "by": name} | flat("value", item[key]))
-        for name, item in layer["classifiers"].items():
-            for where, found in item.items():
-                rows.append(_named(layer) | {"measure": f"auroc_{where}", "by": name} | flat("value", found))
-    return rows
+    return [
+        {**_named(layer), "measure": f"{kind}{measure}", "by": name} | flat("value", one)
+        for layer in layers
+        for kind, every in (("", layer["effects"]), ("auroc_", layer["classifiers"]))
+        for name, found in every.items()
+        for measure, one in found.items()
+    ]
 
 
 def _named(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 from philens.findings.results_tables import PREDICTOR_LABELS, ROLE_LABELS, label
 from philens.scoring.scores import TokenScores, unit
 from philens.show.colours import LEVELS, LIGHT, Scale, palette, plain_label
-from philens.show.plots import FONT, error_of, new_figure, set_fonts
+from philens.show.estimates import numbers
+from philens.show.plots import FONT, error_of, grid_of_x, legend_below, name_rows, new_figure, set_fonts
 from philens.support.output import visible
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def figure_results(layer: Mapping[str, Any], places: Mapping[str, Sequence[float
         axes.set_xlim(0, None)
         axes.set(xlabel="nats")
         axes.set_title(title, fontsize=FONT, loc="left")
-        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
-        axes.set_axisbelow(True)
+        grid_of_x(axes)
     _classifiers(panels[3], layer["classifiers"])
     set_fonts(figure)
     for axes in panels:
@@ -67,7 +67,7 @@ def figure_results(layer: Mapping[str, Any], places: Mapping[str, Sequence[float
         figure.axes[0].plot([], [], _ROLES[role][1], color=_ROLES[role][0], label=ROLE_LABELS[role])[0]
         for role in dict.fromkeys(kind["role"] for kind in kinds.values())
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
+    legend_below(figure, handles, [handle.get_label() for handle in handles], 3)
     return figure
 
 
@@ -83,23 +83,17 @@ def _rows(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def _classifiers(axes: "Axes", classifiers: Mapping[str, Mapping[str, Any]]) -> None:
     """AUROC of each classifier on held-out sentences, and on solutions where there are some."""
-    for number, found in enumerate(classifiers.values()):
-        for where, offset, filled in (("sentences", -0.15, True), ("problems", 0.15, False)):
-            if where in found and found[where]["value"] is not None:
-                axes.errorbar(
-                    found[where]["value"],
-                    number + offset,
-                    xerr=error_of(found[where], "value"),
-                    fmt="o",
-                    color="#D55E00" if filled else "#0072B2",
-                    markerfacecolor=None if filled else "white",
-                    markersize=4.5,
-                    elinewidth=1.4,
-                    capsize=2.5,
-                )
+    style = {"markersize": 4.5, "elinewidth": 1.4, "capsize": 2.5}
+    for where, offset, colours in (
+        ("sentences", -0.15, {"color": "#D55E00"}),
+        ("problems", 0.15, {"color": "#0072B2", "markerfacecolor": "white"}),
+    ):
+        for number, found in enumerate(classifiers.values()):
+            if (value := numbers(found.get(where))[0]) is not None:
+                place = number + offset
+                axes.errorbar(value, place, xerr=error_of(found[where]), fmt="o", **colours, **style)
     axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set_ylim(len(classifiers) - 0.5, -0.5)
-    axes.set_yticks(range(len(classifiers)), [PREDICTOR_LABELS[name] for name in classifiers])
+    name_rows(axes, [PREDICTOR_LABELS[name] for name in classifiers])
     axes.set(xlabel="AUROC")
     both = any("problems" in found for found in classifiers.values())
     axes.set_title("worked out or not" + ("\n(open: solutions)" if both else ""), fontsize=FONT, loc="left")

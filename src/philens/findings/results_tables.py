@@ -6,19 +6,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from philens.show.terminal import count_of, estimate_text, new_table
+from philens.show.estimates import numbers
+from philens.show.terminal import cell, count_of, new_table
 
 KIND_LABELS = {
-    "sum": "sum",
-    "difference": "difference",
-    "product": "product",
-    "copied": "copied",
     "assigned": "assigned (n = 18)",
     "identity": "identity (18 = 18)",
     "counted": "counted on",
     "recalled": "recalled fact",
-    "arbitrary": "arbitrary",
-    "unknown_operation": "unknown operation",
     "one_digit_sum": "one-digit sum",
     "three_digit_sum": "three-digit sum",
     "plus_zero": "a + 0",
@@ -85,22 +80,17 @@ def kinds_table(layer: Mapping[str, Any]) -> Table:
         if kind["role"] != last:
             table.add_row(Text(ROLE_LABELS[kind["role"]], style="bold"))
             last = kind["role"]
-        cells = [_nats(kind["phi"], "mean"), _nats(kind["phi_untrained"], "mean")]
-        cells.append(_cell(kind["surprisal_next"], 2, "mean"))
+        cells = [_nats(kind["phi"]), _nats(kind["phi_untrained"])]
+        cells.append(cell(kind["surprisal_next"], 2))
         if name in against:
-            cells.append(_cell(against[name]["phi"]["d"]))
+            cells.append(cell(against[name]["phi"]["d"]))
         table.add_row(Text(f"{label(name)}\n{count_of(kind['places'], 'place')}"), *cells)
     return table
 
 
-def _cell(estimate: Mapping[str, Any], digits: int = 2, name: str = "value") -> Text:
-    """The interval on its own line, so that a table fits 80 characters."""
-    return Text(estimate_text(estimate[name], estimate["ci95"], digits).replace(" [", "\n["))
-
-
-def _nats(estimate: Mapping[str, Any], name: str = "value") -> Text:
+def _nats(estimate: Mapping[str, Any]) -> Text:
     """A value of phi, which is small in small models and hundreds of nats in large ones."""
-    return _cell(estimate, 0 if abs(estimate[name] or 0) >= 100 else 1, name)
+    return cell(estimate, 0 if abs(numbers(estimate)[0] or 0) >= 100 else 1)
 
 
 def effects_table(layer: Mapping[str, Any]) -> Table:
@@ -123,8 +113,8 @@ def effects_table(layer: Mapping[str, Any]) -> Table:
     )
     for name in dict.fromkeys([*layer["effects"], *layer["classifiers"]]):
         effect, found = layer["effects"].get(name, {}), layer["classifiers"].get(name, {})
-        cells = [_nats(effect["nats"]), _cell(effect["partial_correlation"])] if effect else ["", ""]
-        cells += [_cell(found[where], 3) for where in ("sentences", "problems") if where in found]
+        cells = [_nats(effect["nats"]), cell(effect["partial_correlation"])] if effect else ["", ""]
+        cells += [cell(found[where], 3) for where in ("sentences", "problems") if where in found]
         table.add_row(label(name), *cells)
     return table
 
@@ -140,10 +130,10 @@ def forms_table(layer: Mapping[str, Any]) -> Table:
     )
     for form, sides in layer["forms"].items():
         for side, item in sides.items():
-            cells = [_nats(item[name], "mean") for name in ("phi", "phi_untrained")]
+            cells = [_nats(item[name]) for name in ("phi", "phi_untrained")]
             name = "worked out" if side == "worked" else "other numbers"
             places = count_of(item["places"], "place")
-            table.add_row(Text(f"{form}: {name}\n{places}"), *cells, _cell(item["surprisal_next"], 2, "mean"))
+            table.add_row(Text(f"{form}: {name}\n{places}"), *cells, cell(item["surprisal_next"], 2))
     return table
 
 
@@ -157,7 +147,7 @@ def pairs_table(layer: Mapping[str, Any]) -> Table:
         whole=(False, False),
     )
     for item in layer["contrasts"]:
-        cells = [_cell(item[key]["d"]) for key in ("phi", "phi_untrained", "state_norm")]
+        cells = [cell(item[key]["d"]) for key in ("phi", "phi_untrained", "state_norm")]
         table.add_row(
             Text(f"{label(item['first'])},\n{label(item['second'])}"),
             *(_nats(item["phi"]["difference"]), *cells),
@@ -180,9 +170,9 @@ def layers_table(results: Mapping[str, Any]) -> Table:
         nearest = min(others, key=lambda item: item["phi"]["d"]["value"] or 0.0)["phi"]["d"]
         again = next(item for item in layer["contrasts"] if item["second"] == "same_sum_again")["phi"]
         auroc = layer["classifiers"]
-        cells = [_nats(layer["worked"]), _cell(nearest), _nats(again["difference"])]
+        cells = [_nats(layer["worked"]), cell(nearest), _nats(again["difference"])]
         cells.append(_nats(layer["effects"]["baselines"]["nats"]))
-        cells += [_cell(auroc[name]["sentences"], 3) for name in ("phi", "phi_untrained")]
+        cells += [cell(auroc[name]["sentences"], 3) for name in ("phi", "phi_untrained")]
         table.add_row(Text(layer_label(layer)), *cells, "yes" if layer["holds"] else "no")
     return table
 

@@ -17,6 +17,7 @@ from philens.lens.metrics import CONTROLS as _CONTROLS
 from philens.lens.metrics import METRICS
 from philens.reasoning.rules import AGGREGATES
 from philens.scoring.scores import group_names
+from philens.show.estimates import flat_all
 from philens.support.columns import Column, column_name
 from philens.support.errors import InputError
 
@@ -206,12 +207,9 @@ def compare_points(
 
 def point_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `compare_points` found as rows for a CSV file, one for each insertion point."""
-    rows = []
-    for point, found in results["points"].items():
-        row = {"insertion_point": point, "problems": found["problems"], "samples": found["samples"]}
-        for name, item in found.items():
-            if isinstance(item, Mapping):
-                low, high = item["interval"]
-                row |= {name: item["value"], f"{name}_low": low, f"{name}_high": high}
-        rows.append(row | {"level": results["level"]})
-    return rows
+    return [
+        {"insertion_point": point, "problems": found["problems"], "samples": found["samples"]}
+        | flat_all(found)
+        | {"level": results["level"]}
+        for point, found in results["points"].items()
+    ]

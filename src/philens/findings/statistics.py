@@ -13,11 +13,10 @@ higher; equal scores count as half a right choice, and the pairs of a problem to
 other's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite, sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,12 +74,6 @@ class Estimate:
         low, high = self.ci95 if level is None else self.interval(level)
         key = "ci95" if level is None else "interval"
         return {name: _number(self.value), key: [_number(low), _number(high)]}
-
-
-def flat(name: str, estimate: Mapping[str, Any] | None, key: str = "value") -> dict[str, Any]:
-    """An estimate, as `Estimate.as_dict` has it, as columns of a CSV file: its value and both ends."""
-    found = estimate or {key: None, "ci95": [None, None]}
-    return {name: found[key], f"{name}_low": found["ci95"][0], f"{name}_high": found["ci95"][1]}
 
 
 def _number(value: float) -> float | None:

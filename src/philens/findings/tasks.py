@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from philens.findings import statistics
+from philens.show.estimates import flat, flat_all
 from philens.support.errors import InputError
 from philens.tasks.automata import TASKS
 
@@ -74,16 +75,13 @@ def measure_tasks(
 
 def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The results of `measure_tasks` as rows for a CSV file, one for each task."""
-    rows = []
-    for name, task in results["tasks"].items():
-        against = results["ratios"].get(name, {"ratio": None, "ci95": [None, None]})
-        row = {"task": name}
-        for key in ("phi", "surprisal"):
-            row |= statistics.flat(key, task[key], "mean")
-        row |= {"in_context_language_phi_ratio": against["ratio"]}
-        row |= {"ratio_low": against["ci95"][0], "ratio_high": against["ci95"][1]}
-        rows.append(row | {"tokens": task["tokens"], "documents": task["documents"]})
-    return rows
+    return [
+        {"task": name}
+        | flat_all(task, ("phi", "surprisal"))
+        | flat("in_context_language_phi_ratio", results["ratios"].get(name), "ratio_")
+        | {"tokens": task["tokens"], "documents": task["documents"]}
+        for name, task in results["tasks"].items()
+    ]
 
 
 def _compare(phi: Mapping[str, statistics.Estimate], boring: str) -> dict[str, Any]:

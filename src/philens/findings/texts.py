@@ -27,6 +27,7 @@ from philens.findings.text_tokens import (
     phi_by_surprisal,
 )
 from philens.lens.metrics import CONTROLS
+from philens.show.estimates import flat, flat_all
 from philens.support.errors import InputError
 from philens.tasks.levels import BORING, INTERESTING, LevelText, in_order, role
 from philens.tasks.sources import chat_of
@@ -184,8 +185,13 @@ def measure_texts(
 
 def text_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The levels of `measure_texts` as rows for a CSV file, at each point if there are several."""
+    where = ("label", "adapter", "insertion_point", "step")
     return [
-        {**_where(point), **row} for point in results.get("points", [results]) for row in _level_rows(point)
+        {key: point[key] for key in where if "label" in point}
+        | {"level": name, **{key: level[key] for key in ("role", "built", "texts", "tokens", "sinks")}}
+        | flat_all(level, QUANTITIES)
+        for point in results.get("points", [results])
+        for name, level in point["levels"].items()
     ]
 
 
@@ -202,23 +208,10 @@ def token_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def surprisal_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Phi by level and bin of surprisal as rows for a CSV file."""
     return [
-        {"level": name, **{key: one[key] for key in ("from", "below", "texts", "tokens")}}
-        | statistics.flat("phi", one, "mean")
+        {"level": name, **{key: one[key] for key in ("from", "below", "texts", "tokens")}} | flat("phi", one)
         for name, level in results["levels"].items()
         for one in level["by_surprisal"]
     ]
-
-
-def _where(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: point[key] for key in ("label", "adapter", "insertion_point", "step") if "label" in point}
-
-
-def _level_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, level in results["levels"].items():
-        row = {"level": name, **{key: level[key] for key in ("role", "built", "texts", "tokens", "sinks")}}
-        for key in QUANTITIES:
-            row |= statistics.flat(key, level[key], "mean")
-        yield row
 
 
 def counted(text: LevelText, scores: "TokenScores") -> NDArray[np.bool_]:

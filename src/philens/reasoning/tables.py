@@ -10,7 +10,8 @@ from rich.text import Text
 
 from philens.reasoning.rules import PREFIX
 from philens.show.colours import plain_label
-from philens.show.terminal import new_table, number_text
+from philens.show.estimates import number_text
+from philens.show.terminal import new_table
 from philens.support.columns import Column, column_name
 from philens.support.output import visible
 from philens.tasks.chat import content_text

@@ -11,6 +11,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from numpy.typing import ArrayLike, NDArray
+
+from philens.show.estimates import Estimate, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +30,8 @@ PHI_LABEL = "PHi loss (nats per token)"
 MTD_LABEL = "multiple-token divergence (nats)"
 SURPRISAL_LABEL = "surprisal (nats per token)"
 FONT = 9
+
+Floats = NDArray[np.float64]
 
 
 def new_figure(height: float) -> Figure:
@@ -45,13 +50,55 @@ def set_fonts(figure: Figure) -> None:
         axes.yaxis.label.set_fontsize(FONT)
 
 
-def error_of(estimate: Mapping[str, Any], name: str = "mean") -> np.ndarray:
-    """Distances (2, 1) from the value to its interval's ends, NaN where there is no interval."""
-    value, bounds = estimate[name], estimate["ci95"]
-    if value is None or None in bounds:
-        return np.full((2, 1), np.nan)
+def error_of(estimate: Estimate | None) -> Floats:
+    """Distances (2, 1) from the number to its interval's ends, NaN where there is no interval."""
+    value, low, high = np.array(numbers(estimate), dtype=float)  # None becomes NaN
     # A percentile interval need not contain the estimate; matplotlib takes no negative distances.
-    return np.maximum([[value - bounds[0]], [bounds[1] - value]], 0.0)
+    return np.maximum([[value - low], [high - value]], 0.0)
+
+
+def draw_estimates(axes: "Axes", places: ArrayLike, found: Sequence[Estimate | None], **style: Any) -> None:
+    """Numbers at their places, with intervals."""
+    values = np.array([numbers(one)[0] for one in found], dtype=float)
+    errors = np.concatenate([error_of(one) for one in found], axis=1)
+    axes.errorbar(places, values, yerr=errors, **style)
+
+
+def draw_bars(
+    axes: "Axes", found: Mapping[str, Estimate | None], colours: Sequence[str], **style: Any
+) -> None:
+    """Bars with intervals, each beside its name, from the top down."""
+    for row, (one, colour) in enumerate(zip(found.values(), colours, strict=True)):
+        if (value := numbers(one)[0]) is not None:
+            axes.barh(row, value, xerr=error_of(one), color=colour, **{"height": 0.6, "capsize": 3} | style)
+    name_rows(axes, list(found))
+
+
+def draw_dots(axes: "Axes", found: Mapping[str, Estimate | None], **style: Any) -> None:
+    """Dots with intervals, each beside its name, from the top down."""
+    for row, one in enumerate(found.values()):
+        if (value := numbers(one)[0]) is not None:
+            axes.errorbar(value, row, xerr=error_of(one), **{"fmt": "o", "capsize": 3} | style)
+    name_rows(axes, list(found))
+    grid_of_x(axes)
+
+
+def name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    """Names of rows, the first at the top; whatever they hold is shown as it is."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+
+
+def grid_of_x(axes: "Axes") -> None:
+    axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], texts: Sequence[Any], columns: int) -> None:
+    style: dict[str, Any] = {"fontsize": FONT - 1, "frameon": False}
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, **style)
 
 
 def series_style(name: str, names: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from philens.show.estimates import Estimate, estimate_text
+
 
 def new_table(
     title: str, caption: str, *headings: str | Text, whole: tuple[bool, bool] = (False, True)
@@ -40,13 +42,7 @@ def count_of(number: int, unit: str) -> str:
     return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
-def estimate_text(value: float | None, interval: list[float | None], digits: int = 2) -> str:
-    """A value with its interval, where it has one."""
-    low, high = interval
-    between = "" if low is None or high is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
-    return number_text(value, digits) + between
-
-
-def number_text(value: float | None, digits: int) -> str:
-    """A value, `none` where there is none."""
-    return "none" if value is None else f"{value:z.{digits}f}"
+def cell(estimate: Estimate | None, digits: int = 2, scale: float = 1, between: str = "\n") -> Text:
+    """An estimate, its interval on a line of its own, so that a table fits 80 characters; or nothing."""
+    text = "" if estimate is None else estimate_text(estimate, digits, scale)
+    return Text(text.replace(" [", f"{between}["))
