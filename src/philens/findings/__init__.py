@@ -77,18 +77,11 @@ def combine_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(isinstance(value, bool) for value in values):
             combined[key] = {"true": sum(values), "seeds": len(values)}
         elif all(isinstance(value, int | float) for value in values):
-            combined[key] = _spread([float(value) for value in values])
+            numbers = [float(value) for value in values]
+            spread = {"mean": fmean(numbers), "min": min(numbers), "max": max(numbers)}
+            sd = stdev(numbers) if len(numbers) > 1 else None
+            combined[key] = spread | {"sd": sd, "seeds": len(numbers)}
     return {key: value for key, value in combined.items() if value}
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": fmean(values),
-        "min": min(values),
-        "max": max(values),
-        "sd": stdev(values) if len(values) > 1 else None,
-        "seeds": len(values),
-    }
 
 
 def write_finding(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from numpy.typing import ArrayLike
 
+from philens.findings.statistics import Floats, fit_logistic
 from philens.support.errors import InputError
 
-Floats = NDArray[np.float64]
+PENALTY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Classifier:
         return (data - self.centre) / self.scale @ self.weights + self.bias
 
 
-def fit_classifier(columns: Sequence[ArrayLike], positive: ArrayLike, penalty: float = 1e-3) -> Classifier:
+def fit_classifier(columns: Sequence[ArrayLike], positive: ArrayLike) -> Classifier:
     """Fit one to `columns`, (N,) each; rows with a missing value are left out.
 
-    Minimised is the mean negative log-likelihood, in which both groups weigh the same, plus `penalty`/2 times
-    the squared weights of the standardised columns.
+    Minimised is the mean negative log-likelihood, in which both groups weigh the same, plus half `PENALTY`
+    times the squared weights of the standardised columns.
 
     Args:
         positive: (N,) which rows are in the second group.
@@ -39,8 +39,6 @@ def fit_classifier(columns: Sequence[ArrayLike], positive: ArrayLike, penalty: f
     Raises:
         InputError: one of the groups is empty.
     """
-    from scipy.optimize import minimize  # slow to import
-
     data = np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
     labels = np.asarray(positive, dtype=bool)
     present = np.isfinite(data).all(1)
@@ -52,12 +50,6 @@ def fit_classifier(columns: Sequence[ArrayLike], positive: ArrayLike, penalty: f
     scaled = np.concatenate([(data - centre) / scale, np.ones((len(data), 1))], axis=1)
     sign = np.where(labels, 1.0, -1.0)
     weight = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
-    shrunk = np.append(np.full(data.shape[1], penalty), 0.0)
-
-    def loss(weights: Floats) -> tuple[float, Floats]:
-        margins = sign * (scaled @ weights)
-        gradient = shrunk * weights - (weight * sign * special.expit(-margins)) @ scaled
-        return float(weight @ np.logaddexp(0, -margins) + shrunk @ weights**2 / 2), gradient
-
-    found = minimize(loss, np.zeros(scaled.shape[1]), jac=True, method="L-BFGS-B").x
+    shrunk = np.append(np.full(data.shape[1], PENALTY), 0.0)
+    found = fit_logistic(sign[:, None] * scaled, weight, shrunk)
     return Classifier(found[:-1], float(found[-1]), centre, scale)

@@ -52,19 +52,8 @@ def compare(
     """Read the same texts with several instruments in one base, and write how they differ to `output`.
 
     A run on formal languages reads documents of its recipe's tasks that no training read; any other model
-    levels of text, as `philens reproduce texts` does.
-
-    Args:
-        model: a finished run, or a base model, a folder or Hub id.
-        adapters: PHi layers and shallow heads, or folders that hold several; none takes the run's.
-        levels: texts by level; None takes those that philens has.
-        metrics: what is compared; None takes what adapters have of `METRICS_COMPARED`.
-        output: folder of results.
-        documents: texts of each level, at most; None means all, or 100 of each formal task.
-        tokens: tokens of each text that are read; 0 means all.
-        plain: score texts alone, also where they have a user's message.
-        dtype: precision of the base.
-        seed: seed of what is built, drawn and resampled.
+    levels of text, as `philens reproduce texts` does. What is given are the options of `philens compare`;
+    metrics are by default what adapters have of `METRICS_COMPARED`.
 
     Raises:
         PhilensError: texts, model or adapters are missing, damaged or do not fit.

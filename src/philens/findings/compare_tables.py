@@ -80,19 +80,13 @@ def compare_tables(results: Mapping[str, Any]) -> Iterator[Table]:
     told = "Mean rank of a kind of token less that in the second column, the largest differences first."
     table = new_table("Disagreement", told, "", "", "higher in the first", "lower", whole=(False, False))
     for pair in results["disagreement"]:
-        sides = [
-            " ".join(f"{visible(repr(kind['token']))} {value:+.2f}" for kind, value in found)
-            for found in _by_sign(pair["kinds"])
-        ]
-        table.add_row(pair["first"], pair["second"], *sides)
+        known = [(kind["token"], kind["difference"]["value"]) for kind in pair["kinds"]]
+        sides = ([one for one in known if one[1] > 0], [one for one in known if one[1] <= 0])
+        told = (" ".join(f"{visible(repr(token))} {value:+.2f}" for token, value in one) for one in sides)
+        table.add_row(pair["first"], pair["second"], *told)
     yield table
     table = new_table("Cost: time ÷ a plain forward pass", "Alone; from the lowest to the highest.", "", "")
     for one in results["cost"]:
         spread = {"value": one["median"], "ci95": [one["lowest"], one["highest"]]}
         table.add_row(one["column"], cell(spread, between=" "))
     yield table
-
-
-def _by_sign(kinds: list[dict[str, Any]]) -> list[list[tuple[dict[str, Any], float]]]:
-    known = [(kind, kind["difference"]["value"]) for kind in kinds]
-    return [[one for one in known if one[1] > 0], [one for one in known if one[1] <= 0]]

@@ -100,15 +100,12 @@ def reproduce_knobs(
 ) -> Results:
     """Train a layer for each setting of `grid` in one base of formal languages, and measure findings 1 and 2.
 
-    `output/RUN` is each training, made or resumed as needed; `output/knobs` holds the results.
+    `output/RUN` is each training, made or resumed as needed; `output/knobs` holds the results. What else is
+    given are the options of `philens reproduce knobs`.
 
     Args:
-        base: the base, a folder or Hub id, which stays frozen unless a setting says otherwise; None trains
-            one in `output/base`, by the recipe `small` without a layer.
-        output: folder of runs and results.
-        grid: a YAML file: knobs by name, their settings by name, and recipe keys of each.
-        recipe: what all layers are trained by, but for their setting; a YAML file or name.
-        documents: documents measured of each boring task; four times as many of in-context language.
+        base: the base, which stays frozen unless a setting says otherwise; None trains one in `output/base`,
+            by the recipe `small` without a layer.
         overrides: recipe keys to replace in all.
 
     Raises:

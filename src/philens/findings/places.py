@@ -47,6 +47,7 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
     import torch
 
     from philens.bases.facts import evaluating
+    from philens.lens.cache import new_cache
     from philens.scoring.texts import tokenize_all
 
     prompts = tokenize_all(
@@ -61,7 +62,10 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
     with evaluating(lens), lens.disabled():
         for rows in batches:
             read = ids = torch.from_numpy(np.stack([prompts[row].token_ids for row in rows])).to(device)
-            cache = _cache(lens)
+            try:
+                cache = new_cache(lens.base)
+            except InputError:  # a base without the usual kind of cache reads everything again
+                cache = None
             for _ in range(_REPLY_TOKENS):
                 output = lens(read, cache=cache, returns="states")
                 likeliest = output.logits_at(slice(read.shape[1] - 1, None)).argmax(-1)
@@ -81,16 +85,6 @@ def written(lens: "PHiModel", tokenizer: Any, questions: Sequence[Question]) -> 
         for (ids, marked), tokens in zip(chosen, again, strict=True)
         if ids[: len(tokens.token_ids)] == tokens.token_ids.tolist()
     ]
-
-
-def _cache(lens: "PHiModel") -> Any:
-    """An empty cache; None for a base without the usual kind, which reads everything again."""
-    from philens.lens.cache import new_cache
-
-    try:
-        return new_cache(lens.base)
-    except InputError:
-        return None
 
 
 def score_places(

@@ -80,34 +80,11 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user may choose; None takes the scale's.
+    """What a user may choose: the options of `philens reproduce correctness`; None takes the scale's.
 
-    Attributes:
-        model: a base model, a folder or Hub id, or a run with its adapter; None trains one, or takes that of
-            the paper.
-        adapter: the PHi layer, a folder or Hub id, or the folder of a sweep; None takes the run's, or trains
-            layers.
-        layers: insertion points of the layers to be trained.
-        recipe: recipe they are trained by; `overrides` are keys of it to replace.
-        problems: `philens.reasoning.problems.load_problems` says which there are.
-        split: split of the problems.
-        limit: how many of them; None takes the scale's number of its own, and all of others.
-        levels: levels of the problems, and of solved ones in the prompt; None takes all.
-        solutions: a file or folder of solutions; None takes the problems' own for `difficulty`, and samples
-            some for `correctness`.
-        prompt: name of `PROMPTS`; None takes that of the problems, or `boxed`.
-        shots: solved training problems in the prompt.
-        samples: solutions sampled of each problem.
-        temperature: temperature of sampling.
-        max_new_tokens: most tokens of a sampled solution.
-        by: what difficulty is, `level` or `steps`; None takes what the problems have.
-        kl: formula that phi is measured with; None takes the one it was trained with.
-        dtype: precision of the base model; `auto` is that of its files.
-        metrics: others to measure beside phi, surprisal, entropy and the controls.
-        metric_options: what metrics leave open, as `MetricOptions.of` takes it.
-        prefix: so many first tokens of a solution choose early, for `correctness`.
-        seed: seed of training, the draw of problems, sampling and the bootstrap;
-            the first of several.
+    `layers` and `levels` are numbers, `overrides` keys of the layers' recipe, `metric_options` as
+    `MetricOptions.of` takes it. `seed` is that of training, the draw of problems, sampling and the bootstrap;
+    the first of several.
     """
 
     model: str | None = None

@@ -40,11 +40,9 @@ from philens.training.opening import finished_model, load_lens, load_run
 from philens.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from philens.scoring.scores import TokenScores
 
 logger = logging.getLogger(__name__)
 
@@ -191,16 +189,10 @@ def reproduce(
     holds the results: the first seed's, and with several seeds `seeds`, each one's, and `spread`, over them.
 
     Args:
-        finding: `tasks`, `complexity` or `gain`; the others are in modules of their own.
-        scale: `smoke`, `small` or `paper`.
+        finding: `tasks`, `complexity` or `gain`; the others are in modules of their own. What else is given
+            are the options of its command.
         output: folder of runs and results.
-        architecture: `transformer` or `lstm`.
-        model: a finished run to measure instead of training.
-        seeds: how many models, with seeds 0, 1, ...
-        documents: measured of each task; None takes the scale's number.
-        kl: formula that phi is measured with, whatever it was trained with.
         overrides: recipe keys to replace.
-        controls: finished runs whose phi is compared with the model's, on the same documents.
 
     Raises:
         AdapterError: a control is not a finished run.
@@ -279,17 +271,8 @@ def reproduce_results(
 ) -> Results:
     """Measure phi where a result is worked out and where a number only comes, and write `output/results`.
 
-    Args:
-        model: a finished run, or a base model, a folder or Hub id.
-        output: folder of results.
-        adapters: PHi layers, folders or Hub ids, each measured on the same texts; without any, the run's.
-        sentences: sentences of each kind that are made, and questions of each kind that the model answers.
-        problems: problems with solutions in which results are marked, as `load_problems` takes them (GSM8K).
-        split: split of the problems.
-        limit: how many of them.
-        kl: formula that phi is measured with, whatever it was trained with.
-        seed: seed of what is made, drawn and resampled.
-        quick: without the two baselines that take most of the time, of the logit lens.
+    What is given are the options of `philens reproduce results`; each of the adapters is measured on the same
+    texts.
 
     Raises:
         PhilensError: problems, model or layers are missing, damaged or do not fit.
@@ -339,18 +322,6 @@ def reproduce_results(
         "versions": versions(),
         "provenance": examples[0].provenance,
     }
-    _write_results(output / "results", layers, tables, examples, run)
-    return Results({**run, "layers": layers}, results_tables)
-
-
-def _write_results(
-    folder: Path,
-    layers: Sequence[dict[str, Any]],
-    tables: "Sequence[pd.DataFrame]",
-    examples: "Sequence[TokenScores]",
-    run: dict[str, Any],
-) -> None:
-    """Tables of all layers, a figure of each, examples as a page and the first as a picture."""
     import pandas as pd
 
     from philens.findings.results_figures import figure_results, figure_tokens
@@ -360,10 +331,11 @@ def _write_results(
     for number, (layer, table) in enumerate(zip(layers, tables, strict=True), 1):
         places = {str(kind): rows["phi"].to_numpy() for kind, rows in table.groupby("kind")}
         figures["results" if number == 1 else f"results-{number}"] = figure_results(layer, places)  # pyright: ignore[reportArgumentType]
-    rows = {"kinds": kind_rows(layers), "forms": form_rows(layers)}
-    rows |= {"contrasts": contrast_rows(layers), "effects": effect_rows(layers)}
-    write_finding(folder, {"layers": layers}, rows | {"places": pd.concat(tables)}, figures, run)
-    write_scores_page(folder / "examples.html", examples, title="Where a result is worked out")
+    rows = {"kinds": kind_rows(layers), "forms": form_rows(layers), "contrasts": contrast_rows(layers)}
+    rows |= {"effects": effect_rows(layers), "places": pd.concat(tables)}
+    write_finding(output / "results", {"layers": layers}, rows, figures, run)
+    write_scores_page(output / "results/examples.html", examples, title="Where a result is worked out")
+    return Results({**run, "layers": layers}, results_tables)
 
 
 def prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:

@@ -50,17 +50,11 @@ def reproduce_texts(
 
     Of several adapters or insertion points, results are those of the last, and `points` has those of each.
 
+    What else is given are the options of `philens reproduce texts`.
+
     Args:
-        model: a finished run, or a base model, a folder or Hub id.
         levels: folder of texts; `philens.tasks.levels.read_levels` says in which form. Trivial and shuffled
             texts are built where it has none. None takes the texts that philens has (`own_levels`).
-        output: folder of results.
-        adapters: the PHi layers, or folders that hold several, such as a sweep's; none takes the run's.
-        checkpoints: measure the checkpoints in these folders as well, to see the course of a training.
-        documents: texts of each level at most, drawn at random; None means all.
-        tokens: tokens of each text that are read, from its beginning; 0 means all.
-        kl: formula that phi is measured with, whatever it was trained with.
-        plain: score texts alone, also where they have a user's message and the tokenizer a chat template.
         window: tokens read at once; None means the length of the rows that a run was trained on, else the
             model's context.
         seed: seed of what is built, drawn and resampled.
@@ -114,7 +108,16 @@ def reproduce_texts(
         "provenance": scores[0].provenance,
         "recipe": None if recipe is None else asdict(recipe),
     }
-    write_texts(output / "texts", results, run, list(zip(texts, here, strict=True)))
+    from philens.findings.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
+    from philens.findings.text_page import write_text_page
+
+    tables = {"texts": text_rows(results), "documents": results["texts"]}
+    tables |= {"tokens": token_rows(results), "surprisal": surprisal_rows(results)}
+    figures = {"texts": figure_texts(results), "surprisal": figure_levels_by_surprisal(results)}
+    figures |= {"course": figure_levels_course(results)} if "points" in results else {}
+    write_finding(output / "texts", results, tables, figures, run)
+    scored = list(zip(texts, here, strict=True))
+    write_text_page(output / "texts" / "page.html", results, scored, run["provenance"])
     return Results(run | results, all_texts_tables)
 
 
@@ -124,29 +127,6 @@ def check_reading(documents: int | None, tokens: int) -> None:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
     if tokens < 0:
         raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
-
-
-def write_texts(
-    folder: Path,
-    results: dict[str, Any],
-    run: dict[str, Any],
-    scored: Sequence[tuple[LevelText, TokenScores]],
-) -> None:
-    """Write results with their tables, figures and page."""
-    from philens.findings.figures import figure_levels_by_surprisal, figure_levels_course, figure_texts
-    from philens.findings.text_page import write_text_page
-
-    tables = {
-        "texts": text_rows(results),
-        "documents": results["texts"],
-        "tokens": token_rows(results),
-        "surprisal": surprisal_rows(results),
-    }
-    figures = {"texts": figure_texts(results), "surprisal": figure_levels_by_surprisal(results)}
-    if "points" in results:
-        figures["course"] = figure_levels_course(results)
-    write_finding(folder, results, tables, figures, run)
-    write_text_page(folder / "page.html", results, scored, run["provenance"])
 
 
 def lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:

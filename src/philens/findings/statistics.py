@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite, sqrt
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +33,19 @@ _CHUNK = 4_000_000
 
 Floats = NDArray[np.float64]
 Seed = int | Sequence[int]
+
+
+class Draws(TypedDict, total=False):
+    """How documents or problems are resampled.
+
+    Attributes:
+        resamples: how often; by default `RESAMPLES`.
+        seed: of the draws, by default 0. Equal seeds resample the same positions, so means that will be
+            compared need different ones.
+    """
+
+    resamples: int
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -80,27 +94,19 @@ def _number(value: float) -> float | None:
     return float(value) if isfinite(value) else None
 
 
-def mean(values: ArrayLike, documents: ArrayLike, *, resamples: int = RESAMPLES, seed: Seed = 0) -> Estimate:
-    """Token-weighted mean of `values` (N,), clustered by `documents` (N,).
-
-    Use different seeds for means that will be compared: equal seeds resample the same positions.
-    """
+def mean(values: ArrayLike, documents: ArrayLike, **draws: Unpack[Draws]) -> Estimate:
+    """Token-weighted mean of `values` (N,), clustered by `documents` (N,)."""
     (column,), clusters, dropped = _complete([values], documents)
     moments = _sums_by_cluster(np.stack([column, np.ones_like(column)], axis=1), clusters)
 
     def statistic(sums: Floats) -> Floats:
         return _divide(sums[:, 0], sums[:, 1])
 
-    return _estimate(statistic, moments, len(column), dropped, resamples, seed)
+    return _estimate(statistic, moments, len(column), dropped, **draws)
 
 
 def mean_of_means(
-    values: ArrayLike,
-    documents: ArrayLike,
-    parts: ArrayLike | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: Seed = 0,
+    values: ArrayLike, documents: ArrayLike, parts: ArrayLike | None = None, **draws: Unpack[Draws]
 ) -> Estimate:
     """Mean over documents of each one's mean of `values` (N,), so that every document counts once.
 
@@ -119,7 +125,7 @@ def mean_of_means(
     def statistic(sums: Floats) -> Floats:
         return _divide(*np.split(sums, 2, axis=1)).mean(axis=1)
 
-    return _estimate(statistic, moments, len(column), dropped, resamples, seed)
+    return _estimate(statistic, moments, len(column), dropped, **draws)
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
@@ -157,14 +163,7 @@ class Contrast:
     d: Estimate  # the same in pooled standard deviations: Cohen's d
 
 
-def contrast(
-    values: ArrayLike,
-    group: ArrayLike,
-    documents: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: Seed = 0,
-) -> Contrast:
+def contrast(values: ArrayLike, group: ArrayLike, documents: ArrayLike, **draws: Unpack[Draws]) -> Contrast:
     """`values` (N,) where `group` (N,) is true against those where it is not, clustered by `documents` (N,).
 
     A document may have rows in both groups, and is resampled whole. Cohen's d divides by the standard
@@ -186,19 +185,12 @@ def contrast(
         return _divide(means(sums), np.sqrt(np.where(pooled > 0, pooled, np.nan)))
 
     difference, d = (
-        _estimate(statistic, moments, len(column), dropped, resamples, seed) for statistic in (means, scaled)
+        _estimate(statistic, moments, len(column), dropped, **draws) for statistic in (means, scaled)
     )
     return Contrast(difference, d)
 
 
-def auroc(
-    scores: ArrayLike,
-    positive: ArrayLike,
-    documents: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: Seed = 0,
-) -> Estimate:
+def auroc(scores: ArrayLike, positive: ArrayLike, documents: ArrayLike, **draws: Unpack[Draws]) -> Estimate:
     """The chance that `scores` (N,) is higher in a row where `positive` (N,) is true than in one where it is
     not.
 
@@ -214,7 +206,7 @@ def auroc(
         ours, theirs = weights[:, clusters[above]], weights[:, clusters[below]]
         return _divide(((ours @ wins) * theirs).sum(1), ours.sum(1) * theirs.sum(1))
 
-    return _estimate(statistic, np.eye(count), len(column), dropped, resamples, seed)
+    return _estimate(statistic, np.eye(count), len(column), dropped, **draws)
 
 
 def correlation(
@@ -225,8 +217,7 @@ def correlation(
     *,
     rank: bool = False,
     within: bool = False,
-    resamples: int = RESAMPLES,
-    seed: Seed = 0,
+    **draws: Unpack[Draws],
 ) -> Estimate:
     """Correlation of `x` and `y` (N,), partial given `covariates` (each (N,)), clustered by `documents` (N,).
 
@@ -247,8 +238,14 @@ def correlation(
         # Each minus the mean of its cluster.
         columns = [x - (np.bincount(clusters, x) / np.bincount(clusters))[clusters] for x in columns]
     moments, matrices = _cross_moments(columns, clusters)
-    statistic = lambda sums: _partial_correlation(*_residuals(matrices(sums)))  # noqa: E731
-    return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
+
+    def statistic(sums: Floats) -> Floats:
+        first, second, across = _residuals(matrices(sums))
+        varies = (first > _NO_VARIANCE) & (second > _NO_VARIANCE)
+        scale = np.sqrt(np.where(varies, first * second, 1.0))
+        return np.where(varies, np.clip(across / scale, -1.0, 1.0), np.nan)
+
+    return _estimate(statistic, moments, len(clusters), dropped, **draws)
 
 
 def slope(
@@ -256,9 +253,7 @@ def slope(
     y: ArrayLike,
     documents: ArrayLike,
     covariates: Sequence[ArrayLike] = (),
-    *,
-    resamples: int = RESAMPLES,
-    seed: Seed = 0,
+    **draws: Unpack[Draws],
 ) -> Estimate:
     """How much `y` (N,) grows as `x` (N,) grows by 1, in a linear regression on `x`, `covariates` (each
     (N,)) and a constant, clustered by `documents` (N,).
@@ -274,7 +269,7 @@ def slope(
         first, _, across = _residuals(matrices(sums))
         return _divide(across * size[1], np.where(first > _NO_VARIANCE, first, 0.0) * size[0])
 
-    return _estimate(statistic, moments, len(clusters), dropped, resamples, seed)
+    return _estimate(statistic, moments, len(clusters), dropped, **draws)
 
 
 def _cross_moments(
@@ -293,11 +288,9 @@ def _cross_moments(
     return _sums_by_cluster(data[:, left] * data[:, right], clusters), matrices
 
 
-def spearman(
-    x: ArrayLike, y: ArrayLike, documents: ArrayLike, *, resamples: int = RESAMPLES, seed: Seed = 0
-) -> Estimate:
+def spearman(x: ArrayLike, y: ArrayLike, documents: ArrayLike, **draws: Unpack[Draws]) -> Estimate:
     """Spearman's rank correlation of `x` and `y` (N,), clustered by `documents` (N,)."""
-    return correlation(x, y, documents, rank=True, resamples=resamples, seed=seed)
+    return correlation(x, y, documents, rank=True, **draws)
 
 
 def pair_up(correct: ArrayLike, problems: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -389,19 +382,26 @@ def combine_columns(
 
 def _fit_direction(differences: Floats, weight: Floats, penalty: float) -> tuple[Floats, Floats]:
     """Logistic weights (F,) of the scaled `differences` (pairs, F), and the scales (F,)."""
-    from scipy.optimize import minimize  # slow to import, and only combinations need it
-
     weight = weight / weight.sum()
     scale = np.sqrt(weight @ differences**2)
     scale[scale == 0] = 1.0
-    scaled = differences / scale
+    return fit_logistic(differences / scale, weight, np.full(len(scale), penalty)), scale
+
+
+def fit_logistic(rows: Floats, weight: Floats, penalty: Floats) -> Floats:
+    """The weights (F,) that make `rows` (N, F) times them high.
+
+    Minimised is the mean of -log sigmoid(rows · weights), each row counting as `weight` (N,), plus half the
+    squares of the weights times `penalty` (F,).
+    """
+    from scipy.optimize import minimize  # slow to import, and few need it
 
     def loss(weights: Floats) -> tuple[float, Floats]:
-        margins = scaled @ weights
-        gradient = penalty * weights - (weight * special.expit(-margins)) @ scaled
-        return float(weight @ np.logaddexp(0, -margins) + penalty / 2 * weights @ weights), gradient
+        margins = rows @ weights
+        gradient = penalty * weights - (weight * special.expit(-margins)) @ rows
+        return float(weight @ np.logaddexp(0, -margins) + (penalty / 2 * weights) @ weights), gradient
 
-    return minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B").x, scale
+    return minimize(loss, np.zeros(rows.shape[1]), jac=True, method="L-BFGS-B").x
 
 
 def familywise(comparisons: int) -> float:
@@ -461,8 +461,8 @@ def _estimate(
     moments: Floats,
     rows: int,
     dropped: int,
-    resamples: int,
-    seed: Seed,
+    resamples: int = RESAMPLES,
+    seed: Seed = 0,
 ) -> Estimate:
     documents = len(moments)
     value = float(statistic(moments.sum(axis=0, keepdims=True))[0])
@@ -513,13 +513,6 @@ def _residuals(moments: Floats) -> tuple[Floats, Floats, Floats]:
         inverse = np.linalg.pinv(covariance[:, 2:, 2:], rcond=_NO_VARIANCE, hermitian=True)
         residual = residual - across @ inverse @ across.transpose(0, 2, 1)
     return residual[:, 0, 0], residual[:, 1, 1], residual[:, 0, 1]
-
-
-def _partial_correlation(first: Floats, second: Floats, across: Floats) -> Floats:
-    """Correlations (R,) from variances and covariance."""
-    varies = (first > _NO_VARIANCE) & (second > _NO_VARIANCE)
-    scale = np.sqrt(np.where(varies, first * second, 1.0))
-    return np.where(varies, np.clip(across / scale, -1.0, 1.0), np.nan)
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:

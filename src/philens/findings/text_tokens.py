@@ -49,12 +49,12 @@ class CountedTokens:
         return len(self.places)
 
 
-def recited(surprisal: Floats, sure: float = SURE, run: int = RUN) -> NDArray[np.bool_]:
-    """(T,) which tokens lie in a run of `run` tokens or more with a surprisal below `sure` each."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], surprisal < sure, [False]]).astype(np.int8)))
+def recited(surprisal: Floats) -> NDArray[np.bool_]:
+    """(T,) which tokens lie in a run of `RUN` tokens or more with a surprisal below `SURE` each."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], surprisal < SURE, [False]]).astype(np.int8)))
     found = np.zeros(len(surprisal), bool)
     for start, stop in edges.reshape(-1, 2):
-        found[start:stop] = stop - start >= run
+        found[start:stop] = stop - start >= RUN
     return found
 
 

@@ -143,7 +143,8 @@ def measure_texts(
         sorted(levels, key=lambda level, name=name: -estimates[level][name].value)
         for name in ("phi", "surprisal")
     )
-    pairs = [_compare(estimates, *pair) for pair in _pairs(levels)]
+    # The one first that comes later in the paper's order.
+    pairs = [_compare(estimates, one, other) for k, one in enumerate(levels) for other in levels[:k]]
     claimed = [pair for pair in pairs if pair["claim"]]
     compared = {pair[side] for pair in claimed for side in ("first", "second")}
     by_phi, by_surprisal = (
@@ -259,39 +260,24 @@ def compare_points(points: Sequence[Mapping[str, Any]], along: bool) -> dict[str
         first point from which on, to the last, the first level's phi is higher, or higher with separate
         intervals; None where it is not so at the last point.
     """
-    pairs = []
-    for number, pair in enumerate(points[-1]["pairs"]):
-        if not pair["claim"]:
-            continue
-        above, separated = [], []
-        for point in points:
+
+    def since(number: int, apart: bool) -> str | None:
+        """The label of the point from which on it holds to the end."""
+        label = None
+        for point in reversed(points):
             found = point["pairs"][number]
-            above.append((found["difference"]["value"] or 0) > 0)
-            separated.append(above[-1] and found["separated"])
-        pairs.append(
-            {
-                "first": pair["first"],
-                "second": pair["second"],
-                "above_since": _since(points, above),
-                "separated_since": _since(points, separated),
-            }
-        )
+            if not (found["difference"]["value"] or 0) > 0 or (apart and not found["separated"]):
+                break
+            label = point["label"]
+        return label
+
+    pairs = [
+        {"first": pair["first"], "second": pair["second"]}
+        | {"above_since": since(number, False), "separated_since": since(number, True)}
+        for number, pair in enumerate(points[-1]["pairs"])
+        if pair["claim"]
+    ]
     return {"along": along, "pairs": pairs}
-
-
-def _since(points: Sequence[Mapping[str, Any]], holds: Sequence[bool]) -> str | None:
-    """The label of the point from which on it holds to the end."""
-    first = len(holds)
-    while first and holds[first - 1]:
-        first -= 1
-    return None if first == len(holds) else points[first]["label"]
-
-
-def _pairs(levels: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """All pairs, the one first that comes later in the paper's order."""
-    for number, level in enumerate(levels):
-        for other in levels[:number]:
-            yield level, other
 
 
 def _compare(

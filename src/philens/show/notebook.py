@@ -13,6 +13,7 @@ import numpy as np
 from philens.show.colours import LEVELS, Scale
 from philens.show.page import (
     PageDocument,
+    beginnings,
     chosen_metrics,
     clean,
     hovers,
@@ -35,7 +36,7 @@ _CELL = "padding:.15em 1em .15em 0;text-align:"
 
 def texts_markup(documents: Sequence[PageDocument]) -> str:
     """Texts coloured by their first metrics, one scale for all, values on hover; and a table of means."""
-    shown = _beginning(documents)
+    shown = beginnings(documents, MOST_TEXTS, MOST_TOKENS)
     metrics = chosen_metrics(documents, None)
     values = [{name: np.asarray(array, np.float64) for name, array in one.columns.items()} for one in shown]
     scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
@@ -87,17 +88,6 @@ def terminal_markup(tables: "Iterable[Table]") -> str:
 
 
 _PRE = '<pre style="white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0 .8em">'
-
-
-def _beginning(documents: Sequence[PageDocument]) -> list[PageDocument]:
-    """The documents as far as a cell goes."""
-    shown, left = [], MOST_TOKENS
-    for one in documents[:MOST_TEXTS]:
-        if left <= 0:
-            break
-        shown.append(one.beginning(left))
-        left -= len(one.pieces)
-    return shown
 
 
 def _span(piece: str, level: int | None, title: str) -> str:

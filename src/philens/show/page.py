@@ -140,14 +140,19 @@ def write_page(
         OutputError: the file cannot be written.
     """
     metrics = chosen_metrics(documents, metrics)
-    shown, note = _cut(documents)
+    shown = beginnings(documents, MAX_DOCUMENTS, MAX_TOKENS)
+    total, told = (sum(len(document.pieces) for document in some) for some in (documents, shown))
+    note = (
+        f"This page ends after {told:,} tokens in {len(shown):,} documents, so that a browser can show it; "
+        "there is more. Write JSON Lines or Parquet to keep everything."
+    )
     values = [{name: np.asarray(array, np.float64) for name, array in item.columns.items()} for item in shown]
     scales = {name: Scale.of([columns[name] for columns in values]) for name in metrics}
     units = dict.fromkeys(metrics, "nats") | _units(documents)
 
     def write(file: BinaryIO) -> None:
         file.write(_head(title).encode())
-        if note:
+        if told < total:
             file.write(f'<p class="note">{note}</p>\n'.encode())
         file.write(means_table(documents[: len(shown)]).encode())
         file.write(_legends(scales, units).encode())
@@ -183,21 +188,15 @@ def chosen_metrics(documents: Sequence[PageDocument], metrics: Sequence[str] | N
     return list(metrics)
 
 
-def _cut(documents: Sequence[PageDocument]) -> tuple[list[PageDocument], str]:
-    """The documents as far as a page goes, and a sentence if that is not all."""
-    shown, left = [], MAX_TOKENS
-    for document in documents[:MAX_DOCUMENTS]:
-        if not left:
+def beginnings(documents: Sequence[PageDocument], most: int, left: int) -> list[PageDocument]:
+    """So many documents at most, and so many pieces of them all."""
+    shown = []
+    for document in documents[:most]:
+        if left <= 0:
             break
         shown.append(document.beginning(left))
-        left -= len(shown[-1].pieces)
-    total = sum(len(document.pieces) for document in documents)
-    if total == MAX_TOKENS - left:
-        return shown, ""
-    return shown, (
-        f"This page ends after {MAX_TOKENS - left:,} tokens in {len(shown):,} documents, so that a browser "
-        "can show it; there is more. Write JSON Lines or Parquet to keep everything."
-    )
+        left -= len(document.pieces)
+    return shown
 
 
 def _head(title: str) -> str:
@@ -259,10 +258,6 @@ def _mean_row(name: str, tokens: int, means: Mapping[str, float], columns: Itera
 
 def _mean_names(documents: Sequence[PageDocument]) -> list[str]:
     return list(dict.fromkeys(name for one in documents for name in (*(one.means or ()), *one.columns)))
-
-
-def _columns(documents: Sequence[PageDocument]) -> list[str]:
-    return list(dict.fromkeys(name for document in documents for name in document.columns))
 
 
 def _legends(scales: Mapping[str, Scale], units: Mapping[str, str]) -> str:

@@ -26,23 +26,18 @@ def has_colour(console: Console) -> bool:
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
-def print_coloured(
-    console: Console, scored: Iterable[tuple[str, ScoredText]], column: str | None = None
-) -> None:
-    """Print texts, each under its name, every token coloured by one column; by default the first.
+def print_coloured(console: Console, scored: Iterable[tuple[str, ScoredText]]) -> None:
+    """Print texts, each under its name, every token coloured by the first column.
 
     The scale is made from the first SCALE_TOKENS tokens and then stays, so that texts can be compared.
     """
     scored = iter(scored)
     head: list[tuple[str, ScoredText]] = []
-    while sum(len(item) for _, item in head) < SCALE_TOKENS:
-        try:
-            head.append(next(scored))
-        except StopIteration:
-            break
+    while sum(len(item) for _, item in head) < SCALE_TOKENS and (found := next(scored, None)):
+        head.append(found)
     if not head:
         return
-    column = column or next(iter(head[0][1].columns))
+    column = next(iter(head[0][1].columns))
     scale = Scale.of([item.columns[column] for _, item in head])
     for name, item in chain(head, scored):
         console.print(Text(visible(name), style="bold"), Text(summary(item), style="italic"))
