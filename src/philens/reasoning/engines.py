@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,15 +119,9 @@ class TransformersEngine:
         self.context = context_length(self.base)
         self.ends = _ends(self.tokenizer, own.eos_token_id)
         self.stop = _stop(self.tokenizer)
-        drawing: dict[str, Any] = {}
+        self._options: dict[str, Any] = {"pad_token_id": 0, "do_sample": bool(temperature)}
         if temperature:
-            drawing = {
-                "do_sample": True,
-                "temperature": float(temperature),
-                "top_p": float(top_p),
-                "top_k": 0,
-            }
-        self._options = {"pad_token_id": 0, "do_sample": False} | drawing
+            self._options |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
         parameter = next(p for p in self.base.parameters() if p.is_floating_point())
         self._device = parameter.device
         ignored = {name: value for name, value in own.to_diff_dict().items() if not _UNRELATED.match(name)}
@@ -164,15 +158,24 @@ class TransformersEngine:
         drawn: list[Drawn] = [([], []) for _ in prompts]
         rows, done = list(range(len(prompts))), 0
         try:
-            with torch.random.fork_rng(), _settings_aside(self.base), self._layers():
-                cache = self._new_cache()
+            layers = nullcontext() if self.lens is None else unmeasured(self.lens)
+            with torch.random.fork_rng(), _settings_aside(self.base), layers:
+                argument = cache_argument(self.base)  # None for a model with a cache of its own
+                cache = {} if argument is None else {argument: new_cache(self.base)}
                 if cache and width > 1:
                     self._read_once(prompts, input_ids, mask, cache)
                 torch.manual_seed(seed)
                 while rows:
                     steps = min(limits[row] for row in rows) - done
                     log, ending = _Log(mask), _Ending(self, len(rows), width)
-                    input_ids = self._go_on(input_ids, mask, cache, steps, log, ending)
+                    input_ids = self.base.generate(
+                        input_ids=input_ids,
+                        attention_mask=mask,
+                        generation_config=GenerationConfig(max_new_tokens=steps, **self._options),
+                        logits_processor=[log],
+                        stopping_criteria=StoppingCriteriaList([ending]),
+                        **cache,
+                    )
                     tokens = input_ids[:, width + done :]
                     logprobs = log.of(input_ids)[:, : tokens.shape[1]]
                     for row, *found in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -194,14 +197,6 @@ class TransformersEngine:
             ) from error
         return drawn
 
-    def _new_cache(self) -> dict[str, Any]:
-        """An empty cache by the name of the argument that it is for; none for a model with one of its own."""
-        name = cache_argument(self.base)
-        return {} if name is None else {name: new_cache(self.base)}
-
-    def _layers(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.lens is None else unmeasured(self.lens)
-
     def _read_once(
         self, prompts: Sequence[list[int]], input_ids: Tensor, mask: Tensor, cache: dict[str, Any]
     ) -> None:
@@ -218,24 +213,6 @@ class TransformersEngine:
             **cache,
         )
         next(iter(cache.values())).reorder_cache(torch.tensor(places, device=self._device))
-
-    def _go_on(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        cache: dict[str, Any],
-        steps: int,
-        log: "_Log",
-        ending: "_Ending",
-    ) -> Tensor:
-        """(B, T) rows with at most so many tokens more."""
-        options: dict[str, Any] = {
-            "generation_config": GenerationConfig(max_new_tokens=steps, **self._options),
-            "logits_processor": [log],
-            "stopping_criteria": StoppingCriteriaList([ending]),
-            **cache,
-        }
-        return self.base.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
 class VLLMEngine:

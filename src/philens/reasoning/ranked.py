@@ -1,6 +1,5 @@
 """Ranked answers as a table."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -27,15 +26,11 @@ class RankTable(pd.DataFrame):
         names = [name for name in names if name in self.columns]
         groups = [*self.groupby("prompt", sort=False)]
         parts = [
-            table_markup([*map(str, names)], _cells(group[names].itertuples(index=False)), f"Prompt {prompt}")
+            table_markup([*map(str, names)], group[names].map(_cell).to_numpy(), f"Prompt {prompt}")
             for prompt, group in groups[:MOST_TEXTS]
         ]
         more = len(groups) - len(parts)
         return "".join(parts) + (f"<div><i>{more:,} more prompts.</i></div>" if more else "")
-
-
-def _cells(rows: Iterable[tuple[Any, ...]]) -> list[list[str]]:
-    return [[*map(_cell, row)] for row in rows]
 
 
 def _cell(value: Any) -> str:

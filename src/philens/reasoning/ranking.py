@@ -159,17 +159,21 @@ def iter_ranked(
     prefix: int | None = None,
     prefix_rule: str | Rule | None = None,
     metrics: Sequence[str] = METRICS,
-    batch_tokens: int = 4096,
-    window: int | None = None,
+    **reading: Any,
 ) -> "Iterator[tuple[Candidates, pd.DataFrame]]":
     """The table of `rank` prompt by prompt, for any number of prompts, which are read a few batches ahead.
+
+    Args:
+        reading: `batch_tokens` and `window`, as for `rank`, like all others.
 
     Raises:
         ConfigError, InputError: as `rank`; about a prompt when it is reached, about anything else at once.
     """
+    import pandas as pd
+
     rule = Rule.parse(rule) if isinstance(rule, str) else rule
     early = _early_rule(rule, prefix, prefix_rule)
-    read = partial(_read, lens, tokenizer, batch_tokens=batch_tokens, window=window)
+    read = partial(_read, lens, tokenizer, **reading)
     wanted = list(dict.fromkeys([*metrics, *rule.metrics]))
     if early is None:
         found = read(((group, range(len(group.texts))) for group in groups), metrics=wanted)
@@ -180,7 +184,11 @@ def iter_ranked(
         prefix=prefix,
         whole=False,
     )
-    here, ahead = tee((group, rows, _kept(rows, early)) for group, rows in beginnings)
+
+    def kept(rows: Sequence[Row]) -> NDArray[np.bool_]:
+        return best_half(early.scores(pd.DataFrame(rows)), np.zeros(len(rows), np.int64))
+
+    here, ahead = tee((group, rows, kept(rows)) for group, rows in beginnings)
     found = read(((group, np.flatnonzero(kept)) for group, _, kept in ahead), metrics=wanted)
     return (
         (group, _ranked(group, rows, rule, (first, kept, early)))
@@ -232,13 +240,6 @@ def _read(
             yield group, own
 
     return found()
-
-
-def _kept(rows: Sequence[Row], early: Rule) -> NDArray[np.bool_]:
-    """(n,) which candidates are kept by rows of their first tokens."""
-    import pandas as pd
-
-    return best_half(early.scores(pd.DataFrame(rows)), np.zeros(len(rows), np.int64))
 
 
 def _ranked(
@@ -414,9 +415,7 @@ def rank_file(
     rule: str | Rule = "highest_phi",
     prefix: int | None = None,
     prefix_rule: str | Rule | None = None,
-    metrics: Sequence[str] = METRICS,
-    batch_tokens: int = 4096,
-    window: int | None = None,
+    **options: Any,
 ) -> Ranked:
     """Rank the candidates of a file, and show or write the rows of `rank`.
 
@@ -425,7 +424,7 @@ def rank_file(
         load: gives the lens and its tokenizer; called once the file is known to be right.
         form: a `terminal`'s tables, or rows as `jsonl` or `csv`.
         output: file for the rows; None means standard output.
-        rule: as for `rank`, like all that follows.
+        rule: as for `rank`, like all that follows and other options.
 
     Returns:
         What was ranked.
@@ -445,12 +444,11 @@ def rank_file(
     _early_rule(rule, prefix, prefix_rule)
     groups = CandidatesFile(path)
     lens, tokenizer = load()
-    options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
-    options |= {"prefix": prefix, "prefix_rule": prefix_rule}
+    options |= {"rule": rule, "prefix": prefix, "prefix_rule": prefix_rule}
     counts: list[tuple[int, int]] = []
 
     def counted() -> "Iterator[tuple[Candidates, pd.DataFrame]]":
-        for group, table in iter_ranked(lens, tokenizer, groups, rule=rule, **options):
+        for group, table in iter_ranked(lens, tokenizer, groups, **options):
             counts.extend([_tokens(table)] if prefix is not None else [])
             yield group, table
 

@@ -137,13 +137,15 @@ def solve(
     _check_problems(problems)
     named = model if isinstance(model, ModelSource) else ModelSource(model)
     rendering = Rendering(chat_options or {}, system, bos)
+    compared = [item.name for item in fields(Problem) if item.compare]
+    identities = [{name: getattr(problem, name) for name in compared} for problem in problems]
     settings = {
         "model": named.model,
         "adapter": named.adapter,
         "revision": named.revision,
         "dtype": named.dtype,
         "engine": engine,
-        "problems": f"{len(problems)} with hash {_digest(list(map(_identity, problems)))}",
+        "problems": f"{len(problems)} with hash {_digest(identities)}",
         "prompt": f"{prompt.instruction[:40]!r} with hash {_digest(asdict(prompt))}",
         "samples": samples,
         "temperature": temperature,
@@ -285,10 +287,6 @@ def _check_problems(problems: Sequence[Problem]) -> None:
     identity, count = Counter(problem.id for problem in problems).most_common(1)[0]
     if count > 1:
         raise InputError(f"{count} problems have the id {identity!r}; give each its own.")
-
-
-def _identity(problem: Problem) -> dict[str, Any]:
-    return {item.name: getattr(problem, item.name) for item in fields(problem) if item.compare}
 
 
 def _digest(value: Any) -> str:
@@ -445,20 +443,13 @@ def _texts(row: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
         marks = mark if isinstance(mark, list) else [None] * len(several)
         if len(marks) != len(several):
             raise InputError(f"{where} has {len(several)} solutions and {len(marks)} marks; give one each.")
+        if strange := [one for one in several if not isinstance(one, str | dict)]:
+            raise InputError(f"{where} holds {strange[0]!r:.40} among its solutions; give texts.")
         pairs = zip(several, marks, strict=True)
-        return [
-            (one, own) if isinstance(one, str) else _texts(_object(one, where), where)[0]
-            for one, own in pairs
-        ]
+        return [(one, own) if isinstance(one, str) else _texts(one, where)[0] for one, own in pairs]
     models = [value for value in row.values() if isinstance(value, dict) and "solution" in value]
     if not models:
         raise InputError(
             f"{where} has no solution; it needs a text in {', '.join(_TEXT_FIELDS)}, or a list solutions."
         )
     return [_texts(model, where)[0] for model in models]
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where} holds {value!r:.40} among its solutions; give texts.")
-    return value

@@ -125,9 +125,8 @@ def measure_replies(
     tokenizer = with_rendering(tokenizer, Rendering(chat_options or {}, system, bos))
     pairs = zip(prompts, replies, strict=True)
     names = (f"replies[{number}]" for number in range(len(replies)))
-    options: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
-    options["prefix"] = prefix
-    rows = list(iter_replies(lens, tokenizer, pairs, names, **options))
+    reading: dict[str, Any] = {"metrics": metrics, "batch_tokens": batch_tokens, "window": window}
+    rows = list(iter_replies(lens, tokenizer, pairs, names, prefix=prefix, **reading))
     if not any(row["tokens"] for row in rows):
         raise InputError("There is nothing to measure: no reply has a token; give one that is not empty.")
     return pd.DataFrame(rows)
@@ -139,11 +138,7 @@ def measure(
     solutions: Sequence[Solution],
     problems: Iterable["Problem"],
     prompt: "Prompt",
-    *,
-    metrics: Sequence[str] = METRICS,
-    prefix: int | None = None,
-    batch_tokens: int = 4096,
-    window: int | None = None,
+    **options: Any,
 ) -> "pd.DataFrame":
     """Measure solutions, each after its problem as a model reads it when it is to solve it.
 
@@ -157,7 +152,7 @@ def measure(
             `reference_solutions` makes them.
         problems: the problems, at least those that were solved.
         prompt: what they were put in when they were solved.
-        metrics: as for `measure_replies`, like `prefix`, `batch_tokens` and `window`.
+        options: `metrics`, `prefix`, `batch_tokens` and `window`, as for `measure_replies`.
 
     Returns:
         A row for each solution, in order: problem_id, level and steps (NaN where not known), sample, correct,
@@ -181,27 +176,14 @@ def measure(
         tokenizer,
         [messages(by_id[solution.problem_id], prompt) for solution in solutions],
         [_as_written(solution, tokenizer) for solution in solutions],
-        metrics=metrics,
-        prefix=prefix,
-        batch_tokens=batch_tokens,
-        window=window,
+        **options,
     )
     empty = int((measured["tokens"].to_numpy() == 0).sum())
     if empty:
         logger.warning("%d of %d solutions have no token, and so no metrics.", empty, len(measured))
-    facts = pd.DataFrame(
-        {
-            "problem_id": solution.problem_id,
-            "level": solution.level,
-            "steps": solution.steps,
-            "sample": solution.sample,
-            "correct": solution.correct,
-            "answer": solution.answer,
-            "parsed": solution.answer is not None,
-            "finished": solution.finished,
-        }
-        for solution in solutions
-    )
+    names = ("problem_id", "level", "steps", "sample", "correct", "answer", "finished")
+    facts = pd.DataFrame([{name: getattr(solution, name) for name in names} for solution in solutions])
+    facts.insert(6, "parsed", [solution.answer is not None for solution in solutions])
     for name in ("level", "steps"):  # None alone would make a column of objects
         facts[name] = pd.to_numeric(facts[name])
     return pd.concat([facts, measured], axis=1)
@@ -261,14 +243,14 @@ def iter_replies(
     metrics: Sequence[str] = METRICS,
     prefix: int | None = None,
     whole: bool = True,
-    batch_tokens: int = 4096,
-    window: int | None = None,
+    **reading: Any,
 ) -> Iterator[Row]:
     """The rows of `measure_replies` for any number of (prompt, reply), which are read a few batches ahead.
 
     Args:
         names: what errors call the replies, one for each.
         whole: False reads the first tokens alone; rows then have `tokens` and what is of `prefix`.
+        reading: `batch_tokens` and `window`, as for `measure_replies`.
 
     Raises:
         InputError: as `measure_replies`; about a reply when it is reached, about anything else at once.
@@ -308,10 +290,9 @@ def iter_replies(
         joining(tokenizer),
         (content for content, _ in contents),
         metrics=metrics,
-        batch_tokens=batch_tokens,
-        window=window,
         names=(name for _, name in labels),
         cut=cut,
+        **reading,
     )
     wanted = check_metrics(lens, metrics)
     # Replies that begin alike have the same numbers of their beginning. In batches of other shapes they would
