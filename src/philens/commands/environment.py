@@ -52,19 +52,16 @@ def _version(package: str) -> str:
 
 def _shipped() -> Iterator[str]:
     """The models that come with philens, and the insertion points of each."""
-    for model in sorted(resources.files("philens").joinpath("shipped").iterdir(), key=lambda path: path.name):
-        layers = [part.name for part in model.iterdir() if part.joinpath("phi_layer.safetensors").is_file()]
-        if layers:
-            yield f"{model.name} ({', '.join(sorted(layers))}{_base(model.name)})"
-
-
-def _base(name: str) -> str:
-    """Whether the base of a shipped layer is here, where it does not come with philens."""
     from philens.bases.wheels import WHEELS, kept
 
-    if name not in WHEELS:
-        return ""
-    return ", base fetched" if (kept(name) / "config.json").is_file() else ", base not fetched yet"
+    for model in sorted(resources.files("philens").joinpath("shipped").iterdir(), key=lambda path: path.name):
+        layers = [part.name for part in model.iterdir() if part.joinpath("phi_layer.safetensors").is_file()]
+        base = ""
+        if model.name in WHEELS:  # its base does not come with philens
+            fetched = (kept(model.name) / "config.json").is_file()
+            base = ", base fetched" if fetched else ", base not fetched yet"
+        if layers:
+            yield f"{model.name} ({', '.join(sorted(layers))}{base})"
 
 
 def _devices() -> dict[str, str]:

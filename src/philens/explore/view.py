@@ -144,10 +144,6 @@ def _label(column: str) -> str:
     return label(column, unit(column))
 
 
-def _meaning(column: str) -> str:
-    return clean(METRICS[column].meaning) if column in METRICS else ""
-
-
 def _section(number: int, scores: TokenScores, texts: Sequence[TokenScores], look: Look) -> str:
     name, pieces = clean(_name(scores)), [shown_piece(piece) for piece in scores.pieces()]
     parts = parting(texts)[number]
@@ -191,8 +187,9 @@ def _pane(
     spans = "".join(
         f'<span class="{names}">{piece}</span>' for piece, names in zip(pieces, classes, strict=True)
     )
+    meaning = clean(METRICS[metric].meaning) if metric in METRICS else ""
     return (
-        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption title="{_meaning(metric)}">'
+        f'<figure class="pane" data-metric="{clean(metric)}"><figcaption title="{meaning}">'
         f"{legend(metric, scale, unit(metric))}</figcaption>"
         f'<div class="text" role="listbox" aria-multiselectable="true" '
         f'aria-label="{name}, coloured by {_label(metric)}">{spans}</div></figure>'

@@ -290,15 +290,22 @@ def spread_table(spread: Mapping[str, Any]) -> Table:
                 sections[f"{label}, {part.replace('_', ' ')}"] = {
                     CORRELATION_LABELS[name]: found[name]["value"] for name in CORRELATIONS if name in found
                 }
-    holds = spread.get("holds")
     title = "Over seeds"
     if "token_wise" in spread:
         title = "Correlation with description length, over seeds"
+    return seeds_table(title, spread, sections)
+
+
+def seeds_table(
+    title: str, spread: Mapping[str, Any], sections: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> Table:
+    """Numbers over seeds by their names, in sections, those without a name first."""
+    holds = spread.get("holds")
     caption = f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
     table = new_table(title, caption, "", "mean", "sd", "lowest", "highest", "seeds")
     table.columns[0].max_width = 40
     for heading, lines in sections.items():
-        if lines:
+        if heading and lines:
             table.add_row(Text(heading, style="bold"))
         for number, (label, item) in enumerate(lines.items(), start=1):
             values = [number_text(item[key], 3) for key in ("mean", "sd", "min", "max")]

@@ -21,6 +21,7 @@ from philens.findings.correctness import (
     selection_rows,
 )
 from philens.findings.difficulty import difficulty_correlation_rows, difficulty_rows
+from philens.findings.language_tables import seeds_table
 from philens.findings.solutions import BASELINES, GIVEN, PHI, point_rows
 from philens.show.estimates import number_text, numbers
 from philens.show.terminal import cell, count_of, counts_text, new_table
@@ -285,15 +286,8 @@ def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
 
 def headline_spread_table(spread: Mapping[str, Any], of: str = "") -> Table:
     """What `philens.findings.combine_seeds` made of either finding's headline numbers."""
-    holds = spread.get("holds")
-    caption = f"The finding holds for {holds['true']} of {holds['seeds']} seeds." if holds else ""
-    table = new_table(_title("Over seeds", of), caption, "", "mean", "sd", "lowest", "highest", "seeds")
-    for name, item in spread["headline"].items():
-        found = item.get("value")
-        if found:
-            values = [number_text(found[key], 3) for key in ("mean", "sd", "min", "max")]
-            table.add_row(Text(label(name)), *values, str(found["seeds"]))
-    return table
+    found = {label(name): item["value"] for name, item in spread["headline"].items() if item.get("value")}
+    return seeds_table(_title("Over seeds", of), spread, {"": found})
 
 
 def _title(text: str, of: str) -> str:
