@@ -54,32 +54,23 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
 
     buttons: dict[str, gr.Button] = {}
     with gr.Blocks(title="philens explore", analytics_enabled=False) as page:
-        gr.HTML(_HEAD, apply_default_css=False)
-        status = gr.HTML(view.status(""), apply_default_css=False, elem_id="status")
+        _markup(_HEAD)
+        status = _markup(view.status(""), elem_id="status")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 text = gr.Textbox(
                     label=NAMES[0], lines=7, max_lines=14, placeholder="Paste a text …", elem_id="text-a"
                 )
-                gr.HTML(
-                    f'<p class="ph-count" id="ph-count">0 of {sessions.most:,} characters</p>',
-                    apply_default_css=False,
-                )
+                _markup(f'<p class="ph-count" id="ph-count">0 of {sessions.most:,} characters</p>')
                 with gr.Row():
-                    read = gr.Button("Read", variant="primary", size="md", min_width=80, elem_id="read")
-                    write = gr.Button("Write on", size="md", min_width=80, elem_id="write")
-                    cancel = gr.Button(
-                        "Cancel",
-                        variant="stop",
-                        size="md",
-                        min_width=80,
-                        interactive=False,
-                        elem_id="cancel",
-                    )
+                    size: dict[str, Any] = {"size": "md", "min_width": 80}
+                    read = gr.Button("Read", variant="primary", elem_id="read", **size)
+                    write = gr.Button("Write on", elem_id="write", **size)
+                    cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel", **size)
                 for group, formal in (("Kinds of text", False), ("Formal languages", True)):
                     chosen = [one for one in offered.values() if one.formal == formal]
                     if chosen:
-                        gr.HTML(f'<p class="ph-label">{group}</p>', apply_default_css=False)
+                        _markup(f'<p class="ph-label">{group}</p>')
                         with gr.Row(elem_classes="ph-examples"):
                             for one in chosen:
                                 buttons[one.name] = gr.Button(one.name, size="sm")
@@ -103,13 +94,9 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
                     low = gr.Number(0.0, label="from", visible=False, min_width=80)
                     high = gr.Number(10.0, label="to", visible=False, min_width=80)
                     palette = gr.Dropdown(list(PALETTES), value="colour", label="Palette", min_width=110)
-                lacking = gr.HTML(
-                    view.lacking(first.lacking(next(iter(first.points)))), apply_default_css=False
-                )
-                result = gr.HTML(
-                    "", apply_default_css=False, elem_id="result", js_on_load=view.asset("page.js")
-                )
-                marked = gr.HTML("", apply_default_css=False, elem_id="marked")
+                lacking = _markup(view.lacking(first.lacking(next(iter(first.points)))))
+                result = _markup("", elem_id="result", js_on_load=view.asset("page.js"))
+                marked = _markup("", elem_id="marked")
                 with gr.Row():
                     which = gr.Radio(list(NAMES), value=NAMES[0], label="Mark a span in", min_width=160)
                     begin = gr.Number(0, label="from token", precision=0, min_width=100, elem_id="mark-from")
@@ -323,6 +310,10 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         everything = [*shown, *where, spread, low, high, palette]
         page.load(begin_with, [fragment, *where, *look], everything, js=_FRAGMENT, **options)
     return page
+
+
+def _markup(markup: str, **options: Any) -> gr.HTML:
+    return gr.HTML(markup, apply_default_css=False, **options)
 
 
 def _metric(model: Explored, place: int, side: str) -> gr.Dropdown:

@@ -59,19 +59,12 @@ _PROSE = (
 
 @dataclass(frozen=True)
 class Example:
-    """A text to begin with.
+    """A text to begin with."""
 
-    Attributes:
-        name: name of its task or level.
-        about: what it is, in a sentence.
-        text: text to read.
-        formal: whether it is in a formal language.
-    """
-
-    name: str
-    about: str
+    name: str  # of its task or level
+    about: str  # what it is, in a sentence
     text: str
-    formal: bool
+    formal: bool  # whether it is in a formal language
 
 
 @cache

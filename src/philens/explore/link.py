@@ -1,7 +1,6 @@
 """Links to what the page shows: texts, model and settings are in the fragment, which no browser sends."""
 
 import base64
-import binascii
 import json
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -18,17 +17,11 @@ _MOST = 4_000_000
 
 @dataclass(frozen=True)
 class Shown:
-    """What a page shows.
+    """What a page shows."""
 
-    Attributes:
-        model: name of the model on the page, like `point`, its insertion point.
-        texts: texts by name.
-        look: how they are shown.
-    """
-
-    model: str
+    model: str  # by its name on the page, like its insertion point
     point: str
-    texts: dict[str, str]
+    texts: dict[str, str]  # by name
     look: Look
 
     def to_fragment(self) -> str:
@@ -56,15 +49,7 @@ class Shown:
             look = _look(value["look"])
             texts = {_text(name): _text(text) for name, text in value["texts"].items()}
             return cls(_text(value["model"]), _text(value["point"]), texts, look)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            binascii.Error,
-            zlib.error,
-        ) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
             raise InputError(
                 "This link is damaged, or another version of philens made it; copy it once more, whole."
             ) from error

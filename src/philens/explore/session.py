@@ -41,40 +41,24 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Update:
-    """What changes on the page; None leaves as it is.
+    """What changes on the page; None leaves as it is."""
 
-    Attributes:
-        status: markup of the line that says what is going on.
-        result: markup of what was read.
-        texts: the two texts, where one is being written or was put there.
-        busy: whether a job is running.
-        metrics: columns shown with a result.
-    """
-
-    status: str | None = None
-    result: str | None = None
-    texts: tuple[str | None, str | None] = (None, None)
-    busy: bool = False
-    metrics: tuple[str, ...] = ()
+    status: str | None = None  # markup of the line that says what is going on
+    result: str | None = None  # markup of what was read
+    texts: tuple[str | None, str | None] = (None, None)  # where one is being written or was put there
+    busy: bool = False  # whether a job is running
+    metrics: tuple[str, ...] = ()  # columns shown with a result
 
 
 @dataclass
 class Session:
-    """One tab.
+    """One tab."""
 
-    Attributes:
-        most: characters that a text may have.
-        record: where views are kept, if they are.
-        key: its secret, in addresses of exports.
-        look: how `scores` were shown last.
-        scores: scores of the texts read last.
-    """
-
-    most: int
-    record: Record | None = None
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    look: Look = field(default_factory=Look)
-    scores: list[TokenScores] = field(default_factory=list)
+    most: int  # characters that a text may have
+    record: Record | None = None  # where views are kept, if they are
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # secret, in addresses of exports
+    look: Look = field(default_factory=Look)  # how `scores` were shown last
+    scores: list[TokenScores] = field(default_factory=list)  # of the texts read last
     _read: "tuple[Explored, str, dict[str, str]] | None" = None  # where and what was read last
     _job: Job | None = None
     _reading: dict[str, str] | None = None  # what the job reads

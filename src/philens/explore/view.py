@@ -45,20 +45,13 @@ _STEP = 20
 
 @dataclass(frozen=True)
 class Look:
-    """How scores are shown.
+    """How scores are shown."""
 
-    Attributes:
-        metrics: the two columns, side by side.
-        range: name of `RANGES`.
-        low, high: ends of the scale of both columns, where `range` is `fixed`.
-        palette: name of `PALETTES`.
-    """
-
-    metrics: tuple[str, str] = ("phi", "surprisal")
-    range: str = "shared"
-    low: float = 0.0
+    metrics: tuple[str, str] = ("phi", "surprisal")  # the two columns, side by side
+    range: str = "shared"  # name of `RANGES`
+    low: float = 0.0  # and the other end of the scale of both columns, where `range` is `fixed`
     high: float = 10.0
-    palette: str = "colour"
+    palette: str = "colour"  # name of `PALETTES`
 
     def scale(self, metric: str, scores: TokenScores, texts: Sequence[TokenScores]) -> Scale:
         """The colour scale of a column in one of several texts.

@@ -37,19 +37,12 @@ _OVER = [f"over_{task}" for task in BORING]
 
 
 class Setting(NamedTuple):
-    """One way to train a layer.
+    """One way to train a layer."""
 
-    Attributes:
-        knob: what differs from the recipe of all.
-        name: what it is set to.
-        recipe: the whole recipe.
-        run: name of the run's folder; settings that are the recipe of all share one.
-    """
-
-    knob: str
-    name: str
-    recipe: Recipe
-    run: str
+    knob: str  # what differs from the recipe of all
+    name: str  # what it is set to
+    recipe: Recipe  # the whole of it
+    run: str  # name of the run's folder; settings that are the recipe of all share one
 
 
 def read_settings(grid: Path, recipe: str, overrides: Mapping[str, Any]) -> list[Setting]:

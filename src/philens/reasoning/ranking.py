@@ -43,29 +43,18 @@ _MUST = 'it must have a "prompt" and "candidates", a list, or one of them as "re
 
 @dataclass(frozen=True)
 class Candidates:
-    """Answers among which to choose.
+    """Answers among which to choose."""
 
-    Attributes:
-        id: what the prompt is called.
-        prompt: as in `philens.reasoning.solutions.measure_replies`.
-        texts: the answers, at least two, none empty.
-    """
-
-    id: str | int
-    prompt: Text
-    texts: Sequence[str]
+    id: str | int  # what the prompt is called
+    prompt: Text  # as in `philens.reasoning.solutions.measure_replies`
+    texts: Sequence[str]  # the answers, at least two, none empty
 
 
 class Ranked(NamedTuple):
-    """What `rank_file` has done.
+    """What `rank_file` has done."""
 
-    Attributes:
-        prompts: how many there were.
-        saved: share of the candidates' tokens that need not have been written, where there was a prefix.
-    """
-
-    prompts: int
-    saved: float | None
+    prompts: int  # how many there were
+    saved: float | None  # share of tokens that need not have been written, where there was a prefix
 
     def __str__(self) -> str:
         saved = "" if self.saved is None else f"; choosing early saved {self.saved:.1%} of their tokens"
