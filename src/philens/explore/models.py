@@ -40,15 +40,11 @@ class Stopped(Exception):
 
 
 class Job:
-    """Something that a model does in a thread of its own.
-
-    Attributes:
-        done: blocks that have run, of `total`.
-        text: what has been written so far.
-    """
+    """Something that a model does in a thread of its own."""
 
     def __init__(self) -> None:
-        self.done, self.total, self.text = 0, 0, ""
+        self.done, self.total = 0, 0  # blocks that have run, and that will
+        self.text = ""  # what has been written so far
         self._stop = threading.Event()
 
     @property

@@ -31,19 +31,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """The tokens of a text that count, T of them.
-
-    Attributes:
-        places: (T,) which tokens of the scores they are.
-        columns: (T,) each, by name; phi is NaN at attention sinks.
-        sinks: (T,) which are attention sinks.
-    """
+    """The tokens of a text that count, T of them."""
 
     text: "LevelText"
     scores: "TokenScores"
-    places: NDArray[np.int64]
-    columns: Mapping[str, Floats]
-    sinks: NDArray[np.bool_]
+    places: NDArray[np.int64]  # (T,) which tokens of the scores they are
+    columns: Mapping[str, Floats]  # (T,) each, by name; phi is NaN at attention sinks
+    sinks: NDArray[np.bool_]  # (T,) which are attention sinks
 
     def __len__(self) -> int:
         return len(self.places)

@@ -43,21 +43,13 @@ _UNRELATED = re.compile(r"_|output_|use_cache|do_sample|transformers_version|\w+
 
 
 class Engine(Protocol):
-    """A model that goes on from prompts.
-
-    Attributes:
-        tokenizer: the model's.
-        context: tokens that it reads at most; None where there is no limit.
-        ends: ids of the tokens that end a reply.
-        stop: a text that ends it, too; empty for none.
-        record: what the samples come from, as JSON.
-    """
+    """A model that goes on from prompts."""
 
     tokenizer: Any
-    context: int | None
-    ends: list[int]
-    stop: str
-    record: dict[str, Any]
+    context: int | None  # tokens that it reads at most; None where there is no limit
+    ends: list[int]  # ids of the tokens that end a reply
+    stop: str  # a text that ends it, too; empty for none
+    record: dict[str, Any]  # what the samples come from, as JSON
 
     def draw(self, prompts: Sequence[list[int]], limits: Sequence[int], seed: int) -> list[Drawn]:
         """Go on from each prompt until an end or, at the latest, after its limit of tokens.
