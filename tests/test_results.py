@@ -17,13 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import philens
 from philens.bases.tokenizer import byte_tokenizer, train_bpe
 from philens.cli import main
-from philens.findings.classify import fit_classifier
 from philens.findings.places import place_before, score_places, written
 from philens.findings.reproduce import reproduce_results
 from philens.findings.results import GIVEN, PREDICTORS, measure_results
 from philens.findings.results_figures import figure_tokens
 from philens.findings.results_tables import layers_table, tables
-from philens.findings.statistics import auroc, contrast, difference, slope
+from philens.findings.statistics import auroc, contrast, difference, fit_classifier, slope
 from philens.lens.model import PHiModel
 from philens.reasoning.problems import find_prompt, load_problems
 from philens.scoring.score import score

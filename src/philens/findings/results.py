@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
-from philens.findings.classify import fit_classifier
 from philens.show.estimates import flat, flat_all
 from philens.support.errors import InputError
 from philens.tasks.results import HELD_OUT, KINDS
@@ -189,7 +188,7 @@ def _classify(table: "pd.DataFrame", **options: Any) -> dict[str, Any]:
     problems = table[table["role"] == "problem"]
     estimates: dict[str, dict[str, statistics.Estimate]] = {}
     for name, columns in PREDICTORS.items():
-        classifier = fit_classifier(_columns(train, columns), train["role"] == "worked")  # pyright: ignore[reportArgumentType]
+        classifier = statistics.fit_classifier(_columns(train, columns), train["role"] == "worked")  # pyright: ignore[reportArgumentType]
         estimates[name] = {
             where: statistics.auroc(
                 classifier(_columns(rows, columns)),  # pyright: ignore[reportArgumentType]
