@@ -39,9 +39,6 @@ LABELS = {
     "partial_given_surprisal_and_length": "correlation given surprisal & length",
     LOGISTIC: "combination",
     WITHOUT_PHI: "combination without phi",
-    "phi_mean": "phi",
-    "surprisal_mean": "surprisal",
-    "entropy_mean": "entropy",
     "phi_untrained_mean": "phi, untrained layer",
     "state_norm_mean": "size of the state",
     "highest_phi_untrained_mean": "highest phi, untrained",
@@ -98,29 +95,30 @@ def terminal_tables(finding: str, results: Mapping[str, Any]) -> Iterator[Table]
     """What to print of a finding: the first seed's results at each insertion point, and over seeds."""
     first, several = results["seeds"][0], len(results["seeds"]) > 1
     for point, found in first["points"].items():
-        of = f"after {point}" + f", seed {first.get('seed')}" * several
-        if finding == "correctness":
-            yield correctness_table(found, of)
-            if found["levels"]:
-                yield correctness_levels_table(found, of)
-            yield correctness_correlations_table(found, of)
-            yield selection_table(found, of)
-            if found["early"]:
-                yield early_table(found, of)
+        if finding == "difficulty":
+            makers = [difficulty_table, difficulty_correlations_table]
         else:
-            yield difficulty_table(found, of)
-            yield difficulty_correlations_table(found, of)
+            makers = [correctness_table, correctness_correlations_table, selection_table]
+            makers[1:1] = [correctness_levels_table] if found["levels"] else []
+            makers += [early_table] if found["early"] else []
+        for make in makers:
+            yield _named(make(found), f", after {point}" + f", seed {first.get('seed')}" * several)
     if "sweep" in first:
-        yield points_table(first["sweep"], f"seed {first.get('seed')}" * several)
+        yield _named(points_table(first["sweep"]), f", seed {first.get('seed')}" * several)
     for point, spread in results.get("spread", {}).items():
-        yield headline_spread_table(spread, f"after {point}")
+        yield _named(headline_spread_table(spread), f", after {point}")
 
 
-def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:
+def _named(table: Table, of: str) -> Table:
+    table.title = Text(f"{table.title}{of}", style="bold")
+    return table
+
+
+def correctness_table(results: Mapping[str, Any]) -> Table:
     """Choice accuracy of each rule, in percent, over all pairs and in the subsets."""
     counts = results["counts"]
     table = new_table(
-        _title("Choosing the right one of a right and a wrong solution", of),
+        "Choosing the right one of a right and a wrong solution",
         f"Percent, with 95 % intervals over problems; chance is 50. {count_of(counts['pairs'], 'pair')} of "
         f"{count_of(counts['mixed'], 'problem')}, each problem counting once.\n"
         "Counter-intuitive: the wrong solution has the lower surprisal; intuitive: the right one. What goes "
@@ -134,10 +132,10 @@ def correctness_table(results: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def correctness_levels_table(results: Mapping[str, Any], of: str = "") -> Table:
+def correctness_levels_table(results: Mapping[str, Any]) -> Table:
     """Per level: how many solutions are right, and how phi and surprisal choose."""
     table = new_table(
-        _title(f"By {results['by']}", of),
+        f"By {results['by']}",
         "Percent, and correlation of phi with being right given surprisal; 95 % intervals over problems."
         + _few(results["levels"], lambda found: found["choice"]["all"]["problems"]),
         *(f"{results['by']}\npairs", "solved", "highest\nphi", "lowest\nsurprisal"),
@@ -157,10 +155,10 @@ def correctness_levels_table(results: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> Table:
+def correctness_correlations_table(results: Mapping[str, Any]) -> Table:
     """Correlations of metrics with being right: over all solutions, of one level, of one problem."""
     table = new_table(
-        _title("Correlation with being right", of),
+        "Correlation with being right",
         "Given others as the columns say, with 95 % intervals over problems. Solutions of different problems "
         "differ in difficulty too; those of the same level or problem do not, or less."
         + _ALL_ELSE
@@ -175,12 +173,12 @@ def correctness_correlations_table(results: Mapping[str, Any], of: str = "") -> 
     return table
 
 
-def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
+def selection_table(results: Mapping[str, Any]) -> Table:
     """How often one solution of each problem, taken by a rule, is right."""
     selection = results["selection"]
     samples = selection["samples_per_problem"]
     table = new_table(
-        _title("Taking one of all solutions of a problem", of),
+        "Taking one of all solutions of a problem",
         f"Percent right, with 95 % intervals over {count_of(selection['problems'], 'problem')} of "
         f"{counts_text([samples['fewest'], samples['most']], 'solutions')}; gain: over a random one.",
         *("rule", "right", "gain"),
@@ -195,11 +193,11 @@ def selection_table(results: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def early_table(results: Mapping[str, Any], of: str = "") -> Table:
+def early_table(results: Mapping[str, Any]) -> Table:
     """How often what is chosen is right where first tokens keep half of a problem's solutions."""
     early, selection = results["early"], results["selection"]
     table = new_table(
-        _title(f"Choosing early: the better half by the first {early['prefix']} tokens", of),
+        f"Choosing early: the better half by the first {early['prefix']} tokens",
         "Percent right, with 95 % intervals over problems, of a random one of those kept, of their majority, "
         "and of the one that is best by the same metric over all its tokens. Saved: tokens of the others "
         "that need not have been written, in percent of all.",
@@ -218,11 +216,11 @@ def early_table(results: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
+def difficulty_table(results: Mapping[str, Any]) -> Table:
     """Per level: phi, surprisal, entropy and length of solutions."""
     names = ("phi_mean", "phi_sum", *BASELINES)
     table = new_table(
-        _title(f"Solutions by {results['by']}", of),
+        f"Solutions by {results['by']}",
         "Means over solutions with 95 % intervals over problems; nats per token, phi sum in nats.\n"
         + _exclusions(results)
         + _verdict(results, "phi grows with difficulty")
@@ -235,10 +233,10 @@ def difficulty_table(results: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def difficulty_correlations_table(results: Mapping[str, Any], of: str = "") -> Table:
+def difficulty_correlations_table(results: Mapping[str, Any]) -> Table:
     """Spearman's correlations of metrics with difficulty, alone and given others."""
     table = new_table(
-        _title(f"Spearman's correlation with {results['by']}", of),
+        f"Spearman's correlation with {results['by']}",
         "Given others as the columns say (of ranks), with 95 % intervals over problems."
         + _ALL_ELSE * ("all_else" in results["partial"]["phi_mean"]),
         *_GIVEN_COLUMNS,
@@ -264,10 +262,10 @@ def _add_correlations(table: Table, name: str, found: Mapping[str, Any], end_sec
         table.add_row(f"{label(name)}, given all else", cell(found[GIVEN[-1]]), end_section=end_section)
 
 
-def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
+def points_table(sweep: Mapping[str, Any]) -> Table:
     """The headline numbers at each insertion point, with the intervals that hold all at once."""
     headings = ("", "value", f"{100 * sweep['level']:.2f} % interval", "chance")
-    table = new_table(_title("Insertion points", of), sweep["note"], *headings, whole=(True, True))
+    table = new_table("Insertion points", sweep["note"], *headings, whole=(True, True))
     points = sweep["points"]
     for name in headline_names(sweep):
         table.add_row(Text(label(name), style="bold"))
@@ -284,14 +282,10 @@ def points_table(sweep: Mapping[str, Any], of: str = "") -> Table:
     return table
 
 
-def headline_spread_table(spread: Mapping[str, Any], of: str = "") -> Table:
+def headline_spread_table(spread: Mapping[str, Any]) -> Table:
     """What `philens.findings.combine_seeds` made of either finding's headline numbers."""
     found = {label(name): item["value"] for name, item in spread["headline"].items() if item.get("value")}
-    return seeds_table(_title("Over seeds", of), spread, {"": found})
-
-
-def _title(text: str, of: str) -> str:
-    return f"{text}, {of}" if of else text
+    return seeds_table("Over seeds", spread, {"": found})
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> Text:
