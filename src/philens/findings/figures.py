@@ -71,7 +71,11 @@ def figure_tasks(results: Mapping[str, Any]) -> Figure:
 
     labels = [task_label(name).replace(" ", "\n", 1) for name in names]
     means = {text: tasks[name]["phi"] for text, name in zip(labels, names, strict=True)}
-    draw_bars(bars, means, [TASK_STYLES.get(name, _OTHER_STYLE)[0] for name in names], height=0.7)
+    styles = (TASK_STYLES.get(name, _OTHER_STYLE) for name in names)
+    colours = [
+        (one[0], 1.0 if name == INTERESTING else 0.75) for one, name in zip(styles, names, strict=True)
+    ]
+    draw_bars(bars, means, colours, height=0.7)
     bars.set(xlabel=PHI_LABEL)
     for label, name in zip(bars.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name == INTERESTING else "normal")

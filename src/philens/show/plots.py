@@ -65,7 +65,7 @@ def draw_estimates(axes: "Axes", places: ArrayLike, found: Sequence[Estimate | N
 
 
 def draw_bars(
-    axes: "Axes", found: Mapping[str, Estimate | None], colours: Sequence[str], **style: Any
+    axes: "Axes", found: Mapping[str, Estimate | None], colours: Sequence[Any], **style: Any
 ) -> None:
     """Bars with intervals, each beside its name, from the top down."""
     for row, (one, colour) in enumerate(zip(found.values(), colours, strict=True)):
