@@ -194,17 +194,9 @@ def _curves(
         points = []
         for step in range(len(surprisal_edges) - 1):
             cell = (bin_of_token == number) & (surprisal_bin == step)
-            if not cell.any():
-                continue
-            estimate = statistics.mean(phi[cell], document[cell], **options)
-            points.append(
-                {
-                    "surprisal": {"mean": float(surprisal[cell].mean()), **_range(surprisal_edges, step)},
-                    "phi": estimate.as_dict("mean"),
-                    "tokens": estimate.rows,
-                    "documents": estimate.documents,
-                }
-            )
+            if cell.any():
+                of_cell = {"mean": float(surprisal[cell].mean()), **_range(surprisal_edges, step)}
+                points.append({"surprisal": of_cell} | mean_of_cell(phi[cell], document[cell], options))
         if points:
             curves.append(
                 {
@@ -215,6 +207,12 @@ def _curves(
                 }
             )
     return curves
+
+
+def mean_of_cell(phi: Floats, document: NDArray[np.int64], options: dict[str, Any]) -> dict[str, Any]:
+    """Mean phi of some tokens, and how many these are."""
+    estimate = statistics.mean(phi, document, **options)
+    return {"phi": estimate.as_dict("mean"), "tokens": estimate.rows, "documents": estimate.documents}
 
 
 def _range(edges: Floats, number: int) -> dict[str, float]:

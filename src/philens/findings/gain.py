@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from philens.findings import statistics
+from philens.findings.complexity import mean_of_cell
 from philens.findings.controls import different_letters, measure_controls
 from philens.findings.tasks import INTERESTING
 from philens.show.estimates import flat
@@ -148,16 +149,7 @@ def _cells(
         for step in range(len(inner_edges) - 1):
             chosen = inner == step
             if chosen.any():
-                estimate = statistics.mean(phi[chosen], document[chosen], **options)
-                cells.append(
-                    {
-                        "surprisal_low": float(edges[number]),
-                        "surprisal_high": float(edges[number + 1]),
-                        "surprisal": float(surprisal[chosen].mean()),
-                        "gain": float(gain[chosen].mean()),
-                        "phi": estimate.as_dict("mean"),
-                        "tokens": estimate.rows,
-                        "documents": estimate.documents,
-                    }
-                )
+                cell = {"surprisal_low": float(edges[number]), "surprisal_high": float(edges[number + 1])}
+                cell |= {"surprisal": float(surprisal[chosen].mean()), "gain": float(gain[chosen].mean())}
+                cells.append(cell | mean_of_cell(phi[chosen], document[chosen], options))
     return cells

@@ -114,17 +114,20 @@ def reproduce_knobs(
     common, settings = load_recipe(recipe, every), read_settings(grid, recipe, every)
     if base is None:
         trained(load_recipe("small", {"phi": None, "phi_schedule.start_step": 0}), own)
-    reader = _Reader(common, documents)
     runs: dict[str, dict[str, Any]] = {}
+    alone: Any = None  # the base without a layer
     # First the recipe of all: whether it works is seen before the others are trained.
     for one in [Setting("", "", common, COMMON), *settings]:
         if one.run in runs:
             continue
         lens = trained(one.recipe, output / one.run)
         if not runs:
-            runs[UNTRAINED] = reader.read(untrained(lens, common, common.seed, base_too=False))
+            fresh = untrained(lens, common, common.seed, base_too=False)
+            with fresh.disabled():
+                alone = measure(fresh, common, (INTERESTING,), 4 * documents)
+            runs[UNTRAINED] = _read(fresh, common, documents, alone)
         prepare(lens, None)
-        runs[one.run] = reader.read(lens)
+        runs[one.run] = _read(lens, common, documents, alone)
         logger.info("%s: phi of in-context language %.2f nats.", one.run, runs[one.run]["phi"]["mean"])
     results = {
         "documents": documents,
@@ -145,42 +148,27 @@ def reproduce_knobs(
     return Results(run | results, partial(lambda one: [knobs_table(one)]))
 
 
-class _Reader:
-    """Reads the same documents with each layer, and once with the base alone."""
-
-    def __init__(self, recipe: Recipe, documents: int) -> None:
-        self.recipe, self.documents = recipe, documents
-        self.alone: TokenTable | None = None
-
-    def read(self, lens: PHiModel) -> dict[str, Any]:
-        """Findings 1 and 2 of one layer, and what the layer costs in surprisal."""
-        seed: dict[str, Any] = {"seed": self.recipe.seed}
-        tasks = measure_tasks(measure(lens, self.recipe, (INTERESTING, *BORING), self.documents), **seed)
-        table = self._in_context(lens)
-        if self.alone is None:
-            with lens.disabled():
-                self.alone = self._in_context(lens)
-        with_layer, without = (
-            statistics.mean(one.surprisal, one.document, **seed) for one in (table, self.alone)
-        )
-        complexity = measure_complexity(table, **seed)
-        correlations = {
-            "given_surprisal": complexity["token_wise"]["whole"]["partial_given_surprisal"],
-            "given_letters": complexity["controls"]["phi"]["given_letters"],
-        }
-        if not self.recipe.data.tasks.noise_probability:
-            gain = measure_gain(table, self.recipe.data.tasks, **seed)
-            correlations["gain"] = gain["correlations"]["given_surprisal_and_position"]
-        return {
-            "phi": statistics.mean(table.phi, table.document, **seed).as_dict("mean"),
-            "surprisal": with_layer.as_dict("mean"),
-            "loss_gap": statistics.difference(with_layer, without).as_dict(),
-            "ratios": tasks["ratios"],
-            "correlations": correlations,
-        }
-
-    def _in_context(self, lens: PHiModel) -> TokenTable:
-        return measure(lens, self.recipe, (INTERESTING,), 4 * self.documents)
+def _read(lens: PHiModel, recipe: Recipe, documents: int, alone: TokenTable) -> dict[str, Any]:
+    """Findings 1 and 2 of one layer, and what it costs in surprisal, which the base `alone` has, too."""
+    seed: dict[str, Any] = {"seed": recipe.seed}
+    tasks = measure_tasks(measure(lens, recipe, (INTERESTING, *BORING), documents), **seed)
+    table = measure(lens, recipe, (INTERESTING,), 4 * documents)
+    with_layer, without = (statistics.mean(one.surprisal, one.document, **seed) for one in (table, alone))
+    complexity = measure_complexity(table, **seed)
+    correlations = {
+        "given_surprisal": complexity["token_wise"]["whole"]["partial_given_surprisal"],
+        "given_letters": complexity["controls"]["phi"]["given_letters"],
+    }
+    if not recipe.data.tasks.noise_probability:
+        gain = measure_gain(table, recipe.data.tasks, **seed)
+        correlations["gain"] = gain["correlations"]["given_surprisal_and_position"]
+    return {
+        "phi": statistics.mean(table.phi, table.document, **seed).as_dict("mean"),
+        "surprisal": with_layer.as_dict("mean"),
+        "loss_gap": statistics.difference(with_layer, without).as_dict(),
+        "ratios": tasks["ratios"],
+        "correlations": correlations,
+    }
 
 
 def knob_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
