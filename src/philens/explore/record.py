@@ -9,7 +9,7 @@ from threading import Lock
 from typing import BinaryIO
 
 from philens.explore import view
-from philens.show.page import clean
+from philens.show.page import clean, head
 from philens.support.errors import ConfigError
 from philens.support.files import write_atomically
 
@@ -50,18 +50,12 @@ class Record:
     def _write(self, file: BinaryIO) -> None:
         script = _BEFORE + view.asset("page.js") + _AFTER
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        style = view.asset("record.css") + view.style()
+        file.write(head("philens explore, recorded", style, f"script-src 'sha256-{digest}'").encode())
         file.write(
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta name="color-scheme" content="light dark">\n'
-            # Whatever a text holds, the browser runs no script but this one, and fetches nothing.
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">\n"
-            "<title>philens explore, recorded</title>\n"
-            f"<style>{view.asset('record.css')}{view.style()}</style>\n</head>\n<body>\n"
-            '<div class="ph-head"><h1>philens explore, recorded</h1><p>Every view of a session. Point at a '
-            "token, or walk through the text with the arrow keys, to read its values.</p></div>\n"
-            '<label class="ph-label" for="views">View</label>\n<select id="views">'.encode()
+            b'<div class="ph-head"><h1>philens explore, recorded</h1><p>Every view of a session. Point at a '
+            b"token, or walk through the text with the arrow keys, to read its values.</p></div>\n"
+            b'<label class="ph-label" for="views">View</label>\n<select id="views">'
         )
         for number, (title, _) in enumerate(self.views):
             file.write(f'<option value="{number}">{number + 1}. {clean(title)}</option>'.encode())

@@ -151,7 +151,7 @@ def write_page(
     units = dict.fromkeys(metrics, "nats") | _units(documents)
 
     def write(file: BinaryIO) -> None:
-        file.write(_head(title).encode())
+        file.write(f"{head(title, _style(), 'img-src data:')}<h1>{clean(title)}</h1>\n".encode())
         if told < total:
             file.write(f'<p class="note">{note}</p>\n'.encode())
         file.write(means_table(documents[: len(shown)]).encode())
@@ -199,16 +199,15 @@ def beginnings(documents: Sequence[PageDocument], most: int, left: int) -> list[
     return shown
 
 
-def _head(title: str) -> str:
+def head(title: str, style: str, allowed: str) -> str:
+    """The beginning of a page that fetches nothing and, whatever a text holds, runs but what is `allowed`."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        # Whatever a text holds, the browser runs no script and fetches nothing.
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
-        f"<title>{clean(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
-        f"<h1>{clean(title)}</h1>\n"
+        f"content=\"default-src 'none'; style-src 'unsafe-inline'; {allowed}\">\n"
+        f"<title>{clean(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
     )
 
 
