@@ -90,12 +90,12 @@ def figure_complexity(results: Mapping[str, Any]) -> Figure:
     """Mean phi against surprisal for each bin of description length, and the correlations beside it."""
     figure = new_figure(height=4.2)
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    found = {}
-    for curve in results["curves"]:
-        span = curve["description_length"]
-        points = [(point["surprisal"]["mean"], point["phi"]) for point in curve["points"]]
-        found[f"{span['low']:.0f} to {span['high']:.0f}"] = points
-    _draw_curves(curves, found, "description length (nats)")
+    spans = [curve["description_length"] for curve in results["curves"]]
+    points = [
+        [(one["surprisal"]["mean"], one["phi"]) for one in curve["points"]] for curve in results["curves"]
+    ]
+    labels = [f"{span['low']:.0f} to {span['high']:.0f}" for span in spans]
+    _draw_curves(curves, labels, points, "description length (nats)")
     curves.set(xlabel=SURPRISAL_LABEL, ylabel=PHI_LABEL)
     curves.set_title("in-context language, tokens", fontsize=FONT + 1, loc="left")
 
@@ -132,11 +132,12 @@ def figure_gain(results: Mapping[str, Any]) -> Figure:
     """Mean phi against an ideal learner's gain, a curve for each bin of surprisal, and the correlations."""
     figure = new_figure(height=4.2)
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    bins: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    bins: dict[tuple[float, float], list[tuple[float, Mapping[str, Any]]]] = {}
     for cell in results["cells"]:
-        span = f"{cell['surprisal_low']:.2f} to {cell['surprisal_high']:.2f}"
+        span = cell["surprisal_low"], cell["surprisal_high"]
         bins.setdefault(span, []).append((cell["gain"], cell["phi"]))
-    _draw_curves(curves, bins, "surprisal (nats)")
+    labels = [f"{low:.2f} to {high:.2f}" for low, high in bins]
+    _draw_curves(curves, labels, list(bins.values()), "surprisal (nats)")
     # Most letters tell nearly nothing: linear near zero, then logarithmic.
     curves.set_xscale("symlog", linthresh=0.01)
     curves.set_xlim(left=0)
@@ -365,11 +366,14 @@ def _draw_knob(
 
 
 def _draw_curves(
-    axes: "Axes", curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], title: str
+    axes: "Axes",
+    labels: Sequence[str],
+    curves: Sequence[Sequence[tuple[float, Mapping[str, Any]]]],
+    title: str,
 ) -> None:
     """Estimates along x with bands, from pale to dark; and a legend below."""
     colours = colormaps["viridis"](np.linspace(0.85, 0.0, max(len(curves), 2)))  # pale yellow is hard to see
-    for (label, points), colour in zip(curves.items(), colours, strict=False):
+    for label, points, colour in zip(labels, curves, colours, strict=False):
         x = [place for place, _ in points]
         # A cell with one document has a mean but no interval: no band there.
         values, low, high = np.array([numbers(found) for _, found in points], dtype=float).T
