@@ -6,7 +6,7 @@ same documents in the same resamples, so that differences are paired.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,9 +92,7 @@ def measure_pairs(
     values: Mapping[str, Floats],
     surprisal: Floats,
     length: Floats,
-    *,
-    resamples: int = statistics.RESAMPLES,
-    seed: int = 0,
+    **draws: Unpack[statistics.Draws],
 ) -> dict[str, Any]:
     """Pairs of documents of like surprisal: how often the longer description has the higher value.
 
@@ -107,10 +105,7 @@ def measure_pairs(
     first, second, side = (one[side != 0] for one in (first, second, side))
     found = {
         name: statistics.mean(
-            (np.sign((column[first] - column[second]) * side) + 1) / 2,
-            np.arange(len(side)),
-            resamples=resamples,
-            seed=seed,
+            (np.sign((column[first] - column[second]) * side) + 1) / 2, np.arange(len(side)), **draws
         ).as_dict("share")
         for name, column in ({"surprisal": surprisal} | dict(values)).items()
     }

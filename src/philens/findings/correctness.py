@@ -19,7 +19,7 @@ often wrong. Those within levels hold the level fixed, as the paper does; those 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,15 +152,11 @@ def measure_correctness(
 
 
 def sweep_correctness(
-    tables: "Mapping[str, pd.DataFrame]",
-    by: str = "level",
-    *,
-    resamples: int = statistics.RESAMPLES,
-    seed: int = 0,
+    tables: "Mapping[str, pd.DataFrame]", by: str = "level", **draws: Unpack[statistics.Draws]
 ) -> dict[str, Any]:
     """The headline numbers at several insertion points, of one table each; see `compare_points`."""
     points = {point: usable(table, ["correct"]) for point, table in tables.items()}
-    return compare_points(points, partial(_headline, by=by), HEADLINE, resamples, seed)
+    return compare_points(points, partial(_headline, by=by), HEADLINE, **draws)
 
 
 def _share(solutions: Solutions) -> Floats:

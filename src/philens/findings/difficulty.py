@@ -9,7 +9,7 @@ by themselves.
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -90,15 +90,11 @@ def measure_difficulty(
 
 
 def sweep_difficulty(
-    tables: "Mapping[str, pd.DataFrame]",
-    by: str = "level",
-    *,
-    resamples: int = statistics.RESAMPLES,
-    seed: int = 0,
+    tables: "Mapping[str, pd.DataFrame]", by: str = "level", **draws: Unpack[statistics.Draws]
 ) -> dict[str, Any]:
     """The headline numbers at several insertion points, of one table each; see `compare_points`."""
     points = {point: _with_difficulty(table, by) for point, table in tables.items()}
-    return compare_points(points, partial(_headline, by=by), HEADLINE, resamples, seed)
+    return compare_points(points, partial(_headline, by=by), HEADLINE, **draws)
 
 
 def _with_difficulty(table: "pd.DataFrame", by: str) -> Solutions:

@@ -6,7 +6,7 @@ taken over the tokens of the reply alone: its mean, sum, maximum, and mean over 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,8 +170,7 @@ def compare_points(
     points: Mapping[str, Solutions],
     headline: "Callable[..., dict[str, Estimate]]",
     chance: Mapping[str, float],
-    resamples: int,
-    seed: int,
+    **draws: Unpack[statistics.Draws],
 ) -> dict[str, Any]:
     """The headline numbers of solutions at each insertion point, with intervals that hold all at once.
 
@@ -183,7 +182,8 @@ def compare_points(
         raise InputError("There are no insertion points to compare; give the table of at least one.")
     comparisons = len(points) * len(chance)
     level = statistics.familywise(comparisons)
-    options = {"resamples": resamples * min(comparisons, _MORE_RESAMPLES), "seed": seed}
+    resamples = draws.get("resamples", statistics.RESAMPLES) * min(comparisons, _MORE_RESAMPLES)
+    options = draws | {"resamples": resamples}
     found = {
         point: {
             **solutions.size(),

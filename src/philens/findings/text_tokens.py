@@ -8,7 +8,7 @@ close) are the control: they cost as little, and nothing is recited.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +52,7 @@ def recited(surprisal: Floats) -> NDArray[np.bool_]:
     return found
 
 
-def measure_recitation(
-    texts: Sequence[CountedTokens], *, resamples: int = statistics.RESAMPLES, seed: statistics.Seed = 0
-) -> dict[str, Any]:
+def measure_recitation(texts: Sequence[CountedTokens], **draws: Unpack[statistics.Draws]) -> dict[str, Any]:
     """Phi where texts are recited, against the rest of the same texts and against sure tokens in that rest.
 
     `recited`, `rest` and `sure_rest` are means over tokens; the two differences are means over texts that
@@ -72,7 +70,6 @@ def measure_recitation(
         for name, into in differences.items():
             if len(values["recited"]) and len(values[name]):
                 into.append(float(values["recited"].mean() - values[name].mean()))
-    options = {"resamples": resamples, "seed": seed}
     counts = {name: sum(len(values) for _, values in found) for name, found in rows.items()}
     return {
         "surprisal_below": SURE,
@@ -80,33 +77,32 @@ def measure_recitation(
         "texts": sum(len(values) > 0 for _, values in rows["recited"]),
         "tokens": counts["recited"],
         "share": counts["recited"] / max(counts["recited"] + counts["rest"], 1),
-        **{name: _mean_of(found, options) for name, found in rows.items()},
-        "recited_less_rest": _mean_of(enumerate(differences["rest"]), options),
-        "recited_less_sure_rest": _mean_of(enumerate(differences["sure_rest"]), options),
+        **{name: _mean_of(found, **draws) for name, found in rows.items()},
+        "recited_less_rest": _mean_of(enumerate(differences["rest"]), **draws),
+        "recited_less_sure_rest": _mean_of(enumerate(differences["sure_rest"]), **draws),
     }
 
 
-def _mean_of(rows: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+def _mean_of(rows: Any, **draws: Unpack[statistics.Draws]) -> dict[str, Any] | None:
     pairs = [(number, np.atleast_1d(values)) for number, values in rows]
     if not sum(len(values) for _, values in pairs):
         return None
     documents = np.repeat([number for number, _ in pairs], [len(values) for _, values in pairs])
-    estimate = statistics.mean(np.concatenate([values for _, values in pairs]), documents, **options)
+    estimate = statistics.mean(np.concatenate([values for _, values in pairs]), documents, **draws)
     return {"texts": estimate.documents, "tokens": estimate.rows, **estimate.as_dict("mean")}
 
 
 def phi_by_surprisal(
-    texts: Sequence[CountedTokens], *, resamples: int = statistics.RESAMPLES, seed: statistics.Seed = 0
+    texts: Sequence[CountedTokens], **draws: Unpack[statistics.Draws]
 ) -> list[dict[str, Any]]:
     """Mean phi of a level's tokens in each bin of surprisal, with intervals over texts."""
-    options = {"resamples": resamples, "seed": seed}
     bins = []
     for low, high in pairwise(EDGES):
         rows = []
         for number, text in enumerate(texts):
             phi, surprisal = text.columns["phi"], text.columns["surprisal"]
             rows.append((number, phi[(surprisal >= low) & (surprisal < high) & np.isfinite(phi)]))
-        found = _mean_of(rows, options) or {"texts": 0, "tokens": 0, "mean": None, "ci95": [None, None]}
+        found = _mean_of(rows, **draws) or {"texts": 0, "tokens": 0, "mean": None, "ci95": [None, None]}
         bins.append({"from": low, "below": high if np.isfinite(high) else None, **found})
     return bins
 
