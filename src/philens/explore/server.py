@@ -39,14 +39,7 @@ def explore(
     rendering: Rendering = AS_IS,
     options: MetricOptions | None = None,
 ) -> None:
-    """Load models, say where the page is, and serve it until the user stops it.
-
-    Args:
-        source: as for `models.open_all`, like `adapters`, `rendering` and `options`.
-        host, port: as for `listen`.
-        most: characters that a text may have.
-        say: told the address.
-        record: file that keeps every view.
+    """Load models, `say` where the page is, and serve it until the user stops it, as `philens explore` does.
 
     Raises:
         PhilensError: Gradio is missing, or models or address cannot be had.

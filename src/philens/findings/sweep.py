@@ -52,14 +52,8 @@ def sweep(
     """Train a PHi layer after each of several blocks of a frozen base and compare them.
 
     `output/run` is the training run; `output/layer-N` is each layer by itself, an adapter in the path;
-    `output` holds results.json, sweep.csv, course.csv and a figure. Called again, it goes on.
-
-    Args:
-        base: the base model, a folder or Hub id.
-        layers: blocks, counted from 0; negative counts from the end.
-        output: folder of all this.
-        recipe: what the layers are trained by.
-        overrides: recipe keys to replace.
+    `output` holds results.json, sweep.csv, course.csv and a figure. Called again, it goes on. What is
+    given are the options of `philens sweep`; a block's number counts from 0, negative from the end.
 
     Returns:
         The results; None if the user stopped the training.
