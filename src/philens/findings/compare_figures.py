@@ -55,12 +55,18 @@ def _levels(results: Mapping[str, Any]) -> Figure:
 
 def _complexity(results: Mapping[str, Any]) -> Figure:
     found = results["complexity"]
+    given = {name: f"\ngiven {one['given']}" if one["given"] else "" for name, one in found.items()}
+    label = "correlation with description length, in-context language"
+    return _dots({name + given[name]: one for name, one in found.items()}, 0, label)
+
+
+def _dots(found: Mapping[str, Mapping[str, Any]], nothing: float, label: str) -> Figure:
+    """Dots with intervals, and a line at what says nothing."""
     figure = new_figure(0.9 + 0.3 * len(found))
     axes = figure.subplots()
-    given = {name: f"\ngiven {one['given']}" if one["given"] else "" for name, one in found.items()}
-    draw_dots(axes, {name + given[name]: one for name, one in found.items()}, color=_BLUE)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("correlation with description length, in-context language")
+    draw_dots(axes, found, color=_BLUE)
+    axes.axvline(nothing, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
     set_fonts(figure)
     return figure
 
@@ -106,17 +112,12 @@ def _disagreement(results: Mapping[str, Any]) -> Figure:
 
 
 def _cost(results: Mapping[str, Any]) -> Figure:
-    found = results["cost"]
-    figure = new_figure(0.9 + 0.3 * len(found))
-    axes = figure.subplots()
     spread = {
-        one["column"]: {"value": one["median"], "ci95": [one["lowest"], one["highest"]]} for one in found
+        one["column"]: {"value": one["median"], "ci95": [one["lowest"], one["highest"]]}
+        for one in results["cost"]
     }
-    draw_dots(axes, spread, color=_BLUE)
-    axes.set_xlim(left=0)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time ÷ a plain forward pass: median, lowest and highest")
-    set_fonts(figure)
+    figure = _dots(spread, 1, "time ÷ a plain forward pass: median, lowest and highest")
+    figure.axes[0].set_xlim(left=0)
     return figure
 
 
