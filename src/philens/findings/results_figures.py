@@ -83,7 +83,7 @@ def _rows(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def _classifiers(axes: "Axes", classifiers: Mapping[str, Mapping[str, Any]]) -> None:
     """AUROC of each classifier on held-out sentences, and on solutions where there are some."""
-    style = {"markersize": 4.5, "elinewidth": 1.4, "capsize": 2.5}
+    style: dict[str, Any] = {"markersize": 4.5, "elinewidth": 1.4, "capsize": 2.5}
     for where, offset, colours in (
         ("sentences", -0.15, {"color": "#D55E00"}),
         ("problems", 0.15, {"color": "#0072B2", "markerfacecolor": "white"}),

@@ -153,7 +153,7 @@ class TransformersEngine:
             layers = nullcontext() if self.lens is None else unmeasured(self.lens)
             with torch.random.fork_rng(), _settings_aside(self.base), layers:
                 argument = cache_argument(self.base)  # None for a model with a cache of its own
-                cache = {} if argument is None else {argument: new_cache(self.base)}
+                cache: dict[str, Any] = {} if argument is None else {argument: new_cache(self.base)}
                 if cache and width > 1:
                     self._read_once(prompts, input_ids, mask, cache)
                 torch.manual_seed(seed)
