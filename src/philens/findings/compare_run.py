@@ -14,8 +14,8 @@ from philens.bases.facts import evaluating
 from philens.findings import Results, write_finding
 from philens.findings.compare import INSTRUMENTS, measure_comparison, of_adapter, token_frame
 from philens.findings.compare_tables import compare_tables, result_rows
-from philens.findings.reproduce import MEASURING_SEED
-from philens.findings.reproduce_texts import TOKENS, check_reading, lenses
+from philens.findings.reproduce import MEASURING_SEED, lenses
+from philens.findings.reproduce_texts import TOKENS, check_reading
 from philens.findings.texts import cut_texts, score_texts
 from philens.lens.metrics import METRICS, read_batch
 from philens.lens.model import PHiModel

@@ -76,21 +76,13 @@ def measure_complexity(
     early = 2 * position < docs.lengths[document]
     masks = {"whole": np.ones_like(early), "first_half": early, "second_half": ~early}
     token_wise, document_means = {}, {}
-    for part in PARTS:
-        mask = masks[part]
-        token_wise[part] = _correlate(
-            phi[mask], surprisal[mask], lengths[document[mask]], document[mask], options
-        )
-        present = np.unique(document[mask])
-        document_means[part] = _correlate(
-            _means(phi[mask], document[mask]),
-            _means(surprisal[mask], document[mask]),
-            lengths[present],
-            present,
-            options,
-        )
-        for level in (token_wise, document_means):
-            level[part] = {**level[part], "tokens": int(mask.sum()), "documents": len(present)}
+    for part, mask in masks.items():
+        values, here = (phi[mask], surprisal[mask]), document[mask]
+        present = np.unique(here)
+        counts = {"tokens": int(mask.sum()), "documents": len(present)}
+        means = (_means(one, here) for one in values)
+        token_wise[part] = _correlate(*values, lengths[here], here, options) | counts
+        document_means[part] = _correlate(*means, lengths[present], present, options) | counts
 
     every = {name: values[usable].astype(np.float64) for name, values in (controls or {}).items()}
     means = {name: _means(column, document) for name, column in {"phi": phi, **every}.items()}

@@ -281,17 +281,15 @@ def reproduce_results(
                 f"No solution of {problems} says where a result was calculated (<<48/2=24>>); give GSM8K's."
             )
         texts += marked
-    lens, tokenizer, base_of = None, None, None
-    layers, tables, examples = [], [], []
-    for adapter in adapters or [None]:
-        if lens is None:
-            lens, tokenizer = load_lens(str(model), adapter)
-            texts += written(lens, tokenizer, make_questions(sentences, seed))
-        else:
-            lens = load(lens.detach(), str(adapter))
+    first, tokenizer = load_lens(str(model), adapters[0] if adapters else None)
+    texts += written(first, tokenizer, make_questions(sentences, seed))
+    layers, tables, examples, formula = [], [], [], kl
+    for adapter, lens in lenses(first, adapters):
         prepare(lens, kl)
+        formula = lens.config.kl
+        # What the base alone says of the texts is the same for all.
+        base_of = tables[0] if tables else None
         for point, table in score_places(lens, tokenizer, texts, base_of, quick).items():
-            base_of = table if base_of is None else base_of
             named = {"adapter": adapter or "", "insertion_point": point}
             layers.append(named | measure_results(table, seed=seed))
             tables.append(table.assign(**named))
@@ -309,7 +307,7 @@ def reproduce_results(
         "problems": problems,
         "quick": quick,
         "seed": seed,
-        "kl": lens.config.kl,  # pyright: ignore[reportOptionalMemberAccess]
+        "kl": formula,
         "versions": versions(),
         "provenance": examples[0].provenance,
     }
@@ -327,6 +325,16 @@ def reproduce_results(
     write_finding(output / "results", {"layers": layers}, rows, figures, run)
     write_scores_page(output / "results/examples.html", examples, title="Where a result is worked out")
     return Results({**run, "layers": layers}, results_tables)
+
+
+def lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:
+    """Each adapter with its lens, in the same base; `first` has the first one."""
+    yield adapters[0] if adapters else None, first
+    base = first.detach() if len(adapters) > 1 else first.base
+    for adapter in adapters[1:]:
+        lens = load(base, adapter)
+        yield adapter, lens
+        lens.detach()
 
 
 def prepare(lens: PHiModel, kl: Literal["exact", "official"] | None) -> None:

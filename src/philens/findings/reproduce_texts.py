@@ -1,6 +1,6 @@
 """Levels of text measured in a language model, from adapters to results, figures and a page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from philens.bases.facts import text_config
 from philens.findings import Results, write_finding
 from philens.findings.language_tables import all_texts_tables
-from philens.findings.reproduce import prepare
+from philens.findings.reproduce import lenses, prepare
 from philens.findings.texts import (
     compare_points,
     cut_texts,
@@ -20,7 +20,7 @@ from philens.findings.texts import (
     token_rows,
 )
 from philens.lens.metrics import CONTROLS
-from philens.lens.model import PHiModel, load
+from philens.lens.model import PHiModel
 from philens.scoring.scores import TokenScores
 from philens.support.errors import ConfigError
 from philens.support.progress import shown
@@ -127,16 +127,6 @@ def check_reading(documents: int | None, tokens: int) -> None:
         raise ConfigError(f"documents must be at least 2, not {documents}.")
     if tokens < 0:
         raise ConfigError(f"tokens must be at least 1, or 0 for whole texts, not {tokens}.")
-
-
-def lenses(first: PHiModel, adapters: Sequence[str]) -> Iterator[tuple[str | None, PHiModel]]:
-    """Each adapter with its lens, in the same base; `first` has the first one."""
-    yield adapters[0] if adapters else None, first
-    base = first.detach() if len(adapters) > 1 else first.base
-    for adapter in adapters[1:]:
-        lens = load(base, adapter)
-        yield adapter, lens
-        lens.detach()
 
 
 def _scored(
