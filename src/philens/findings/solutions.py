@@ -148,22 +148,16 @@ def correlate(
     }
 
 
-def claims(estimates: Mapping[str, Estimate], chance: Mapping[str, float]) -> dict[str, Any]:
-    """Each estimate beside what chance gives, and on which side of it its 95 % interval lies."""
-    return {
-        name: {
-            **estimate.as_dict(),
-            "chance": chance[name],
-            "side": side(estimate.ci95, chance[name]),
-        }
-        for name, estimate in estimates.items()
-    }
-
-
-def side(interval: tuple[float, float], chance: float) -> str:
-    """Where an interval lies: `above` chance, `below`, or `neither`."""
-    low, high = interval
-    return "above" if low > chance else "below" if high < chance else "neither"
+def claims(
+    estimates: Mapping[str, Estimate], chance: Mapping[str, float], level: float | None = None
+) -> dict[str, Any]:
+    """Each estimate beside what chance gives, and on which `side` of it its interval of `level` lies."""
+    found = {}
+    for name, estimate in estimates.items():
+        low, high = estimate.interval(level or 0.95)
+        side = "above" if low > chance[name] else "below" if high < chance[name] else "neither"
+        found[name] = estimate.as_dict(level=level) | {"chance": chance[name], "side": side}
+    return found
 
 
 def compare_points(
@@ -185,17 +179,7 @@ def compare_points(
     resamples = draws.get("resamples", statistics.RESAMPLES) * min(comparisons, _MORE_RESAMPLES)
     options = draws | {"resamples": resamples}
     found = {
-        point: {
-            **solutions.size(),
-            **{
-                name: {
-                    **estimate.as_dict(level=level),
-                    "chance": chance[name],
-                    "side": side(estimate.interval(level), chance[name]),
-                }
-                for name, estimate in headline(solutions, **options).items()
-            },
-        }
+        point: solutions.size() | claims(headline(solutions, **options), chance, level)
         for point, solutions in points.items()
     }
     note = (

@@ -30,7 +30,7 @@ from philens.reasoning.folder import (
 )
 from philens.reasoning.grading import grade
 from philens.reasoning.problems import read_rows
-from philens.reasoning.solutions import Solution, render_prompt
+from philens.reasoning.solutions import OWN_FIELDS, Solution, render_prompt
 from philens.scoring.shards import check_same_settings
 from philens.scoring.texts import check_tokenizer, settings_kept
 from philens.support.errors import ConfigError, InputError
@@ -337,8 +337,8 @@ def _sample(
 def _graded(source: "Engine", problem: Problem, sample: int, drawn: "Drawn") -> Solution:
     text, count, finished = _reply(source, drawn[0])
     found = grade(text, problem)
-    return Solution(
-        **_facts(problem),
+    return Solution.of(
+        problem,
         sample=sample,
         solution=text,
         answer=found.answer,
@@ -348,16 +348,6 @@ def _graded(source: "Engine", problem: Problem, sample: int, drawn: "Drawn") -> 
         token_ids=drawn[0][:count],
         logprobs=[round(value, 6) for value in drawn[1][:count]],
     )
-
-
-def _facts(problem: Problem) -> dict[str, Any]:
-    return {
-        "problem_id": problem.id,
-        "problem": problem.problem,
-        "level": problem.level,
-        "steps": problem.steps,
-        "reference": problem.answer,
-    }
 
 
 def _reply(source: "Engine", ids: list[int]) -> tuple[str, int, bool]:
@@ -405,12 +395,11 @@ def _problem_of(
 
 def _solutions_of(row: Mapping[str, Any], problem: Problem, first: int, where: str) -> list[Solution]:
     """The solutions in a row; those without a number have numbers from `first` on."""
-    facts = _facts(problem)
     if row.keys() >= {"problem_id", "reference", "sample", "solution", "answer", "correct"}:
-        own: dict[str, Any] = {name: row.get(name) for name in Solution.__dataclass_fields__}
+        own: dict[str, Any] = {name: row.get(name) for name in OWN_FIELDS}
         if not (isinstance(own["solution"], str) and isinstance(own["correct"], bool)):
             raise InputError(f"{where} needs a text as solution and true or false as correct; correct it.")
-        return [Solution(**own | facts)]
+        return [Solution.of(problem, **own)]
     found = []
     for text, mark in _texts(row, where):
         if mark is not None and mark not in (False, True):
@@ -418,7 +407,8 @@ def _solutions_of(row: Mapping[str, Any], problem: Problem, first: int, where: s
         graded = grade(text, problem)
         correct = graded.correct if mark is None else bool(mark)
         number = row["sample"] if isinstance(row.get("sample"), int) else first + len(found)
-        found.append(Solution(**facts, sample=number, solution=text, answer=graded.answer, correct=correct))
+        own = {"sample": number, "solution": text, "answer": graded.answer, "correct": correct}
+        found.append(Solution.of(problem, **own))
     return found
 
 

@@ -74,6 +74,16 @@ class Solution:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
 
+    @classmethod
+    def of(cls, problem: "Problem", **own: Any) -> "Solution":
+        """A solution of this problem, with fields of its own."""
+        facts = (problem.id, problem.problem, problem.level, problem.steps, problem.answer)
+        return cls(*facts, **own)
+
+
+# Those that are not the problem's.
+OWN_FIELDS = tuple(Solution.__dataclass_fields__)[5:]
+
 
 def measure_replies(
     lens: "PHiModel",
@@ -198,17 +208,8 @@ def _as_written(solution: Solution, tokenizer: Any) -> str:
 def reference_solutions(problems: Iterable["Problem"]) -> list[Solution]:
     """The problems' own worked solutions, as `measure` takes them; a problem without one is left out."""
     return [
-        Solution(
-            problem_id=problem.id,
-            problem=problem.problem,
-            level=problem.level,
-            steps=problem.steps,
-            reference=problem.answer,
-            sample=0,
-            solution=problem.solution,
-            answer=problem.answer,
-            correct=True,
-            finished=True,
+        Solution.of(
+            problem, sample=0, solution=problem.solution, answer=problem.answer, correct=True, finished=True
         )
         for problem in problems
         if problem.solution is not None
