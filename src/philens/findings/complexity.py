@@ -80,7 +80,7 @@ def measure_complexity(
         values, here = (phi[mask], surprisal[mask]), document[mask]
         present = np.unique(here)
         counts = {"tokens": int(mask.sum()), "documents": len(present)}
-        means = (_means(one, here) for one in values)
+        means = _means(phi[mask], here), _means(surprisal[mask], here)
         token_wise[part] = _correlate(*values, lengths[here], here, options) | counts
         document_means[part] = _correlate(*means, lengths[present], present, options) | counts
 
