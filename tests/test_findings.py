@@ -11,13 +11,13 @@ import pytest
 
 from philens.findings import combine_seeds, write_finding
 from philens.findings.complexity import correlation_rows, curve_rows, measure_complexity
-from philens.findings.controls import PERMUTED, control_rows, measure_pairs
+from philens.findings.controls import PERMUTED, control_rows, different_letters, measure_pairs
 from philens.findings.figures import figure_tasks
 from philens.findings.tasks import measure_tasks, task_rows
 from philens.scoring.documents import TokenTable
 from philens.support.errors import InputError, OutputError
 from philens.support.files import write_atomically
-from philens.tasks.automata import TASKS, Documents
+from philens.tasks.automata import TASKS, Documents, TaskConfig, generate
 
 PHI = {name: value for name, value in zip(TASKS, (4.9, 4.0, 4.4, 5.6, 2.6, 3.1), strict=True)}
 SURPRISAL = {name: value for name, value in zip(TASKS, (0.2, 0.6, 0.8, 1.1, 2.9, 1.6), strict=True)}
@@ -209,6 +209,22 @@ def test_a_control_with_the_same_relation_leaves_nothing() -> None:
     assert low < 0 < high
     assert found["controls"]["untrained"]["phi_given_it"]["value"] == pytest.approx(0, abs=0.05)
     assert {row["of"] for row in control_rows(results)} == {"phi", "untrained", PERMUTED}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_letters_that_noise_brought_are_not_the_document_s(noise: float) -> None:
+    config = TaskConfig(noise_probability=noise)
+    docs = generate(config, seed=3, task="in_context_language", indices=np.arange(20))
+    counted = different_letters(docs)
+    assert counted.shape == docs.tokens.shape
+    starts = docs.offsets[:-1]
+    # A document may leave a letter of its automaton out; a space counts as one.
+    assert (counted[starts] <= docs.letters + 1).all()
+    everything = [len(set(docs.text(i))) for i in range(len(docs))]
+    if noise:
+        assert (counted[starts] < everything).mean() > 0.8
+    else:
+        assert counted[starts].tolist() == everything
 
 
 def test_controls_without_the_relation_leave_it_whole() -> None:

@@ -5,6 +5,7 @@ phi with its target permuted among tokens of like surprisal and place. Both are 
 same documents in the same resamples, so that differences are paired.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -113,8 +114,14 @@ def measure_pairs(
 
 
 def different_letters(docs: Documents) -> Floats:
-    """(N,) how many different tokens the document of each token has."""
-    found = [len(np.unique(docs.tokens[slice(*docs.offsets[i : i + 2])])) for i in range(len(docs))]
+    """(N,) how many different tokens the document of each token has, those redrawn by noise left out.
+
+    With noise nearly every document has every letter; those of its automaton are the others.
+    """
+    found = []
+    for first, last in itertools.pairwise(docs.offsets):
+        kept = ~docs.perturbed[first:last]
+        found.append(len(np.unique(docs.tokens[first:last][kept])))
     return np.repeat(np.array(found, np.float64), docs.lengths)
 
 

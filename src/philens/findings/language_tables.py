@@ -102,7 +102,7 @@ def controls_table(controls: Mapping[str, Any], pairs: Mapping[str, Any] | None)
     left, every = (estimate_text(controls[key], 3) for key in ("left", "given_all"))
     caption = [
         "Partial correlations as above, given what the finding holds fixed; given that and",
-        "how many different letters the document has; and given more.",
+        "how many different letters the document has (noise left out); and given more.",
         f"phi minus the nearest control ({controls['strongest']}): {left}.",
         f"phi given more, letters and every control's phi: {every}.",
     ]
