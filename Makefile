@@ -26,7 +26,7 @@ test-slow: $(STAMP)
 
 # The site, the notebooks, and the page in a browser.
 test-docs: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m docs $$(grep -l mark.docs tests/*.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m docs $$(grep -l mark.docs tests/*.py)
 
 bench: $(STAMP)
 	$(INSTALL) -e '.[bench]'

@@ -11,7 +11,17 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["PIP_NO_INDEX"] = "1"
 import pytest
 
 # Files of few and long tests; `make test` begins with them, so that none is left for last.
-LONG = {"benchmarks", "distributed", "explore_browser", "held", "notebooks", "reasoning", "scale", "training"}
+LONG = {
+    "benchmarks",
+    "distributed",
+    "explore_browser",
+    "explore_servers",
+    "held",
+    "notebooks",
+    "reasoning",
+    "scale",
+    "training",
+}
 
 
 def pytest_collection():

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from html import unescape
@@ -360,11 +360,6 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def of_the_site(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that needs the site, which one process makes."""
-    return pytest.mark.docs(pytest.mark.xdist_group("site")(test))
-
-
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
     """The site of this tree, built in `folder`."""
     for name in ("src", "notebooks", "releasing"):
@@ -392,7 +387,7 @@ def html(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in sorted(site.rglob("*.html"))}
 
 
-@of_the_site
+@pytest.mark.docs
 def test_every_page_is_in_the_site_and_in_its_navigation(site: Path) -> None:
     project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
 
@@ -414,7 +409,7 @@ def test_every_page_is_in_the_site_and_in_its_navigation(site: Path) -> None:
         assert (place / "index.html").is_file(), path
 
 
-@of_the_site
+@pytest.mark.docs
 def test_every_link_anchor_and_image_of_the_site_resolves(site: Path, html: dict[Path, Page]) -> None:
     assert len(html) > 30
     for path, page in html.items():
@@ -430,7 +425,7 @@ def test_every_link_anchor_and_image_of_the_site_resolves(site: Path, html: dict
                 assert unquote(anchor) in html[target].anchors, f"{path.relative_to(site)}: {link}"
 
 
-@of_the_site
+@pytest.mark.docs
 def test_no_command_of_a_block_is_taken_for_prose(site: Path) -> None:
     """Indented too little, as below an item of a list."""
     commands = {" ".join(line.split()) for _, line in LINES if line.strip()}
@@ -440,7 +435,7 @@ def test_no_command_of_a_block_is_taken_for_prose(site: Path) -> None:
         assert not shown, f"{path}: {shown}"
 
 
-@of_the_site
+@pytest.mark.docs
 def test_the_site_loads_nothing_from_elsewhere(site: Path, html: dict[Path, Page]) -> None:
     for path, page in html.items():
         for source in page.loaded:
@@ -449,7 +444,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path, html: dict[Path, Page
         assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", path.read_text()), path
 
 
-@of_the_site
+@pytest.mark.docs
 def test_every_public_name_has_an_entry_with_a_description(site: Path, html: dict[Path, Page]) -> None:
     anchors = {
         anchor for path, page in html.items() if path.is_relative_to(site / "api") for anchor in page.anchors
@@ -494,7 +489,7 @@ def served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@of_the_site
+@pytest.mark.docs
 def test_the_site_in_light_and_dark_on_screen_and_phone(site: Path) -> None:
     with open_browser() as browser, served(site) as address:
         for scheme, width in (("light", 1280), ("dark", 390)):
@@ -516,7 +511,7 @@ def test_the_site_in_light_and_dark_on_screen_and_phone(site: Path) -> None:
             page.close()
 
 
-@of_the_site
+@pytest.mark.docs
 def test_a_public_name_is_found_by_the_search(site: Path) -> None:
     with open_browser() as browser, served(site) as address:
         page = browser.new_page()

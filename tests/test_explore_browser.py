@@ -8,10 +8,8 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -28,9 +26,6 @@ from philens.explore.models import TEXT
 from philens.scoring.alternatives import percent
 
 pytestmark = pytest.mark.docs
-# Tests that share a server run in one process; those with servers of their own, beside them.
-shared = pytest.mark.xdist_group("page")
-own = pytest.mark.xdist_group("servers")
 
 MOST = 10_000  # by default
 HOSTILE = (
@@ -58,14 +53,6 @@ def server(text_model: Path) -> Iterator[str]:
         process.terminate()
 
 
-@pytest.fixture(scope="module")
-def patient_server(text_model: Path) -> Iterator[str]:
-    """One that takes longer texts."""
-    with serving(text_model, "--max-characters", "40000") as (address, process):
-        yield address
-        process.terminate()
-
-
 @contextmanager
 def serving(text_model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server in a process of its own, which is to be stopped, and its address."""
@@ -85,7 +72,11 @@ def serving(text_model: Path, *options: str) -> Iterator[tuple[str, subprocess.P
         if found is None:
             process.kill()
             pytest.fail(f"{line} {process.communicate()[1]}")
-        yield found[0], process
+        try:
+            yield found[0], process
+        except BaseException:
+            process.kill()
+            raise
         _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors, errors
 
@@ -97,12 +88,17 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+def visit(browser: Any, server: str) -> Iterator[Any]:
+    with visiting(browser, server) as open_tab:
+        yield open_tab
+
+
+@contextmanager
+def visiting(browser: Any, server: str) -> Iterator[Any]:
     """Opens the page in a tab of its own; at the end, nothing went wrong there or elsewhere."""
     contexts, wrong, leaving = [], [], set()
 
-    def open_tab(address: str | None = None, fragment: str = "", **options: Any) -> Any:
-        server = address or request.getfixturevalue("server")
+    def open_tab(fragment: str = "", **options: Any) -> Any:
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -212,7 +208,6 @@ def photograph(page: Any, name: str, height: int | None = None) -> None:
         page.set_viewport_size(size)
 
 
-@shared
 def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     page = visit()
     text = formal(page, "in context language")
@@ -259,7 +254,6 @@ def test_two_panes_hover_highest_plot_and_files(visit: Any) -> None:
     assert kept(page, "Figure (PNG)").startswith(b"\x89PNG\r\n")
 
 
-@shared
 def test_alternatives_on_hover_are_those_of_the_scores(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -279,7 +273,6 @@ def test_alternatives_on_hover_are_those_of_the_scores(visit: Any) -> None:
     assert page.locator(".ph-tip button").count() == 0  # only of a token that was clicked
 
 
-@shared
 def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
     page = visit()
     text = "The capital of France is Paris, and the capital of Spain is Madrid."
@@ -319,7 +312,6 @@ def test_another_token_in_its_place_side_by_side(visit: Any) -> None:
     photograph(page, "explore_branch", 1500)
 
 
-@shared
 def test_a_step_is_marked_by_its_number(visit: Any) -> None:
     page = visit()
     text = "There are 12 eggs in a box. A cook takes 3 boxes.\nSo 12 * 3 = 36 eggs.\nThe answer is 36."
@@ -339,7 +331,6 @@ def test_a_step_is_marked_by_its_number(visit: Any) -> None:
     photograph(page, "explore_steps", 1500)
 
 
-@shared
 def test_writing_on_from_a_token(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -364,7 +355,6 @@ def test_writing_on_from_a_token(visit: Any) -> None:
     assert shown(page, 1)[:5] == text[:5]
 
 
-@shared
 def test_branches_by_keyboard(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -383,7 +373,6 @@ def test_branches_by_keyboard(visit: Any) -> None:
     wait_shown(page, text[:4] + instead + text[5:], 1)
 
 
-@shared
 def test_a_link_brings_everything_back(visit: Any, server: str) -> None:
     page = visit()
     formal(page)
@@ -417,62 +406,6 @@ def test_a_link_brings_everything_back(visit: Any, server: str) -> None:
     wait_status(page, "This link is damaged")
 
 
-@own
-def test_ctrl_c_leaves_a_record_that_works_without_a_server(
-    browser: Any, text_model: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "record.html"
-    with serving(text_model, "--record", str(path)) as (address, process):
-        page = browser.new_page()
-        page.set_default_timeout(WAIT)
-        page.goto(address)
-        page.wait_for_selector("#result .reading")
-        read(page, HOSTILE)
-        wait_shown(page, HOSTILE)
-        choose(page, "Right pane", "margin")
-        page.wait_for_selector(".pane[data-metric=margin]")
-        page.locator(".text").first.locator("span").nth(5).hover()
-        expected = page.locator(".ph-tip").inner_text()
-        scores = [shown(page, 0, pane) for pane in (0, 1)]
-        # Ctrl+C while a tab is open and reads.
-        read(page, "abcde " * 1_600)
-        page.wait_for_selector("#status progress")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        assert process.stdout.read() == f"Wrote {path}: 3 views.\n"
-        page.close()
-    context, asked, wrong = browser.new_context(viewport={"width": 1280, "height": 1000}), [], []
-    page = context.new_page()
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-    page.goto(path.as_uri())
-    options = page.locator("#views option").all_inner_texts()
-    assert len(options) == 3
-    assert "phi and margin" in options[2]
-    assert shown(page) == (examples()["prose"].text)
-    page.get_by_label("View").select_option(index=2)
-    assert [shown(page, 0, pane) for pane in (0, 1)] == scores
-    page.locator(".text").first.locator("span").nth(5).hover()
-    assert page.locator(".ph-tip").inner_text() == expected
-    page.locator(".text").first.locator("span").nth(5).click()
-    assert page.locator(".ph-tip button").count() == 0  # there is no model to ask
-    page.keyboard.press("ArrowRight")
-    assert page.locator(".ph-tip").inner_text().startswith("token 6")
-    assert page.evaluate("window.hit") is None
-    page.get_by_label("View").select_option(index=0)
-    page.locator(".text").first.locator("span").nth(75).hover()
-    photograph(page, "explore_recorded")
-    assert asked == [path.as_uri()]
-    assert not wrong
-    dark = browser.new_context(color_scheme="dark").new_page()
-    dark.goto(path.as_uri())
-    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 21, 26)"
-    dark.context.close()
-    context.close()
-
-
-@shared
 def test_text_is_only_text(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -491,7 +424,6 @@ def test_text_is_only_text(visit: Any) -> None:
     assert page.evaluate("window.hit") is None
 
 
-@shared
 def test_what_cannot_be_read_is_said(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -510,7 +442,6 @@ def test_what_cannot_be_read_is_said(visit: Any) -> None:
     wait_status(page, "tokens read")
 
 
-@shared
 def test_by_keyboard_alone(visit: Any) -> None:
     page = visit()
 
@@ -563,7 +494,6 @@ def test_by_keyboard_alone(visit: Any) -> None:
     assert nameless == 0
 
 
-@shared
 def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -593,7 +523,6 @@ def test_a_span_is_marked_by_mouse_and_by_number(visit: Any) -> None:
     assert f"Text A has tokens 0 to {len(text) - 1}" in page.locator("#marked").inner_text()
 
 
-@shared
 def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     page = visit()
     text = formal(page)
@@ -645,7 +574,6 @@ def test_metrics_scales_palettes_and_two_texts(visit: Any) -> None:
     wait_status(page, "cannot go from 5 to 4")
 
 
-@shared
 def test_each_insertion_point_and_each_example(visit: Any) -> None:
     page = visit()
     assert page.get_by_label(TEXT).is_checked()
@@ -670,7 +598,6 @@ def test_each_insertion_point_and_each_example(visit: Any) -> None:
     wait_status(page, re.escape(f"({TEXT})"))
 
 
-@shared
 def test_writing_on(visit: Any) -> None:
     page = visit()
     formal(page)
@@ -686,36 +613,6 @@ def test_writing_on(visit: Any) -> None:
     wait_status(page, "Text A is empty")
 
 
-@own
-def test_a_slow_reading_shows_progress_and_can_be_cancelled(visit: Any, patient_server: str) -> None:
-    page = visit(patient_server)
-    text = formal(page)
-    read(page, "abcde " * 6_666)
-    page.wait_for_selector("#status progress")
-    page.wait_for_function("+document.querySelector('#status progress')?.value > 0")
-    cancel = page.get_by_role("button", name="Cancel", exact=True)
-    assert cancel.is_enabled()
-    cancel.click()
-    assert wait_status(page, "Cancelled") == "Cancelled."
-    assert shown(page) == text  # what was read before is still there
-    assert not cancel.is_enabled()
-    began = time.monotonic()
-    read(page, "abc abc")  # and the model is free
-    wait_shown(page, "abc abc")
-    assert time.monotonic() - began < 20
-    # Another metric meanwhile: the text is read with it, and nothing said before comes back.
-    long = "cdefab " * 1_000
-    read(page, long)
-    page.wait_for_selector("#status progress")
-    choose(page, "Right pane", "entropy")
-    wait_shown(page, long)
-    page.wait_for_selector(".pane[data-metric=entropy]")
-    page.wait_for_timeout(1_000)
-    assert wait_status(page, "Text A: ").startswith("Text A: 7,000 tokens read (")
-    assert not cancel.is_enabled()
-
-
-@shared
 def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     page = visit()
     # The last one once only: what is waited for must be its own answer.
@@ -732,7 +629,6 @@ def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     wait_status(page, rf"Text A: [0-9]+ tokens read \({re.escape(TEXT)}")
 
 
-@shared
 def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
     page = visit()
     page.get_by_role("button", name="How the model writes on").click()
@@ -745,7 +641,6 @@ def test_numbers_out_of_range_are_a_sentence(visit: Any) -> None:
     assert "no span from -1 to 0" in page.locator("#marked").inner_text()
 
 
-@shared
 def test_two_tabs_do_not_mix(visit: Any) -> None:
     one, two = visit(), visit()
     for page in (one, two):
@@ -765,7 +660,6 @@ def test_two_tabs_do_not_mix(visit: Any) -> None:
     assert two.locator(".ph.colour").count()
 
 
-@shared
 def test_dark_and_light_follow_the_system(visit: Any) -> None:
     grounds = []
     for scheme in ("light", "dark"):
@@ -786,7 +680,6 @@ def test_dark_and_light_follow_the_system(visit: Any) -> None:
     assert grounds[1] < 150
 
 
-@shared
 def test_on_a_phone_nothing_is_wider_than_the_page(visit: Any) -> None:
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
