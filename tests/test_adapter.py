@@ -451,6 +451,18 @@ def test_a_damaged_configuration(folder, values):
             ({"phi": {"layer": 1} | options}, "holds options that do not work")
             for options in ({"layer": 9}, {"prior_heads": "two"}, {"kl": "approximate"})
         ),
+        ({"phi": {"layer": 1}}, "does not fit this model"),
+        *(
+            (values, "holds options that do not work")
+            for values in (
+                {"phi": None},
+                {"phi": {"layer": 1, "latent_size": 10**9}},
+                {"instruments": 3},
+                {"base": "llama"},
+                {"base": {"fingerprints": None}},
+                {"module_paths": None},
+            )
+        ),
     ],
 )
 def test_an_adapter_without_a_hash_of_its_configuration(folder, values, message):

@@ -206,6 +206,21 @@ def load_as(
         lens.source = OWN
         return lens.eval()
     folder, source = _find(folder, revision)
+    try:
+        return _load(kind, base, folder, source, mode)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, PhilensError) or _OWN_HASH in read_json(folder / CONFIG_FILE):
+            raise
+        raise _unusable(folder, error) from error  # nothing vouches for what it says
+
+
+def _load(
+    kind: type[Lens],
+    base: nn.Module,
+    folder: Path,
+    source: str,
+    mode: Literal["bottleneck", "observe"] | None,
+) -> Lens:
     description = _read_description(folder)
     names = description.get("instruments", ["phi"])
     try:
@@ -235,7 +250,7 @@ def load_as(
                 )
             if file_hash(path) != hashes.get(name):
                 raise AdapterError(f"{path} is not as it was saved; fetch or save it again.")
-    except AdapterError:
+    except Exception:
         lens.detach()
         raise
     lens.source, lens.record = source, description["training"]
