@@ -303,6 +303,8 @@ def test_a_huge_file_in_a_checkpoint_is_not_read(stopped, growth, name):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("trainer_state.json", {"global_step": 1}),
+        ("trainer_state.json", {"unknown": 1}),
         ("logs.json", {"loss": "x"}),
         ("logs.json", {"passes_each": 0}),
         ("logs.json", {"sums": []}),

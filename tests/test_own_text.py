@@ -9,7 +9,7 @@ from torch import nn
 
 from conftest import make_llama
 from philens.bases.tokenizer import byte_tokenizer
-from philens.support.errors import RecipeError
+from philens.support.errors import AdapterError, RecipeError
 from philens.training import own_text
 from philens.training.folder import RunFolder
 from philens.training.opening import load_run
@@ -86,6 +86,12 @@ def test_it_goes_on_after_a_stop(base, tokenizer, tmp_path, monkeypatch):
     with_own_text(recipe_of(), base, tokenizer, RunFolder(cut), True)
     assert len(calls) == 2  # the second batch and the third of texts, nothing of chats
     assert (cut / "self-texts.jsonl").read_bytes() == (whole / "self-texts.jsonl").read_bytes()
+
+
+def test_a_damaged_text_is_told(base, tokenizer, tmp_path):
+    (tmp_path / "self-texts.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(AdapterError, match=r"self-texts\.jsonl is not readable as text"):
+        with_own_text(recipe_of(), base, tokenizer, RunFolder(tmp_path), True)
 
 
 def test_a_process_that_does_not_write_waits(base, tokenizer, tmp_path):

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from philens.bases.facts import evaluating
 from philens.support.errors import RecipeError
-from philens.support.files import write_atomically
+from philens.support.files import read_text, write_atomically
 from philens.support.progress import shown
 from philens.tasks.chat import begin_of_text, chat_prompt
 from philens.tasks.random_streams import derive
@@ -56,7 +56,7 @@ def _write(recipe: Recipe, number: int, part: TextPart, base: Any, tokenizer: An
             f"{type(base).__name__} has no generate and cannot write the text of source self; name another."
         )
     count = part.documents or DOCUMENTS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = read_text(path).splitlines(keepends=True) if path.is_file() else []
     done = len(lines) // AT_ONCE if len(lines) < count else -(-count // AT_ONCE)
     lines = lines[: done * AT_ONCE]
     is_chat = part.name == "chat" or (part.name is None and bool(tokenizer.chat_template))

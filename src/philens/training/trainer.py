@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from philens.bases.facts import evaluating
 from philens.bases.hub import reason
@@ -403,6 +403,9 @@ def _train(
     sources = open_sources(recipe)
     lens, tokenizer = start_model(recipe, checkpoint, sources)
     if checkpoint is not None:
+        with _reading(checkpoint / STATE_FILE) as path:
+            if (step := TrainerState(**read_json(path)).global_step) != step_of(checkpoint):
+                raise ValueError(f"it is of step {step}")
         RunFolder(checkpoint).load_weights(lens, recipe)
     elif recipe.model.base is not None and (name := not_finite(lens)) is not None:
         raise TrainingError(
