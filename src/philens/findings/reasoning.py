@@ -46,16 +46,27 @@ Finding = Literal["difficulty", "correctness"]
 
 @dataclass(frozen=True)
 class Scale:
-    """What is trained and solved at a scale."""
+    """What is trained and solved at a scale.
 
-    recipe: str  # of the PHi layers
-    layers: tuple[int, ...]  # insertion points
-    problems: int  # how many
-    samples: int  # solutions of each
-    max_new_tokens: int  # of a solution
-    base: str | None = None  # recipe of the base model; a scale without one takes `model`
+    Attributes:
+        recipe: recipe of the PHi layers.
+        layers: insertion points.
+        problems: how many.
+        samples: solutions of each.
+        max_new_tokens: most tokens of a solution.
+        base: recipe of the base model; a scale without one takes `model`.
+        model: the base model to take.
+        source: source of the problems.
+    """
+
+    recipe: str
+    layers: tuple[int, ...]
+    problems: int
+    samples: int
+    max_new_tokens: int
+    base: str | None = None
     model: str | None = None
-    source: str = "arithmetic"  # of the problems
+    source: str = "arithmetic"
 
 
 SCALES = {

@@ -75,17 +75,26 @@ def measure(
 
 
 class FormalFinding(NamedTuple):
-    """A finding on formal languages."""
+    """A finding on formal languages.
 
-    # Its results, of scored documents that the recipe's model read, and other phis of their tokens by name.
+    Attributes:
+        measure: its results, of scored documents that the recipe's model read, and other phis of their tokens
+            by name.
+        rows: functions from results to the rows of its CSV files, by their names.
+        draw: its figure.
+        table: what is printed of it.
+        tasks: the languages that it is about.
+        share: how many times as many documents as of others are measured of each.
+        controlled: whether it compares phi with that of others, which learned nothing.
+    """
+
     measure: Callable[[TokenTable, Recipe, Mapping[str, NDArray[np.float32]]], dict[str, Any]]
-    # Functions from results to the rows of its CSV files, by their names; to its figure; to what is printed.
     rows: Mapping[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]]
     draw: Callable[[Mapping[str, Any]], "Figure"]
     table: Callable[[Mapping[str, Any]], "Table"]
-    tasks: tuple[str, ...] = TASKS  # the languages that it is about
-    share: int = 1  # how many times as many documents as of others are measured of each
-    controlled: bool = False  # whether it compares phi with that of others, which learned nothing
+    tasks: tuple[str, ...] = TASKS
+    share: int = 1
+    controlled: bool = False
 
 
 # Description lengths and gains need more automata than means of tasks do.

@@ -31,13 +31,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """The tokens of a text that count, T of them."""
+    """The tokens of a text that count, T of them.
+
+    Attributes:
+        places: (T,) which tokens of the scores they are.
+        columns: (T,) each, by name; phi is NaN at attention sinks.
+        sinks: (T,) which are attention sinks.
+    """
 
     text: "LevelText"
     scores: "TokenScores"
-    places: NDArray[np.int64]  # (T,) which tokens of the scores they are
-    columns: Mapping[str, Floats]  # (T,) each, by name; phi is NaN at attention sinks
-    sinks: NDArray[np.bool_]  # (T,) which are attention sinks
+    places: NDArray[np.int64]
+    columns: Mapping[str, Floats]
+    sinks: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.places)

@@ -472,12 +472,19 @@ def reference_report(problems: Sequence[Problem], wrong: int = 1000, seed: int =
 
 @dataclass(frozen=True)
 class MarkedSolution:
-    """A solution that someone has marked."""
+    """A solution that someone has marked.
 
-    problem: str  # its id or text
+    Attributes:
+        problem: id or text of the problem.
+        text: text of the solution.
+        correct: the mark.
+        origin: the model or file that it is from.
+    """
+
+    problem: str
     text: str
-    correct: bool  # the mark
-    origin: str  # the model or file that it is from
+    correct: bool
+    origin: str
 
 
 def read_marked_solutions(path: str | os.PathLike[str]) -> list[MarkedSolution]:

@@ -24,11 +24,17 @@ _SIGNS: dict[str, Literal[1, -1]] = {"highest": 1, "lowest": -1}
 
 @dataclass(frozen=True)
 class Rule:
-    """The better of two answers is the one with the higher `sign` times `column`."""
+    """The better of two answers is the one with the higher `sign` times `column`.
 
-    name: str  # as it was written
-    column: str  # of the tables that `philens.reasoning.solutions` makes
-    sign: Literal[1, -1]  # 1 where the highest value is the best, -1 where the lowest is
+    Attributes:
+        name: the rule as it was written.
+        column: column of the tables that `philens.reasoning.solutions` makes.
+        sign: 1 where the highest value is the best, -1 where the lowest is.
+    """
+
+    name: str
+    column: str
+    sign: Literal[1, -1]
 
     @classmethod
     def parse(cls, text: str) -> "Rule":

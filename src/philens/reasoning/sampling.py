@@ -54,17 +54,27 @@ _TEXT_FIELDS = ("solution", "response", "completion", "text")
 
 @dataclass(frozen=True)
 class Solved:
-    """What a folder of sampled solutions holds, and how many of it."""
+    """What a folder of sampled solutions holds.
 
-    path: Path  # the file
+    Attributes:
+        path: the file.
+        problems: how many; `solutions`, `tokens` likewise.
+        correct: solutions that are right.
+        unparsed: those in which no answer was found.
+        cut_off: those that reached the limit.
+        levels: share of right ones at each level, where problems have one.
+        new: False if all was there already.
+    """
+
+    path: Path
     problems: int
     solutions: int
     tokens: int
-    correct: int  # solutions that are right
-    unparsed: int  # those in which no answer was found
-    cut_off: int  # those that reached the limit
-    levels: dict[str, float] = field(default_factory=dict)  # share of right ones, where problems have levels
-    new: bool = True  # False if all was there already
+    correct: int
+    unparsed: int
+    cut_off: int
+    levels: dict[str, float] = field(default_factory=dict)
+    new: bool = True
 
     def __str__(self) -> str:
         notes = [f"{self.correct / self.solutions:.1%} right"]
