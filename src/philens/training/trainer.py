@@ -293,7 +293,11 @@ class PHiTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             with _reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
-                load_state(self.optimizer.optimizer, _load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                state = _load_tensors(path)
+                moments = (value for kept in state["state"].values() for value in kept.values())
+                if not all(torch.as_tensor(value).isfinite().all() for value in moments):
+                    raise ValueError("a number in it is not finite")
+                load_state(self.optimizer.optimizer, state)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             with _reading(Path(checkpoint) / SCHEDULER_FILE) as path:
                 self.lr_scheduler.load_state_dict(_load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
@@ -407,10 +411,11 @@ def _train(
             if (step := TrainerState(**read_json(path)).global_step) != step_of(checkpoint):
                 raise ValueError(f"it is of step {step}")
         RunFolder(checkpoint).load_weights(lens, recipe)
-    elif recipe.model.base is not None and (name := not_finite(lens)) is not None:
-        raise TrainingError(
-            f"{recipe.model.base} holds a weight that is not finite ({name}); give another model.base."
-        )
+    if (checkpoint or recipe.model.base) is not None and (name := not_finite(lens)) is not None:
+        place, remedy = recipe.model.base, "give another model.base"
+        if checkpoint is not None:
+            place, remedy = checkpoint, "remove it and --resume, or start again with another --output"
+        raise TrainingError(f"{place} holds a weight that is not finite ({name}); {remedy}.")
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
     distributed.wait_for_all()  # until they have seen the folder as it was
