@@ -77,7 +77,7 @@ def serving(text_model: Path, *options: str) -> Iterator[tuple[str, subprocess.P
         except BaseException:
             process.kill()
             raise
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     assert "Traceback" not in errors, errors
 
 
