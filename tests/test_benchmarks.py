@@ -2,13 +2,14 @@
 
 import gc
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import __main__ as command
 from benchmarks import growth, reference, report
-from benchmarks.harness import Bench, Comparison, Series, Target, Unavailable, total
+from benchmarks.harness import SHORTEST_SAMPLE, Bench, Comparison, Series, Target, Unavailable, total
 from benchmarks.layer import bare_products, literal_contrastive_loss
 from benchmarks.models import frozen_llama, packed_batch
 from benchmarks.peak import peak_bytes
@@ -213,15 +214,21 @@ def test_a_reference_may_be_a_folder_with_imports_of_its_own(tmp_path):
         reference.reference(Bench(CPU, "smoke"))
 
 
-def test_works_alternate_and_turn_round():
+def test_works_alternate_and_turn_round(monkeypatch):
     calls = []
     bench = Bench(CPU, "smoke", 3)
     found = bench.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [len(series.values) for series in found.values()] == [3, 3]
     calls.clear()
-    Bench(CPU, "full", 1).alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
-    assert calls.count("a") == calls.count("b") > 100  # short works are run often, both as often
+    # A clock that each work moves on: short works are run often, both as often as the longer one asks for.
+    monkeypatch.setattr(
+        "benchmarks.harness.time.perf_counter", lambda: (len(calls) + calls.count("b")) / 1024
+    )
+    found = Bench(CPU, "full", 1).alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    runs = math.ceil(SHORTEST_SAMPLE * 1024 / 2)
+    assert calls.count("a") == calls.count("b") == 2 + runs  # after two to warm up
+    assert [series.values for series in found.values()] == [[1 / 1024], [2 / 1024]]
 
 
 def test_comparisons():

@@ -411,10 +411,10 @@ def _train(
             if (step := TrainerState(**read_json(path)).global_step) != step_of(checkpoint):
                 raise ValueError(f"it is of step {step}")
         RunFolder(checkpoint).load_weights(lens, recipe)
-    if (checkpoint or recipe.model.base) is not None and (name := not_finite(lens)) is not None:
-        place, remedy = recipe.model.base, "give another model.base"
-        if checkpoint is not None:
-            place, remedy = checkpoint, "remove it and --resume, or start again with another --output"
+    place, remedy = recipe.model.base, "give another model.base"
+    if checkpoint is not None:
+        place, remedy = checkpoint, "remove it and --resume, or start again with another --output"
+    if place is not None and (name := not_finite(lens)) is not None:
         raise TrainingError(f"{place} holds a weight that is not finite ({name}); {remedy}.")
     if recipe.train.checkpoint_activations:
         lens.checkpoint_activations()
