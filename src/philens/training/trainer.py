@@ -294,7 +294,8 @@ class PHiTrainer(Trainer):
         if checkpoint is not None:
             with _reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
                 state = _load_tensors(path)
-                moments = (value for kept in state["state"].values() for value in kept.values())
+                states = state.get("optimizers", [state])
+                moments = (value for one in states for kept in one["state"].values() for value in kept.values())
                 if not all(torch.as_tensor(value).isfinite().all() for value in moments):
                     raise ValueError("a number in it is not finite")
                 load_state(self.optimizer.optimizer, state)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
