@@ -294,8 +294,8 @@ class PHiTrainer(Trainer):
         if checkpoint is not None:
             with _reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
                 state = _load_tensors(path)
-                states = state.get("optimizers", [state])
-                moments = (value for one in states for kept in one["state"].values() for value in kept.values())
+                kept = [one for each in state.get("optimizers", [state]) for one in each["state"].values()]
+                moments = (value for one in kept for value in one.values())
                 if not all(torch.as_tensor(value).isfinite().all() for value in moments):
                     raise ValueError("a number in it is not finite")
                 load_state(self.optimizer.optimizer, state)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
