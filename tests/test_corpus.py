@@ -267,6 +267,7 @@ def run(
     scorer: Any = None,
     characters: int = 120,
     rank: Rank = ALONE,
+    schedule: shards.Schedule | None = None,
     **options: Any,
 ) -> tuple[Progress, bool]:
     def one_model(group: Sequence[Document]) -> Iterator[TokenScores]:
@@ -275,7 +276,10 @@ def run(
             yield scores
 
     texts = list(documents()) if texts is None else texts
-    return write_shards(FOLDER, texts, scorer or one_model, OPTIONS | options, form, characters, rank=rank)
+    options = OPTIONS | options
+    return write_shards(
+        FOLDER, texts, scorer or one_model, options, form, characters, rank=rank, schedule=schedule
+    )
 
 
 def parts(form: Form = "jsonl") -> dict[str, bytes]:
@@ -386,6 +390,20 @@ def test_several_processes_in_any_order_write_what_one_writes() -> None:
         assert (FOLDER / "_manifest.json").read_text() == manifest
         assert not list(FOLDER.glob("_part-*"))
         assert one_of(1, 2) == (expected, False)
+
+
+def test_one_of_two_that_end_together_says_so() -> None:
+    """The other finds its own last shard taken in already."""
+    first: list[tuple[Progress, bool]] = []
+
+    def schedule(job: shards.Job, done: shards.Done) -> Iterator[None]:
+        yield from shards.one_by_one(job, done, Rank(1, 2))
+        first.append(one_of(0, 2))
+
+    reached = run(rank=Rank(1, 2), schedule=schedule)
+    assert first == [(reached[0], True)]
+    assert reached[0].finished
+    assert not reached[1]
 
 
 def test_shards_before_their_turn_are_known_by_their_input() -> None:

@@ -33,7 +33,7 @@ class Summary:
     Attributes:
         documents: documents with any text in them, and their `tokens`.
         skipped: empty ones.
-        new: False if all scores were there already.
+        new: False if all scores were there already, or another process wrote the last of them.
         finished: False if other processes are to score the rest.
         overflowed: tokens without a value because the model overflowed.
     """

@@ -276,7 +276,7 @@ def write_shards(
         rank: which of several processes this is. They may end at any time: the last one finishes the folder.
 
     Returns:
-        How far the folder has come, and whether that is further than when this process began.
+        How far the folder has come, and whether this process finished it; of several, one does.
 
     Raises:
         OutputError: the folder holds something else, belongs to other options, another input or model, or
@@ -298,8 +298,7 @@ def write_shards(
         if not job.total:
             raise InputError("There is nothing to score: the input has no text; give a file with text.")
         with _one_at_a_time(folder, rank):
-            now = _finish(folder, options, form, job.total)
-        return now, now != before
+            return _finish(folder, options, form, job.total)
 
 
 def _check_alone(folder: Path, rank: Rank) -> None:
@@ -367,19 +366,19 @@ def _take_in(folder: Path, options: dict[str, Any]) -> _Manifest:
     return manifest
 
 
-def _finish(folder: Path, options: dict[str, Any], form: Form, total: int) -> Progress:
-    """How far the folder has come; once all shards are there, without what stopped processes left."""
+def _finish(folder: Path, options: dict[str, Any], form: Form, total: int) -> tuple[Progress, bool]:
+    """How far the folder has come, and whether it is finished now: all shards, none of what was left over."""
     manifest = _take_in(folder, options)
     now = manifest.progress
     if now.shards < total or now.finished:
-        return now
+        return now, False
     for path in folder.iterdir():
         found = _LEFT.fullmatch(path.name)
         if found and not (found["form"] == form and int(found["number"]) < total):
             path.unlink()
     now = replace(now, finished=True)
     _write_json(folder / MANIFEST_FILE, replace(manifest, progress=now))
-    return now
+    return now, True
 
 
 _RECORD = re.compile(r"_part-(\d+)\.json")
