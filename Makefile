@@ -24,7 +24,7 @@ tests: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# The site, the notebooks, and the page in a browser.
+# The site, the notebooks but the one that trains (test-slow), and the page in a browser.
 test-docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m docs $$(grep -l mark.docs tests/*.py)
 

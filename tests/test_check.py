@@ -321,13 +321,19 @@ def test_a_vocabulary_that_is_not_known():
         lens.check()
 
 
+def test_compiling_is_tried_when_asked(lens):
+    torch._dynamo.reset()
+    assert "compiled" not in lens.check().results
+    assert check(lens, compile="no such backend").results["compiled"] == "not supported by the base"
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"),
     reason="needs transformers 5.23, see docs/extras.md",
 )
-def test_compiling_is_tried_when_asked(lens):
+def test_compiled_it_is_the_same(lens):
+    """Compiled step by step in test_held.py; here every way of reading is, which takes half a minute."""
     torch._dynamo.reset()
-    assert "compiled" not in lens.check().results
     report = check(lens, compile="eager")
     assert report.results["compiled"] == "yes", str(report)
-    assert check(lens, compile="no such backend").results["compiled"] == "not supported by the base"

@@ -1,7 +1,7 @@
 """The notebooks run in a real kernel, at the scale they have for a machine without a GPU, and show what their
 text says.
 
-`PHILENS_WRITE_DOCS=1 pytest tests/test_notebooks.py -m docs` writes them as they were run.
+`PHILENS_WRITE_DOCS=1 pytest tests/test_notebooks.py -m 'docs or slow'` writes them as they were run.
 """
 
 import json
@@ -97,7 +97,7 @@ def test_where_a_model_thinks(tmp_path: Path) -> None:
     assert "<script" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.docs
+@pytest.mark.slow  # it trains a base and five layers
 def test_layer_in_your_model(tmp_path: Path) -> None:
     found = run(
         "layer_in_your_model",
