@@ -339,7 +339,7 @@ def test_a_launcher_that_is_stopped(tmp_path, number):
         finally:
             process.kill()
     said = (tmp_path / "log").read_text()
-    assert said.count("a checkpoint will be written") == 1, said
+    assert said.count("Stopping after this step, with a checkpoint") == 1, said
     assert "philens: error" not in said
     steps = [record["step"] for record in RunFolder(folder).metrics()]
     (checkpoint,) = RunFolder(folder).checkpoints()
