@@ -92,6 +92,18 @@ class Trial:
         values = (output.loss, output.phi, output.mtd, output.logits.detach())
         return [value for value in values if value is not None], gradients
 
+    def learn_base(self, model: Callable[..., Any]) -> list[Tensor]:
+        """Loss of the base, and its gradient by the base's first weight, which may be frozen."""
+        weight = next(weight for weight in self.lens.base.parameters() if weight.is_floating_point())
+        frozen = not weight.requires_grad
+        weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                loss = model(self.ids, labels=self.ids).loss
+                return [loss.detach(), *torch.autograd.grad(loss, weight)]
+        finally:
+            weight.requires_grad_(not frozen)
+
 
 Attempt = Callable[[Trial], Pairs]
 
@@ -323,6 +335,7 @@ def _compiled(trial: Trial) -> Pairs:
         yield from _relative(gradients, expected_gradients)
     else:
         yield from zip(trial.values(compiled(trial.ids), trial.ids), trial.read(trial.ids), strict=True)
+        yield from _relative(trial.learn_base(compiled), trial.learn_base(trial.lens))
     if counters["stats"]["unique_graphs"] == graphs:
         raise Broken("nothing was compiled")
 
