@@ -274,7 +274,7 @@ def tensors(file: str) -> list[Damage]:
             weights[first], weights[second] = weights[second], weights[first]
 
     def of_any_size(weights: dict[str, Any]) -> list[str]:
-        """All but single numbers: layers made before attention sinks were known are read without `sink_norm`."""
+        """All but single numbers: layers of before attention sinks are read without `sink_norm`."""
         return sorted(name for name, value in weights.items() if value.dim())
 
     def reshape(weights: dict[str, Any], chance: random.Random) -> None:
