@@ -273,16 +273,16 @@ def tensors(file: str) -> list[Damage]:
         else:
             weights[first], weights[second] = weights[second], weights[first]
 
-    def of_any_size(weights: dict[str, Any]) -> list[str]:
+    def arrays(weights: dict[str, Any]) -> list[str]:
         """All but single numbers: layers of before attention sinks are read without `sink_norm`."""
         return sorted(name for name, value in weights.items() if value.dim())
 
     def reshape(weights: dict[str, Any], chance: random.Random) -> None:
-        name = chance.choice(of_any_size(weights))
+        name = chance.choice(arrays(weights))
         weights[name] = chance.choice([weights[name][:-1], weights[name][None], weights[name].reshape(-1, 1)])
 
     def drop(weights: dict[str, Any], chance: random.Random) -> None:
-        del weights[chance.choice(of_any_size(weights))]
+        del weights[chance.choice(arrays(weights))]
 
     seed = random.randrange(1 << 30)
     edits = {"renamed": rename, "swapped": swap, "reshaped": reshape, "without": drop}

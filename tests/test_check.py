@@ -337,3 +337,19 @@ def test_compiled_it_is_the_same(lens):
     torch._dynamo.reset()
     report = check(lens, compile="eager")
     assert report.results["compiled"] == "yes", str(report)
+
+
+@pytest.mark.slow
+def test_a_base_that_only_cannot_learn_compiled(lens):
+    """As Qwen 3.5's with torch 2.13: its compiled forward pass is fine."""
+
+    def without_gradients(graph, inputs):
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients")
+        return graph
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(without_gradients, "without_gradients")
+    before = [parameter.requires_grad for parameter in lens.parameters()]
+    assert check(lens, compile="without_gradients").results["compiled"] == "not supported by the base"
+    assert [parameter.requires_grad for parameter in lens.parameters()] == before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from philens.training.optimizer import ChainedOptimizer, make_optimizer
+from philens.training.optimizer import ChainedOptimizer, load_state, make_optimizer
 from philens.training.recipe import OptimizerRecipe
 
 
@@ -72,3 +72,17 @@ def test_a_reloaded_state_goes_on_exactly() -> None:
     train(two, second, 3, first=3)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "number"), [("adamw", 0), ("muon", 0), ("muon", 1)])
+def test_a_moment_that_is_not_finite_is_refused(name: str, number: int) -> None:
+    net = model()
+    optimizer = make_optimizer(net, OptimizerRecipe(name=name))
+    train(net, optimizer, 1)
+    state = optimizer.state_dict()
+    load_state(optimizer, state)
+    part = state.get("optimizers", [state])[number]
+    moment = next(value for value in part["state"][0].values() if value.dim())
+    moment.view(-1)[-1] = torch.inf
+    with pytest.raises(ValueError, match="a number in it is not finite"):
+        load_state(optimizer, state)

@@ -95,14 +95,14 @@ class Trial:
     def learn_base(self, model: Callable[..., Any]) -> list[Tensor]:
         """Loss of the base, and its gradient by the base's first weight, which may be frozen."""
         weight = next(weight for weight in self.lens.base.parameters() if weight.is_floating_point())
-        frozen = not weight.requires_grad
+        learns = weight.requires_grad
         weight.requires_grad_(True)
         try:
             with torch.enable_grad():
                 loss = model(self.ids, labels=self.ids).loss
                 return [loss.detach(), *torch.autograd.grad(loss, weight)]
         finally:
-            weight.requires_grad_(not frozen)
+            weight.requires_grad_(learns)
 
 
 Attempt = Callable[[Trial], Pairs]

@@ -44,7 +44,7 @@ class ChainedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(shard_state(optimizer, state))
+            load_state(optimizer, state)
 
 
 def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
@@ -70,6 +70,14 @@ def make_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load the whole state of an optimiser, as a checkpoint has it; its parameters may be sharded."""
-    chained = isinstance(optimizer, ChainedOptimizer)
-    optimizer.load_state_dict(state if chained else shard_state(optimizer, state))
+    """Load the whole state of an optimiser, as a checkpoint has it; its parameters may be sharded.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    if isinstance(optimizer, ChainedOptimizer):
+        return optimizer.load_state_dict(state)
+    values = (value for kept in state["state"].values() for value in kept.values())
+    if not all(torch.as_tensor(value).isfinite().all() for value in values):
+        raise ValueError("a number in it is not finite")
+    optimizer.load_state_dict(shard_state(optimizer, state))

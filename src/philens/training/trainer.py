@@ -293,12 +293,7 @@ class PHiTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             with _reading(Path(checkpoint) / OPTIMIZER_FILE) as path:
-                state = _load_tensors(path)
-                kept = [one for each in state.get("optimizers", [state]) for one in each["state"].values()]
-                moments = (value for one in kept for value in one.values())
-                if not all(torch.as_tensor(value).isfinite().all() for value in moments):
-                    raise ValueError("a number in it is not finite")
-                load_state(self.optimizer.optimizer, state)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                load_state(self.optimizer.optimizer, _load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             with _reading(Path(checkpoint) / SCHEDULER_FILE) as path:
                 self.lr_scheduler.load_state_dict(_load_tensors(path))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
