@@ -291,17 +291,28 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
     assert session.stop()
     assert "Cancelled." in last(going).status
     assert not session.stop()
+
+    def after(going: Any, other: Any) -> Any:
+        """The last word of another answer, whose first comes when the one that goes on has ended."""
+        said: list[Any] = []
+        thread = threading.Thread(target=lambda: said.extend(other))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert said == []
+        assert [*going] == []
+        thread.join()
+        return said[-1]
+
     # Another reading takes the place of one that goes on, which then says nothing more.
     going = session.read(model, point, long, Look())
     next(going)
-    assert last(session.read(model, point, {A: "abc"}, Look())).result
-    assert [*going] == []
+    assert after(going, session.read(model, point, {A: "abc"}, Look())).result
     # Shown in another way meanwhile, it is this text that is read, not the one before.
     going, other = session.read(model, point, {A: "abd"}, Look()), Look(("entropy", "phi"))
     next(going)
-    assert "3 tokens read" in (last(session.read(model, point, None, other)).status or "")
+    assert "3 tokens read" in (after(going, session.read(model, point, None, other)).status or "")
     assert session.scores[0].text == "abd"
-    assert [*going] == []
     # Cancelled when the model had it all and the page nothing: what can be kept is what is shown.
     going = session.read(model, point, {A: "abcabc"}, Look())
     next(going)
@@ -322,6 +333,17 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
         assert [*late] == []
     assert last(going).result
     assert session.scores[0].text == "abcd"
+    # What waits and is itself overtaken says nothing.
+    going = session.read(model, point, long, Look(), when=2.0)
+    next(going)
+    overtaken: list[Any] = []
+    late = session.read(model, point, {A: "b"}, Look(), when=2.1)
+    waiting = threading.Thread(target=lambda: overtaken.extend(late))
+    waiting.start()
+    waiting.join(0.3)
+    assert after(going, session.read(model, point, {A: "abc"}, Look(), when=2.2)).result
+    waiting.join()
+    assert overtaken == []
     # The tab was closed.
     going = session.read(model, point, long, Look(), when=3.0)
     next(going)

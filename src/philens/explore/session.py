@@ -64,6 +64,7 @@ class Session:
     _reading: dict[str, str] | None = None  # what the job reads
     _when: float = 0.0  # when the page asked for the job
     _lock: Lock = field(default_factory=Lock)
+    _turn: Lock = field(default_factory=Lock)  # held by the job that the page hears
 
     def stop(self) -> bool:
         """Stop the job, if there is one."""
@@ -185,15 +186,32 @@ class Session:
     def _answer(
         self, work: Callable[[Job], Iterator[Update]], when: float, reading: dict[str, str] | None = None
     ) -> Iterator[Update]:
-        """Do one thing, in the place of what is still being done; whatever happens ends in a sentence."""
-        job, kind = Job(), "error"
+        """Do one thing, in the place of what is still being done."""
+        job = Job()
         with self._lock:
             if when < self._when:  # Gradio lets what is asked for in quick succession overtake
                 return
             self.stop()
             self._job, self._reading, self._when = job, reading, when
+        # Gradio may bring the last word of one answer to the page after the first of the next; so an answer
+        # waits for the end of the one before.
+        while not (turn := self._turn.acquire(timeout=_INTERVAL)) and self._job is job:
+            pass
         try:
-            yield Update(busy=True)  # at once: whoever comes first here is also first on the page
+            yield from self._told(job, work)
+        finally:
+            job.stop()  # also where the reader has left
+            if self._job is job:
+                self._reading = None
+            if turn:
+                self._turn.release()
+
+    def _told(self, job: Job, work: Callable[[Job], Iterator[Update]]) -> Iterator[Update]:
+        """What is done for a job; whatever happens ends in a sentence, but where another took its place."""
+        kind = "error"
+        try:
+            job.check()
+            yield Update(busy=True)
             for update in work(job):
                 job.check()
                 yield update
@@ -205,10 +223,6 @@ class Session:
         except Exception as error:  # a model can raise anything; the page must go on
             logger.exception("The page could not do what was asked.")
             problem = f"This did not work ({type(error).__name__}); the terminal says more."
-        finally:
-            job.stop()  # also where the reader has left
-            if self._job is job:
-                self._reading = None
         if self._job is job or self._job is None:
             yield Update(view.status(problem, kind=kind))
 
