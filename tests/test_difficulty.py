@@ -52,8 +52,9 @@ def test_levels_are_means_over_their_solutions() -> None:
 def test_correlations_agree_with_scipy_and_pingouin() -> None:
     pingouin = pytest.importorskip("pingouin")
     table = solved(80, 3)
+    table["mtd_mean"] = table["phi_sum"] - table["tokens"]  # a metric that was asked for
     results = measure_difficulty(table, **QUICK)
-    for name in QUANTITIES:
+    for name in (*QUANTITIES, "mtd_mean"):
         theirs = stats.spearmanr(table[name], table.level).statistic
         assert results["spearman"][name]["value"] == pytest.approx(theirs, abs=1e-9)
     # The logarithm of the length has the ranks of the length.
@@ -62,7 +63,7 @@ def test_correlations_agree_with_scipy_and_pingouin() -> None:
         "length": ["tokens"],
         "surprisal_and_length": ["surprisal_mean", "tokens"],
     }
-    for name in ("phi_mean", "phi_sum", "phi_max", "phi_last_fifth"):
+    for name in ("phi_mean", "phi_sum", "phi_max", "phi_last_fifth", "mtd_mean"):
         for given, covariates in held.items():
             theirs = pingouin.partial_corr(table, name, "level", covariates, method="spearman")["r"].iloc[0]
             assert results["partial"][name][given]["value"] == pytest.approx(theirs, abs=1e-8)

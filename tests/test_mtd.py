@@ -17,7 +17,7 @@ from philens.explore.models import Explored
 from philens.findings import use_formula
 from philens.lens.adapter import CONFIG_FILE, _hash_of
 from philens.lens.metrics import METRICS
-from philens.support.errors import AdapterError, ConfigError, InputError, RecipeError
+from philens.support.errors import AdapterError, ConfigError, InputError, PhilensError, RecipeError
 from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.source import ModelSource
 from philens.training.trainer import train
@@ -336,6 +336,51 @@ def test_several_are_saved_and_scored_together(tmp_path, tokens):
     for name, values in expected.columns.items():
         assert np.array_equal(found.columns[name], values, equal_nan=True)
     assert found.provenance["instruments"] == ["phi", "mtd"]
+
+
+def test_what_was_trained_apart_is_loaded_together(tmp_path, tokens):
+    base = make_llama()
+    expected = {}
+    for name, config in {"layer": PHiConfig(layer=1), "head": MTDConfig(depth=2)}.items():
+        lens = attach(base, config).eval()
+        lens.save_pretrained(tmp_path / name)
+        expected[name] = lens(tokens)
+        lens.detach()
+    both = load(base, [tmp_path / "head", tmp_path / "layer"])
+    out = both(tokens)
+    assert torch.equal(out.phi, expected["layer"].phi)
+    assert torch.equal(out.mtd, expected["head"].mtd)
+    assert torch.equal(out.logits, expected["head"].logits)  # the layer, which stood in the path, observes
+    assert not both.training
+    both.save_pretrained(tmp_path / "both")
+    both.detach()
+    for folder in (tmp_path / "both", [tmp_path / "both"]):
+        lens = load(base, folder)
+        assert torch.equal(lens(tokens).mtd, expected["head"].mtd)
+        lens.detach()
+    assert load(base, [tmp_path / "layer"]).config.mode == "bottleneck"  # one alone stays as it is
+
+
+@pytest.mark.parametrize(
+    ("names", "mode", "said"),
+    [
+        (["head", "head"], None, "each of PHiConfig and MTDConfig once"),
+        (["layer", "head"], "bottleneck", "shallow head only observes"),
+        ([], None, "not an empty list"),
+        (["layer", "none"], None, "none"),
+    ],
+)
+def test_what_cannot_be_loaded_together_leaves_the_base_alone(tmp_path, tokens, names, mode, said):
+    base = make_llama()
+    for name, config in {"layer": PHiConfig(layer=1), "head": MTDConfig()}.items():
+        lens = attach(base, config).eval()
+        lens.save_pretrained(tmp_path / name)
+        lens.detach()
+    expected = base(tokens).logits
+    with pytest.raises(PhilensError, match=said):
+        load(base, [tmp_path / name for name in names], mode=mode)
+    assert torch.equal(base(tokens).logits, expected)
+    load(base, tmp_path / "layer")
 
 
 # Saved, scored, generated with.

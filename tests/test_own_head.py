@@ -143,6 +143,12 @@ def test_scored(base, folder, whole, tmp_path, capsys):
     (one,) = score(lens, CHARACTERS, text)
     assert list(one.columns) == ["phi", "mtd", "surprisal"]
     same(one.columns["mtd"], expected)
+    lens.detach()
+    alone = attach(base, PHiConfig(layer=0, prior_heads=1))
+    alone.save_pretrained(tmp_path / "layer")
+    together = philens.load(alone.detach(), [tmp_path / "layer", "own"])
+    same(score(together, CHARACTERS, text)[0].columns["mtd"], expected)
+    together.detach()
     (tmp_path / "a.txt").write_text(text)
     call = ["score", str(tmp_path / "a.txt"), "--model", str(folder), "--adapter", "own"]
     output = tmp_path / "scores"

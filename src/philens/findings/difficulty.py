@@ -47,9 +47,10 @@ def measure_difficulty(
 
     `counts` and `listed`: of `usable`, and solutions without a difficulty, which are left out. `levels`:
     means of phi (nats per token; `phi_sum` and `phi_max` in nats), surprisal, entropy, tokens and controls
-    over the solutions of each level. `spearman`: of each with difficulty. `partial`: of phi, given others
-    (`GIVEN`). `headline`: the numbers of `HEADLINE`, phi being the mean per token, each with the `side` of 0
-    that its interval lies on. `holds`: phi grows with difficulty (`spearman`), with its interval.
+    over the solutions of each level. `spearman`: of each with difficulty. `partial`: of phi, and of metrics
+    that were asked for, given others (`GIVEN`). `headline`: the numbers of `HEADLINE`, phi being the mean per
+    token, each with the `side` of 0 that its interval lies on. `holds`: phi grows with difficulty
+    (`spearman`), with its interval.
 
     Args:
         table: one row per solution, of `philens.reasoning.solutions`.
@@ -84,7 +85,8 @@ def measure_difficulty(
             for name in quantities
         },
         "partial": {
-            name: correlate(solutions, name, difficulty, GIVEN[1:], rank=True, **options) for name in PHI
+            name: correlate(solutions, name, difficulty, GIVEN[1:], rank=True, **options)
+            for name in (*PHI, *solutions.others)
         },
     }
 

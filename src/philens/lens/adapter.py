@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -212,6 +212,26 @@ def load_as(
         if isinstance(error, PhilensError) or _OWN_HASH in read_json(folder / CONFIG_FILE):
             raise
         raise _unusable(folder, error) from error  # nothing vouches for what it says
+
+
+def load_together(
+    kind: type[Lens],
+    base: nn.Module,
+    folders: Sequence[str | os.PathLike[str]],
+    revision: str | None = None,
+    mode: Literal["bottleneck", "observe"] | None = None,
+) -> Lens:
+    """A lens of this class with the instruments of several adapters, which were trained apart."""
+    apart = []
+    for folder in folders:
+        apart.append(load_as(kind, base, folder, revision))
+        apart[-1].detach()
+    parts = [(config, getattr(one, config.kind)) for one in apart for config in one.configs]
+    lens = kind(base, [_in_mode(config, mode or "observe") for config, _ in parts])
+    for config, part in parts:
+        getattr(lens, config.kind).load_state_dict(part.state_dict())
+    lens.source = ", ".join(str(one.source) for one in apart)
+    return lens.eval()
 
 
 def _load(

@@ -102,7 +102,7 @@ def attach(base: nn.Module, config: InstrumentConfig | Sequence[InstrumentConfig
 
 def load(
     base: nn.Module,
-    folder: str | PathLike[str],
+    folder: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     revision: str | None = None,
     mode: Literal["bottleneck", "observe"] | None = None,
@@ -112,7 +112,9 @@ def load(
     Args:
         base: the base model, with the weights it had; in another precision or quantized, it is still itself.
         folder: an adapter folder, or a Hub id where there is no such folder. Of a run folder, its adapter.
-            `own` is the multi-token head that the base brings along, as `MTDConfig(own=True)`.
+            `own` is the multi-token head that the base brings along, as `MTDConfig(own=True)`. Of a PHi layer
+            and a shallow head that were trained apart, a list of both: they watch one pass, and the layer
+            observes.
         revision: branch, tag or commit on the Hub.
         mode: `bottleneck` or `observe`, whichever it was trained in; None keeps that.
 
@@ -122,4 +124,7 @@ def load(
     """
     if isinstance(base, PHiModel):
         raise ConfigError(f"This model already has a {titles(base.configs)}; detach() it first.")
-    return adapter.load_as(PHiModel, base, folder, revision, mode)
+    folders = [folder] if isinstance(folder, str | PathLike) else list(folder)
+    if len(folders) == 1:
+        return adapter.load_as(PHiModel, base, folders[0], revision, mode)
+    return adapter.load_together(PHiModel, base, folders, revision, mode)
