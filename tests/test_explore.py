@@ -422,7 +422,7 @@ def test_what_is_not_to_be_had_is_named_with_its_reason(run: Path) -> None:
     found = [opened.lacking(point) for point in opened.points]
     assert [list(reasons) for reasons in found] == [["mtd", "surprisal_with_layer"]] * 2 + [["mtd"]]
     markup = view.lacking(found[0] | {"phi": "<script>"})
-    assert "<summary>Not to be had here: mtd, surprisal with layer, phi</summary>" in markup
+    assert "<summary>Not available here: mtd, surprisal with layer, phi</summary>" in markup
     assert "There is no surprisal_with_layer with mode=&quot;observe&quot;, where the layer" in markup
     assert "<script>" not in markup
     assert view.lacking({}) == ""

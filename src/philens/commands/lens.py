@@ -18,7 +18,7 @@ from philens.support.typed import shown, words
 def demo(output: Path = Path("philens-demo"), documents: int = 32) -> None:
     """Show what the models that philens brings see in texts and in formal languages: tables, figures, pages.
 
-    The language model is fetched once. Where it is not to be had, formal languages are shown alone.
+    The language model is fetched once. Where it cannot be had, only formal languages are shown.
 
     Args:
         output: folder for results, figures and pages.

@@ -19,7 +19,7 @@ from philens.support.errors import PhilensError
 
 _HEAD = """<div class="ph-head"><h1>Where does the model think?</h1>
 <p>Each token is coloured by <b>phi</b>, the information in nats that its hidden state adds to what the
-model's earlier hidden states already told, beside its <b>surprisal</b>. Point at a token, or walk through
+model's earlier hidden states already say, beside its <b>surprisal</b>. Point at a token, or walk through
 the text with the arrow keys, to read its values; click it, or press Enter, to put another in its place or
 write on from there; drag, or hold Shift, to mark a span.</p></div>"""
 _COUNT = """(text) => {{
@@ -49,8 +49,11 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
     first = next(iter(models.values()))
     offered = {name: one for name, one in examples().items() if not one.formal or FORMAL in models}
     start = offered["prose" if TEXT in models or FORMAL not in models else "in context language"]
-    options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    options["trigger_mode"] = "multiple"
+    options: dict[str, Any] = {
+        "api_visibility": "private",
+        "show_progress": "hidden",
+        "trigger_mode": "multiple",
+    }
 
     buttons: dict[str, gr.Button] = {}
     with gr.Blocks(title="philens explore", analytics_enabled=False) as page:
@@ -283,6 +286,8 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
 
         where = [model, point]
         ordered: dict[str, Any] = options | {"js": _WHEN}
+        # These events have no data but the fields', which are read when it is sent.
+        last: dict[str, Any] = options | {"trigger_mode": "always_last"}
         read.click(read_texts, [when, *where, text, other, *look], shown, **ordered)
         write.click(write_on, [when, *where, text, count, sample, temperature, *look], shown, **ordered)
         cancel.click(stop, None, None, queue=False, **options)
@@ -290,16 +295,14 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             button.click(chooser(offered[name]), [when, *where, *look], [*shown, *where], **ordered)
         model.input(turn, [when, model, *look], [*shown, *where], **ordered)
         spread.select(
-            lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **options
+            lambda chosen: [gr.update(visible=RANGES[chosen] == "fixed")] * 2, spread, [low, high], **last
         )
-        gr.on([model.change, point.change], named_lacking, where, lacking, **options)
+        gr.on([model.change, point.change], named_lacking, where, lacking, **last)
         lists = [point, left, right, spread, palette]
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [when, *where, *look], shown, **ordered)
         # With "always_last", Gradio 6.31 sends the data of an earlier event.
-        result.mark(mark, None, [which, begin, end, marked], **(options | {"trigger_mode": "multiple"}))
-        # These events have no data but the fields', which are read when it is sent.
-        last: dict[str, Any] = options | {"trigger_mode": "always_last"}
+        result.mark(mark, None, [which, begin, end, marked], **options)
         gr.on([which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **last).then(
             None, [which, begin, end], None, js=_HIGHLIGHT
         )

@@ -301,7 +301,7 @@ def open_all(
     options: MetricOptions | None = None,
 ) -> dict[str, Explored]:
     """The models to choose from, by name: the one asked for, or those that come with philens; of these the
-    formal-language model alone, and a warning, where the other's base is not to be had.
+    formal-language model alone, and a warning, where the other's base is not available.
 
     Raises:
         PhilensError: as `Explored.open`; adapters without a model.

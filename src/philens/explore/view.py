@@ -111,7 +111,7 @@ def parting(texts: Sequence[TokenScores]) -> list[int | None]:
 
 
 def lacking(reasons: Mapping[str, str]) -> str:
-    """The metrics that are not to be had, each with its reason; nothing where there is none."""
+    """The metrics that are not available, each with its reason; nothing where there is none."""
     if not reasons:
         return ""
     rows = "".join(
@@ -119,7 +119,7 @@ def lacking(reasons: Mapping[str, str]) -> str:
     )
     names = ", ".join(map(plain_label, reasons))
     return (
-        f'<details class="ph-lacking"><summary>Not to be had here: {clean(names)}</summary>'
+        f'<details class="ph-lacking"><summary>Not available here: {clean(names)}</summary>'
         f"<ul>{rows}</ul></details>"
     )
 
