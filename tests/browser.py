@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+WAIT = 60_000  # milliseconds: the machine may be busy
 # Without a sandbox, which containers do not have, and without calls home, so that a request is the page's.
 FLAGS = [
     "--no-sandbox",

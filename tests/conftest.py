@@ -27,6 +27,10 @@ LONG = {
 def pytest_collection():
     # What is imported stays: to look through it for garbage takes half a second, and trainings ask for it.
     gc.disable()
+    from hypothesis import settings
+
+    settings.register_profile("philens", deadline=None)  # the machine may be busy
+    settings.load_profile("philens")
 
 
 def pytest_collection_modifyitems(items):

@@ -42,6 +42,7 @@ def start_rank(scenario: dict[str, Any], rank: int, ranks: int) -> int:
     child = os.fork()
     if child:
         return child
+    os.nice(5)  # so that the parent is there in time to stop it
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     for number, name in ((1, "out"), (2, "err")):

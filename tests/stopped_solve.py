@@ -35,6 +35,7 @@ def start(scenario: dict[str, Any]) -> int:
     child = os.fork()
     if child:
         return child
+    os.nice(5)  # so that the parent is there in time to stop it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if scenario["mishap"] == "full_disk":

@@ -26,7 +26,7 @@ from philens.training.recipe import load_recipe, recipe_yaml
 from philens.training.trainer import train, training_rows
 from tiny import tiny_recipe, tiny_values
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -55,8 +55,8 @@ def launch(scenarios, folder):
     file = folder / "scenarios.json"
     file.write_text(json.dumps(scenarios))
     script = str(Path(__file__).with_name("launched_runs.py"))
-    command = [*TORCHRUN, free_port(), script, str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
+    command = [*TORCHRUN, script, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
 
 
 def scenario(folder, name, recipe, shard=False, resume=False, bad_step=None):
@@ -87,7 +87,9 @@ def assert_same_run(folder, other, rounding=2e-6):
     assert [r.keys() for r in records] == [r.keys() for r in others]
     for record, one in zip(records, others, strict=True):
         record.pop("tokens_per_second", None), one.pop("tokens_per_second", None)
-        assert record == pytest.approx(one, rel=rounding)
+        # A small divergence is a difference of numbers of some nats, whose rounding it has: 1e-7 is one unit of
+        # float32 at 1.
+        assert record == pytest.approx(one, rel=rounding, abs=1e-7)
     weights, those = weights_of(folder), weights_of(other)
     assert weights.keys() == those.keys()
     assert weights
@@ -312,7 +314,7 @@ def test_accelerate_launch_with_a_configuration(tmp_path, base):
     train(recipe, tmp_path / "one")
     own = ["-m", "philens", "train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two")]
     command = [*ACCELERATE, "--main_process_port", free_port(), "--config_file", str(tmp_path / "fsdp2.yaml")]
-    done = subprocess.run([*command, *own], capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
+    done = subprocess.run([*command, *own], capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -329,7 +331,7 @@ def test_a_launcher_that_is_stopped(tmp_path, number):
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     own = ["-m", "philens", "train", str(tmp_path / "recipe.yaml"), "--output", str(folder)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*TORCHRUN, free_port(), *own], stdout=log, stderr=log, env=ENVIRONMENT)
+        process = subprocess.Popen([*TORCHRUN, *own], stdout=log, stderr=log, env=ENVIRONMENT)
         try:
             limit = time.monotonic() + 120
             while len(RunFolder(folder).metrics()) < 3 and time.monotonic() < limit:
@@ -353,7 +355,7 @@ def test_a_process_that_is_killed(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     own = ["-m", "philens", "train", str(tmp_path / "recipe.yaml"), "--output", str(folder)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*TORCHRUN, free_port(), *own], stdout=log, stderr=log, env=ENVIRONMENT)
+        process = subprocess.Popen([*TORCHRUN, *own], stdout=log, stderr=log, env=ENVIRONMENT)
         try:
             limit = time.monotonic() + 120
             while not RunFolder(folder).checkpoints() and time.monotonic() < limit:

@@ -30,7 +30,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import philens
-from browser import open_browser
+from browser import WAIT, open_browser
 from conftest import needs_smollm2, skip_without_smollm2
 from philens.cli import main, parse
 from philens.commands import COMMANDS, lens
@@ -494,6 +494,7 @@ def test_the_site_in_light_and_dark_on_screen_and_phone(site: Path) -> None:
     with open_browser() as browser, served(site) as address:
         for scheme, width in (("light", 1280), ("dark", 390)):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.set_default_timeout(WAIT)
             requests, faults = [], []
             page.on("request", lambda request, to=requests: to.append(request.url))
             page.on("pageerror", lambda error, to=faults: to.append(str(error)))
@@ -515,6 +516,7 @@ def test_the_site_in_light_and_dark_on_screen_and_phone(site: Path) -> None:
 def test_a_public_name_is_found_by_the_search(site: Path) -> None:
     with open_browser() as browser, served(site) as address:
         page = browser.new_page()
+        page.set_default_timeout(WAIT)
         page.goto(address)
         page.wait_for_load_state("networkidle")
         page.keyboard.press("Control+k")

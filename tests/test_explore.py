@@ -295,9 +295,11 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
     def after(going: Any, other: Any) -> Any:
         """The last word of another answer, whose first comes when the one that goes on has ended."""
         said: list[Any] = []
-        thread = threading.Thread(target=lambda: said.extend(other))
+        thread, before = threading.Thread(target=lambda: said.extend(other)), session._job
         thread.start()
-        thread.join(0.5)
+        while session._job is before:
+            thread.join(0.01)
+        thread.join(0.3)
         assert thread.is_alive()
         assert said == []
         assert [*going] == []
@@ -338,9 +340,10 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
     next(going)
     overtaken: list[Any] = []
     late = session.read(model, point, {A: "b"}, Look(), when=2.1)
-    waiting = threading.Thread(target=lambda: overtaken.extend(late))
+    waiting, before = threading.Thread(target=lambda: overtaken.extend(late)), session._job
     waiting.start()
-    waiting.join(0.3)
+    while session._job is before:
+        waiting.join(0.01)
     assert after(going, session.read(model, point, {A: "abc"}, Look(), when=2.2)).result
     waiting.join()
     assert overtaken == []

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from browser import open_browser
+from browser import WAIT, open_browser
 from philens.explore.examples import examples
 from test_explore_browser import (
     HOSTILE,
-    WAIT,
     choose,
     formal,
     photograph,
@@ -40,7 +39,7 @@ def test_ctrl_c_leaves_a_record_that_works_without_a_server(
     browser: Any, text_model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "record.html"
-    with serving(text_model, "--record", str(path)) as (address, process):
+    with serving(text_model, "--record", str(path), "--max-characters", "40000") as (address, process):
         page = browser.new_page()
         page.set_default_timeout(WAIT)
         page.goto(address)
@@ -53,7 +52,7 @@ def test_ctrl_c_leaves_a_record_that_works_without_a_server(
         expected = page.locator(".ph-tip").inner_text()
         scores = [shown(page, 0, pane) for pane in (0, 1)]
         # Ctrl+C while a tab is open and reads.
-        read(page, "abcde " * 1_600)
+        read(page, "abcde " * 6_400)
         page.wait_for_selector("#status progress")
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
@@ -111,14 +110,14 @@ def read_slowly(page: Any) -> None:
     began = time.monotonic()
     read(page, "abc abc")  # and the model is free
     wait_shown(page, "abc abc")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     # Another metric meanwhile: the text is read with it, and nothing said before comes back.
-    long = "cdefab " * 1_000
+    long = "cdefab " * 2_000
     read(page, long)
     page.wait_for_selector("#status progress")
     choose(page, "Right pane", "entropy")
     wait_shown(page, long)
     page.wait_for_selector(".pane[data-metric=entropy]")
     page.wait_for_timeout(1_000)
-    assert wait_status(page, "Text A: ").startswith("Text A: 7,000 tokens read (")
+    assert wait_status(page, "Text A: ").startswith("Text A: 14,000 tokens read (")
     assert not cancel.is_enabled()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from philens.reasoning import grading
@@ -24,9 +24,6 @@ from philens.reasoning.grading import (
 )
 from philens.support.errors import ConfigError, InputError
 from philens.tasks.problem import Problem
-
-settings.register_profile("philens", deadline=None)  # the machine may be busy
-settings.load_profile("philens")
 
 
 def number(answer: str) -> Problem:
@@ -254,7 +251,7 @@ def test_what_never_ends_is_ended(monkeypatch):
     monkeypatch.setattr(grading, "TIMEOUT", 2.0)
     start = time.monotonic()
     assert grade("\\boxed{9^{9^{9}}}", mathematics("x")) == Grade(False, "9^{9^{9}}")
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 60
     assert grade("\\boxed{\\sqrt{12}}", mathematics("2\\sqrt{3}")).correct  # and grading goes on
     assert not grade("\\boxed{" + "(x+1)" * 500 + "}", mathematics("x")).correct
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.font_manager import FontProperties, fontManager
 
 import philens
-from browser import chromium, open_browser
+from browser import WAIT, chromium, open_browser
 from conftest import make_llama
 from philens.bases.tokenizer import character_tokenizer
 from philens.findings import Results
@@ -226,6 +226,7 @@ def test_in_a_real_browser(theme: str, tmp_path: Path) -> None:
     path.write_text(body, encoding="utf-8")
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1100, "height": 620}, color_scheme=theme)
+        page.set_default_timeout(WAIT)
         page.route(re.compile("^http"), lambda route: route.abort())  # MathJax
         page.goto(path.as_uri())
         texts_shown = page.locator(".jp-OutputArea pre").all_text_contents()

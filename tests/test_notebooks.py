@@ -31,7 +31,8 @@ def run(name: str, folder: Path, expression: str) -> Any:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         # A cell that fails raises CellExecutionError, with the traceback.
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+        waits = {"timeout": 600, "startup_timeout": 300, "iopub_timeout": 120}
+        NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **waits).execute()
     printed = [output.text for output in probe.outputs if output.get("name") == "stdout"]
     notebook.cells.pop()
     for cell in notebook.cells:

@@ -331,9 +331,11 @@ def wait_for_shards(process: subprocess.Popen[str], output: str, count: int) -> 
 
 def test_ray_writes_what_one_process_writes_with_a_worker_killed_on_the_way() -> None:
     process = start_ray("by_ray", "--workers", "2")
+    workers = []
+    while len(workers) < 2:
+        assert process.poll() is None, process.communicate()
+        workers = [number for number, command in descendants(process.pid).items() if "(_Worker)" in command]
     wait_for_shards(process, "by_ray", 1)
-    workers = [number for number, command in descendants(process.pid).items() if "(_Worker)" in command]
-    assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     out, err = process.communicate()
     assert (process.returncode, out.splitlines()[-1:]) == (0, [f"Wrote by_ray: {WROTE}".strip()]), err

@@ -357,7 +357,7 @@ def test_two_thousand_resamples_of_many_tokens_are_fast() -> None:
     x, y, c = random.normal(size=(3, 100_000))
     start = time.perf_counter()
     statistics.correlation(x, y, random.integers(500, size=100_000), [c, c**2])
-    assert time.perf_counter() - start < 2.0  # 0.05 s on an idle core
+    assert time.perf_counter() - start < 10  # 0.05 s on an idle core
 
 
 def test_quantile_bins() -> None:

@@ -270,7 +270,9 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
             # A point of another model is one that is about to be left.
             return view.lacking(models[name].lacking(at)) if at in models[name].points else ""
 
-        def mark(request: gr.Request, event: gr.EventData) -> Any:
+        def mark(request: gr.Request, event: gr.EventData, when: float) -> Any:
+            if not session(request).marks(when):
+                return [gr.skip()] * 4
             data = event._data or {}
             number, first, last = (int(data.get(key, 0)) for key in ("text", "first", "last"))
             return NAMES[min(number, 1)], first, last, session(request).marked(number, first, last)
@@ -302,7 +304,7 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         changed = [*(one.select for one in lists), low.input, high.input]
         gr.on(changed, read_again, [when, *where, *look], shown, **ordered)
         # With "always_last", Gradio 6.31 sends the data of an earlier event.
-        result.mark(mark, None, [which, begin, end, marked], **options)
+        result.mark(mark, when, [which, begin, end, marked], **ordered)
         gr.on([which.input, begin.input, end.input], mark_numbers, [which, begin, end], marked, **last).then(
             None, [which, begin, end], None, js=_HIGHLIGHT
         )

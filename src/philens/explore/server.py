@@ -159,6 +159,6 @@ def serve(app: Any, listening: socket.socket, leave: Callable[[], None]) -> None
                     mounted.stop_event.set()
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
     with contextlib.suppress(KeyboardInterrupt):
         Server(config).run(sockets=[listening])

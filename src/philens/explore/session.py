@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,12 +63,14 @@ class Session:
     _job: Job | None = None
     _reading: dict[str, str] | None = None  # what the job reads
     _when: float = 0.0  # when the page asked for the job
-    _lock: Lock = field(default_factory=Lock)
+    _marked: float = 0.0  # when it asked for the span marked last
+    _lock: RLock = field(default_factory=RLock)
     _turn: Lock = field(default_factory=Lock)  # held by the job that the page hears
 
     def stop(self) -> bool:
         """Stop the job, if there is one."""
-        running, self._job, self._reading = self._job, None, None
+        with self._lock:
+            running, self._job, self._reading = self._job, None, None
         if running is not None:
             running.stop()
         return running is not None
@@ -315,6 +317,13 @@ class Session:
                 )
         return said
 
+    def marks(self, when: float) -> bool:
+        """Whether no span was marked after this time, on the page's own clock; it is then the last one."""
+        with self._lock:
+            newest = when >= self._marked
+            self._marked = max(when, self._marked)
+        return newest
+
     def marked(self, number: int, first: int, last: int) -> str:
         """Markup of a marked span; an error is a sentence, too."""
         try:
@@ -357,13 +366,16 @@ class Sessions:
     def __init__(self, most: int, record: Record | None = None, limit: int = 500) -> None:
         self.most, self.record, self.limit = most, record, limit
         self._by_hash: dict[str, Session] = {}
+        self._lock = Lock()
 
     def of(self, hash: str) -> Session:
         """A tab's session, new if it is."""
-        session = self._by_hash.pop(hash, None) or Session(self.most, self.record)
-        self._by_hash[hash] = session
-        while len(self._by_hash) > self.limit:
-            self.end(next(iter(self._by_hash)))
+        with self._lock:
+            session = self._by_hash.pop(hash, None) or Session(self.most, self.record)
+            self._by_hash[hash] = session
+            beyond = [*self._by_hash][: -self.limit]
+        for one in beyond:
+            self.end(one)
         return session
 
     def keyed(self, key: str) -> Session | None:
