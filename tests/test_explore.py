@@ -418,6 +418,8 @@ def test_a_marked_span(model: Explored) -> None:
     for first, end in ((-1, 2), (0, 11)):
         assert "Text A has tokens 0 to 10" in session.marked(0, first, end)
     assert "no such text" in session.marked(1, 0, 1)
+    # What the page asked for last is what stays, whichever comes first.
+    assert [session.marks(when) for when in (2.0, 1.0, 2.5, 2.0)] == [True, False, True, False]
 
 
 def test_what_is_not_to_be_had_is_named_with_its_reason(run: Path) -> None:
