@@ -87,8 +87,8 @@ def assert_same_run(folder, other, rounding=2e-6):
     assert [r.keys() for r in records] == [r.keys() for r in others]
     for record, one in zip(records, others, strict=True):
         record.pop("tokens_per_second", None), one.pop("tokens_per_second", None)
-        # A small divergence is a difference of numbers of some nats, whose rounding it has: 1e-7 is one unit of
-        # float32 at 1.
+        # A small divergence is a difference of numbers of some nats and is rounded as they are: 1e-7 is
+        # float32's unit at 1.
         assert record == pytest.approx(one, rel=rounding, abs=1e-7)
     weights, those = weights_of(folder), weights_of(other)
     assert weights.keys() == those.keys()
