@@ -297,7 +297,7 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
         said: list[Any] = []
         thread, before = threading.Thread(target=lambda: said.extend(other)), session._job
         thread.start()
-        while session._job is before:
+        while session._job is before and thread.is_alive():
             thread.join(0.01)
         thread.join(0.3)
         assert thread.is_alive()
@@ -342,8 +342,9 @@ def test_cancelled_superseded_and_left(model: Explored, monkeypatch: Any) -> Non
     late = session.read(model, point, {A: "b"}, Look(), when=2.1)
     waiting, before = threading.Thread(target=lambda: overtaken.extend(late)), session._job
     waiting.start()
-    while session._job is before:
+    while session._job is before and waiting.is_alive():
         waiting.join(0.01)
+    assert waiting.is_alive()
     assert after(going, session.read(model, point, {A: "abc"}, Look(), when=2.2)).result
     waiting.join()
     assert overtaken == []

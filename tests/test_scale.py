@@ -335,6 +335,7 @@ def test_ray_writes_what_one_process_writes_with_a_worker_killed_on_the_way() ->
     while len(workers) < 2:
         assert process.poll() is None, process.communicate()
         workers = [number for number, command in descendants(process.pid).items() if "(_Worker)" in command]
+        time.sleep(0.02)
     wait_for_shards(process, "by_ray", 1)
     os.kill(workers[0], signal.SIGKILL)
     out, err = process.communicate()

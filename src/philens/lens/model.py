@@ -120,7 +120,7 @@ def load(
 
     Raises:
         AdapterError: it is missing, not accessible, damaged, of another format, or made for another base.
-        ConfigError: a mode that these layers cannot be in.
+        ConfigError: a mode that these layers cannot be in, or a list with two of a kind or with nothing.
     """
     if isinstance(base, PHiModel):
         raise ConfigError(f"This model already has a {titles(base.configs)}; detach() it first.")
