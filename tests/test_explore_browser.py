@@ -622,8 +622,10 @@ def test_writing_on(visit: Any) -> None:
 def test_hurried_clicks_leave_a_page_that_fits_together(visit: Any) -> None:
     page = visit()
     # The last one once only: what is waited for must be its own answer.
-    for name in ("trivial", "random", "copy", "code", "random", "prose"):
+    for name in ("trivial", "random", "copy", "code", "random"):
         page.get_by_role("button", name=name, exact=True).click()
+    # No pointer, whose click is lost where the page moves between down and up.
+    page.get_by_role("button", name="prose", exact=True).dispatch_event("click")
     wait_status(page, r"has not seen\. Text A: .* \(" + re.escape(TEXT))
     page.wait_for_timeout(1_000)
     assert page.locator("#status").inner_text().startswith("A paragraph")

@@ -61,8 +61,9 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         status = _markup(view.status(""), elem_id="status")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
+                # Of one height: what stands below must not move from under a pointer when an answer comes.
                 text = gr.Textbox(
-                    label=NAMES[0], lines=7, max_lines=14, placeholder="Paste a text …", elem_id="text-a"
+                    label=NAMES[0], lines=10, max_lines=10, placeholder="Paste a text …", elem_id="text-a"
                 )
                 _markup(f'<p class="ph-count" id="ph-count">0 of {sessions.most:,} characters</p>')
                 with gr.Row():
