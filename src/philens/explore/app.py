@@ -315,8 +315,8 @@ def build(models: Mapping[str, Explored], sessions: Sessions) -> gr.Blocks:
         result.branch(branch, [when, *where, *writing, *look], shown, **ordered)
         everything = [*shown, *where, spread, low, high, palette]
         page.load(begin_with, [fragment, *where, *look], everything, js=_FRAGMENT, **options)
-        # Gradio 6.31 closes its stream of answers when none is due. Until the page hears of it, answers to what
-        # it asks are sent to nobody; they come with the next stream, so something is asked every two seconds.
+        # Gradio 6.31 closes its stream of answers when none is due. Until the page hears of it, answers to
+        # what it asks go nowhere; they come with the next stream, so something is asked every two seconds.
         gr.Timer(2.0).tick(lambda: None, None, None, **options)
     return page
 
