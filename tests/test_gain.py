@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,9 +74,14 @@ def test_documents_are_read_by_themselves_and_longer_contexts_predict_better():
     assert some < 0.8 * none
 
 
-def test_noise_is_refused():
-    with pytest.raises(ConfigError, match="knows no noise"):
-        read_ideally(documents(2), TaskConfig())
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"noise_probability": 0.5}, "knows no noise"), ({"shuffled": True}, "shuffled letters")],
+)
+def test_documents_that_no_hypothesis_makes_are_refused(changes, said):
+    config = replace(CONFIG, **changes)
+    with pytest.raises(ConfigError, match=said):
+        read_ideally(documents(2, config), config)
 
 
 def table_of(kind: str, number: int = 60) -> TokenTable:

@@ -43,7 +43,9 @@ def all_strings(documents):
 # Purity
 
 
-@pytest.mark.parametrize("config", [PAPER, replace(PAPER, max_length=100)])
+@pytest.mark.parametrize(
+    "config", [PAPER, replace(PAPER, max_length=100), replace(PAPER, shuffled=True, max_length=100)]
+)
 def test_a_document_alone_is_the_document_among_others(config):
     tasks = np.arange(24) % len(TASKS)
     indices = np.arange(24) * 37 % 50
@@ -299,6 +301,36 @@ def test_description_length_is_that_of_the_design():
     np.testing.assert_allclose(extremes, [25, 219], rtol=0.05)
     labels = generate(PAPER, 1, "in_context_language", np.arange(3000)).description_length
     assert labels.mean() == pytest.approx(109, rel=0.02)
+
+
+def test_shuffled_documents_keep_their_letters_and_the_lengths_of_their_strings():
+    plain = generate(PAPER, 3, "in_context_language", np.arange(50))
+    mixed = generate(replace(PAPER, shuffled=True), 3, "in_context_language", np.arange(50))
+    for before, after in zip(strings(plain), strings(mixed), strict=True):
+        assert [len(word) for word in before] == [len(word) for word in after]
+        assert Counter("".join(before)) == Counter("".join(after))
+        assert before != after
+    np.testing.assert_array_equal(plain.description_length, mixed.description_length)
+    for i in range(50):  # noise goes with its letter
+        one, other = plain.select(i), mixed.select(i)
+        assert Counter(one.tokens[one.perturbed]) == Counter(other.tokens[other.perturbed])
+    assert (plain.perturbed != mixed.perturbed).any()
+
+
+def test_in_shuffled_documents_any_letter_follows_any():
+    def pairs(documents):
+        """How many different pairs of neighbours documents have, on average."""
+        return np.mean([len({p for w in d for p in zip(w, w[1:], strict=False)}) for d in documents])
+
+    plain = strings(generate(CLEAN, 3, "in_context_language", np.arange(200)))
+    mixed = strings(generate(replace(CLEAN, shuffled=True), 3, "in_context_language", np.arange(200)))
+    chance = np.random.default_rng(0)
+    expected = []
+    for words in plain:
+        letters = iter(chance.permutation([*"".join(words)]))
+        expected.append(["".join(next(letters) for _ in word) for word in words])
+    assert pairs(mixed) == pytest.approx(pairs(expected), rel=0.02)
+    assert pairs(mixed) > 1.5 * pairs(plain)
 
 
 def test_edges_are_taken_equally_often():

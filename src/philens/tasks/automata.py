@@ -27,7 +27,7 @@ MEMORIZED_SEQUENCES, MEMORIZED_PROGRAMS, NEW_VOCABULARY, IN_CONTEXT_LANGUAGE, RA
 
 _FIRST_LETTER, _SPACE = ord("a"), ord(" ")
 # Names of the independent streams below a document's key.
-_CHOICE, _STRINGS, _ALPHABET, _COUNT, _NOISE, _AUTOMATON = range(6)
+_CHOICE, _STRINGS, _ALPHABET, _COUNT, _NOISE, _AUTOMATON, _ORDER = range(7)
 
 
 def task_label(name: str) -> str:
@@ -52,6 +52,8 @@ class TaskConfig:
         memorized_strings: how many strings of each are fixed.
         memorized_seed: what the fixed ones depend on.
         max_length: documents are cut to so many characters; None leaves them whole.
+        shuffled: whether each document's letters are put in random order, which leaves its letters, how often
+            each occurs and the strings' lengths: a control for what can be found out by counting.
     """
 
     letters: int = 18
@@ -66,6 +68,7 @@ class TaskConfig:
     memorized_strings: int = 10
     memorized_seed: int = 0
     max_length: int | None = None
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("states", "edges", "alphabet", "strings", "string_length"):
@@ -295,6 +298,8 @@ def generate(config: TaskConfig, seed: int, task: str | ArrayLike, indices: Arra
     tokens[:, :-1] = np.where(place[:-1] < length[:, None], letters + _FIRST_LETTER, _SPACE)
     noisy = np.zeros(real.shape, bool)
     noisy[:, :-1] = perturbed & (place[:-1] < length[:, None])
+    if config.shuffled:
+        _shuffle(tokens, noisy, owner, document)
     full = np.bincount(owner, length + 1, len(indices)).astype(np.int64)
     lengths = np.minimum(full - 1, config.max_length or full.max())
     within = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
@@ -343,6 +348,17 @@ def _emit(
         state[:rows] = target[edge]
     letters[order] = written
     return letters
+
+
+def _shuffle(
+    tokens: NDArray[np.uint8], noisy: NDArray[np.bool_], owner: NDArray[np.int64], documents: Keys
+) -> None:
+    """Put the letters of each document's strings in random order, in place; noise goes with its letter."""
+    rows, columns = np.nonzero(tokens != _SPACE)
+    place = np.arange(len(rows)) - np.searchsorted(owner[rows], owner[rows])
+    order = np.lexsort((uniform(derive(derive(documents, _ORDER)[owner[rows]], place)), owner[rows]))
+    for values in (tokens, noisy):
+        values[rows, columns] = values[rows, columns][order]
 
 
 def _perturb(

@@ -101,12 +101,17 @@ def read_ideally(
         depth: letters before a letter that it may depend on.
 
     Raises:
-        ConfigError: documents with noise, which these hypotheses do not have.
+        ConfigError: documents with noise or with shuffled letters, which these hypotheses do not have.
     """
     if config.noise_probability * config.noise_rate > 0:
         raise ConfigError(
             "The ideal learner knows no noise; measure a model of documents without it "
             "(data.tasks.noise_probability 0)."
+        )
+    if config.shuffled:
+        raise ConfigError(
+            "The ideal learner knows no shuffled letters; measure a model of documents in order "
+            "(data.tasks.shuffled false)."
         )
     learners = _Contexts(config, depth)
     found = [learners.read(docs.text(number)) for number in range(len(docs))]
