@@ -1,5 +1,6 @@
 """The synthetic tasks: purity, what each task is, distributions, labels, errors."""
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import fields, replace
@@ -320,7 +321,7 @@ def test_shuffled_documents_keep_their_letters_and_the_lengths_of_their_strings(
 def test_in_shuffled_documents_any_letter_follows_any():
     def pairs(documents):
         """How many different pairs of neighbours documents have, on average."""
-        return np.mean([len({p for w in d for p in zip(w, w[1:], strict=False)}) for d in documents])
+        return np.mean([len({p for w in d for p in itertools.pairwise(w)}) for d in documents])
 
     plain = strings(generate(CLEAN, 3, "in_context_language", np.arange(200)))
     mixed = strings(generate(replace(CLEAN, shuffled=True), 3, "in_context_language", np.arange(200)))
